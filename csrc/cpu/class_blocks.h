@@ -1,0 +1,110 @@
+// Blocks of classes, shared out over threads: what the forward and the backward pass of nontarget_lse both walk over.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "class_rows.h"
+#include "gemm.h"
+#include "nontarget_lse_kernel.h"
+
+namespace fastmargin {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kBlock = 256;    // classes of a tile
+constexpr int64_t kRowTile = 256;  // rows of a tile, at most
+
+// What both passes read: the operands, and x packed for the products.
+template <typename T>
+struct Problem {
+  Tensor x_, y_, bias_, packed_;  // owners of what the pointers below point to
+  ClassRows<T> w;
+  const T *x, *bias, *packed;  // [B, d], [C] or null, row tiles of x^T one after the other
+  const int64_t* y;            // [B]
+  int64_t B, d, C, tile;
+  bool normalize;
+  const NontargetLseKernels<T>& kernels = nontarget_lse_kernels<T>();
+
+  Problem(const Tensor& x_in, const Tensor& w_in, const Tensor& y_in, const optional<Tensor>& bias_in,
+          const optional<Tensor>& rows, bool normalize_weight)
+      : x_(x_in.contiguous()),
+        y_(y_in.contiguous()),
+        w(w_in, rows),
+        B(x_in.size(0)),
+        d(x_in.size(1)),
+        C(w.count),
+        normalize(normalize_weight) {
+    if (bias_in) bias_ = rows ? at::index_select(*bias_in, 0, *rows) : bias_in->contiguous();
+    x = x_.template const_data_ptr<T>();
+    y = y_.template const_data_ptr<int64_t>();
+    bias = bias_in ? bias_.template const_data_ptr<T>() : nullptr;
+    const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
+    tile = std::max<int64_t>(1, at::divup(B, tiles));
+    pack();
+  }
+
+  void pack() {
+    packed_ = at::empty({B, d}, x_.options());
+    T* out = packed_.template data_ptr<T>();
+    for (int64_t i0 = 0; i0 < B; i0 += tile)
+      kernels.transpose(x + i0 * d, std::min(tile, B - i0), d, out + i0 * d);
+    packed = out;
+  }
+
+  int64_t blocks() const { return at::divup(C, kBlock); }
+};
+
+// A thread's room for one block of classes and one tile of logits.
+template <typename T>
+struct Block {
+  const Problem<T>& p;
+  std::vector<T> scale_, z_, copy_;
+  std::vector<int32_t> target_;
+  int64_t first = 0, n = 0, ld = 0;
+  const T* w = nullptr;
+
+  explicit Block(const Problem<T>& problem)
+      : p(problem),
+        scale_(kBlock, T(1)),
+        z_(kBlock * p.tile),
+        copy_(p.w.copies() ? kBlock * p.d : 0),
+        target_(p.tile) {}
+
+  void load(int64_t index) {
+    first = index * kBlock;
+    n = std::min(kBlock, p.C - first);
+    w = p.w.block(first, n, copy_.data(), ld);
+    if (p.normalize) p.kernels.inverse_norms(w, ld, n, p.d, scale_.data());
+  }
+
+  // The products of this block with rows i0 .. i0 + m.
+  Tile<T> products(int64_t i0, int64_t m) {
+    gemm(n, m, p.d, w, ld, p.packed + i0 * p.d, m, z_.data(), m, false);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t line = p.y[i0 + i] - first;
+      target_[i] = line >= 0 && line < n ? int32_t(line) : -1;
+    }
+    return {z_.data(), n, m, first, scale_.data(), p.bias ? p.bias + first : nullptr, target_.data()};
+  }
+};
+
+// Calls work(thread, first block, last block) once per thread that has blocks, on equal contiguous shares.
+template <typename F>
+void share_blocks(int64_t blocks, int64_t threads, const F& work) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) work(t, blocks * t / threads, blocks * (t + 1) / threads);
+  });
+}
+
+inline int64_t thread_count(int64_t blocks) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks));
+}
+
+}  // namespace fastmargin

@@ -1,0 +1,53 @@
+// The class weights as the caller gave them: any strides, all classes or a selection, read a block at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace fastmargin {
+
+template <typename T>
+class ClassRows {
+ public:
+  ClassRows(const at::Tensor& w /* [C, d] */, const std::optional<at::Tensor>& rows /* [n] or none */)
+      : data_(w.const_data_ptr<T>()),
+        stride_(w.stride(0)),
+        column_(w.size(1) == 1 ? 1 : w.stride(1)),
+        rows_(rows ? rows->const_data_ptr<int64_t>() : nullptr),
+        count(rows ? rows->size(0) : w.size(0)),
+        d(w.size(1)) {}
+
+  // Whether block() and row() need room to copy into: a selection, or columns that are not adjacent.
+  bool copies() const { return rows_ != nullptr || column_ != 1; }
+
+  // n consecutive classes from `first`: in place, or gathered into buffer [n, d]; ld is set to the distance of lines.
+  const T* block(int64_t first, int64_t n, T* buffer, int64_t& ld) const {
+    ld = copies() ? d : stride_;
+    if (!copies()) return data_ + first * stride_;
+    for (int64_t j = 0; j < n; ++j) {
+      const T* in = source(first + j);
+      for (int64_t c = 0; c < d; ++c) buffer[j * d + c] = in[c * column_];
+    }
+    return buffer;
+  }
+
+  int64_t id(int64_t j) const { return rows_ ? rows_[j] : j; }
+
+  const T* row(int64_t j, T* buffer /* [d] */) const {
+    int64_t ld;
+    return block(j, 1, buffer, ld);
+  }
+
+ private:
+  const T* source(int64_t j) const { return data_ + id(j) * stride_; }
+
+  const T* data_;
+  int64_t stride_, column_;
+  const int64_t* rows_;
+
+ public:
+  const int64_t count, d;
+};
+
+}  // namespace fastmargin

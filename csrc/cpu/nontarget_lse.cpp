@@ -1,0 +1,287 @@
+// nontarget_lse on the CPU. The formulas are in fastmargin/ops/nontarget_lse.py.
+//
+//   forward   per block of classes: z = w x^T;  e = exp(z - shift), summed and searched for the k best;  a += e^T w
+//   backward  per block of classes: z again;  g = d_rest exp(z - rest), d_target at the target;  dw = g x, projected
+//
+// dx needs no sweep: dx_i = d_rest_i a_i + d_target_i w_y + the top-k terms, and a was summed in the forward pass.
+// One parallel region each. Thread t owns a fixed range of blocks and private sums, merged in the order of t, so the
+// result depends on the thread count and on nothing else. Tiles are kBlock classes x kRowTile rows.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "../tile.h"
+#include "class_blocks.h"
+
+namespace fastmargin {
+
+namespace {
+
+// A fixed exponent offset needs no running maximum. With o = ln(C) / 2 the sum of C terms exp(z - o), |z| <= ||x||,
+// neither overflows nor vanishes while ||x|| <= 86 - o (float32; the exponent range of float64 allows 700).
+template <typename T>
+bool fixed_offset(const Problem<T>& p, T& offset) {
+  offset = T(0.5 * std::log(double(std::max<int64_t>(p.C, 1))));
+  const T limit = T(std::is_same_v<T, float> ? 86 : 700) - offset;
+  if (!p.normalize) return false;
+  for (int64_t i = 0; i < p.B; ++i)
+    if (!(std::sqrt(p.kernels.dot(p.x + i * p.d, p.x + i * p.d, p.d)) <= limit)) return false;
+  return true;
+}
+
+// What one thread has summed over its classes, for all rows.
+template <typename T>
+struct Partial {
+  std::vector<T> shift, top_values, a;
+  std::vector<double> sum;
+  std::vector<int64_t> top_ids;
+
+  void reset(const Problem<T>& p, T start, int64_t k, bool want_a) {
+    shift.assign(p.B, start);
+    sum.assign(p.B, 0.0);
+    top_values.assign(p.B * k, -INFINITY);
+    top_ids.assign(p.B * k, -1);
+    if (want_a) a.assign(p.B * p.d, T(0));
+  }
+};
+
+// Raises the shifts of rows i0 .. i0 + m to the maximum seen so far, and rescales what was summed at the old ones.
+template <typename T>
+void raise_shift(const Tile<T>& tile, int64_t i0, const Problem<T>& p, Partial<T>& part, std::vector<T>& top) {
+  top.assign(part.shift.begin() + i0, part.shift.begin() + i0 + tile.m);
+  p.kernels.row_max(tile, top.data());
+  for (int64_t i = 0; i < tile.m; ++i) {
+    const int64_t row = i0 + i;
+    if (top[i] == part.shift[row]) continue;
+    const T factor = rescale(part.shift[row], top[i]);
+    part.sum[row] *= double(factor);
+    if (!part.a.empty())
+      for (int64_t c = 0; c < p.d; ++c) part.a[row * p.d + c] *= factor;
+    part.shift[row] = top[i];
+  }
+}
+
+template <typename T>
+void sum_blocks(const Problem<T>& p, Partial<T>& part, int64_t first, int64_t last, int64_t k, bool fixed) {
+  const bool want_a = !part.a.empty();
+  Block<T> block(p);
+  std::vector<T> top, sum(p.tile), threshold(p.B, k ? -INFINITY : INFINITY), e(want_a ? kBlock * p.tile : 0);
+  for (int64_t index = first; index < last; ++index) {
+    block.load(index);
+    for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
+      const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
+      if (!fixed) raise_shift(tile, i0, p, part, top);
+      p.kernels.lse(tile, {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.top_values.data() + i0 * k,
+                           part.top_ids.data() + i0 * k, k});
+      for (int64_t i = 0; i < tile.m; ++i) part.sum[i0 + i] += double(sum[i]);
+      if (!want_a) continue;
+      p.kernels.transpose(tile.z, tile.n, tile.m, e.data());
+      gemm(tile.m, p.d, tile.n, e.data(), tile.n, block.w, block.ld, part.a.data() + i0 * p.d, p.d, true);
+    }
+  }
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  at::native::cpublas::brgemm_release(false);
+#endif
+}
+
+// One row of all threads' partial results, in the order of the threads.
+template <typename T>
+void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64_t d, T* rest, T* values, int64_t* ids,
+               T* a) {
+  T shift = T(kNoShift);
+  for (const auto& part : parts) shift = std::max(shift, part.shift[i]);
+  double sum = 0;
+  for (const auto& part : parts) sum += part.sum[i] * double(rescale(part.shift[i], shift));
+  *rest = sum == 0 ? -T(INFINITY) : T(double(shift) + std::log(sum));
+  std::fill_n(values, k, -T(INFINITY));
+  std::fill_n(ids, k, -1);
+  for (const auto& part : parts)
+    for (int64_t c = i * k; c < (i + 1) * k && part.top_values[c] > values[k - 1]; ++c)
+      insert(values, ids, k, part.top_values[c], part.top_ids[c]);
+  if (!a) return;
+  std::fill_n(a, d, T(0));
+  for (const auto& part : parts) {
+    const T weight = sum == 0 ? T(0) : T(double(rescale(part.shift[i], shift)) / sum);
+    for (int64_t c = 0; c < d; ++c) a[c] += weight * part.a[i * d + c];
+  }
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t k, bool want_a) {
+  const auto options = p.x_.options();
+  Tensor rest = at::empty({p.B}, options), values = at::empty({p.B, k}, options);
+  Tensor ids = at::empty({p.B, k}, options.dtype(at::kLong));
+  Tensor a = want_a ? at::empty({p.B, p.d}, options) : at::empty({0}, options);
+  T offset;
+  const bool fixed = fixed_offset(p, offset);
+  std::vector<Partial<T>> parts(thread_count(p.blocks()));
+  share_blocks(p.blocks(), parts.size(), [&](int64_t t, int64_t first, int64_t last) {
+    parts[t].reset(p, fixed ? offset : T(kNoShift), k, want_a);
+    sum_blocks(p, parts[t], first, last, k, fixed);
+  });
+  at::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      merge_row(i, parts, k, p.d, rest.data_ptr<T>() + i, values.data_ptr<T>() + i * k, ids.data_ptr<int64_t>() + i * k,
+                want_a ? a.data_ptr<T>() + i * p.d : nullptr);
+  });
+  return {rest, values, ids, a};
+}
+
+// d_topk, by class: the entries of a block lie together.
+template <typename T>
+struct TopGradient {
+  int64_t id, row;
+  T value;
+};
+
+template <typename T>
+std::vector<TopGradient<T>> sort_by_class(const Tensor& ids /* [B, k] */, const optional<Tensor>& d_topk /* [B, k] */) {
+  std::vector<TopGradient<T>> entries;
+  if (!d_topk) return entries;
+  const int64_t k = ids.size(1);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const T* value = d_topk->const_data_ptr<T>();
+  for (int64_t c = 0; c < ids.numel(); ++c)
+    if (id[c] >= 0) entries.push_back({id[c], c / k, value[c]});
+  std::sort(entries.begin(), entries.end(),
+            [](const auto& u, const auto& v) { return std::tie(u.id, u.row) < std::tie(v.id, v.row); });
+  return entries;
+}
+
+template <typename T>
+struct Gradients {
+  Tensor dx, dw, db;  // [B, d], [C, d], [C], each empty where not asked for
+  std::vector<TopGradient<T>> top;
+};
+
+// dw and db of one block, complete when this returns.
+template <typename T>
+void gradient_block(Block<T>& block, const GradRows<T>& rows, std::vector<T>& sums, Gradients<T>& out) {
+  const Problem<T>& p = block.p;
+  std::fill(sums.begin(), sums.end(), T(0));
+  T *sum_g = sums.data(), *sum_gz = sums.data() + kBlock;
+  T* dw = out.dw.defined() ? out.dw.template data_ptr<T>() + block.first * p.d : nullptr;
+  for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
+    const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
+    p.kernels.gradient(tile, {rows.rest + i0, rows.d_rest + i0, rows.d_target + i0}, sum_g, sum_gz);
+    if (dw) gemm(tile.n, p.d, tile.m, tile.z, tile.m, p.x + i0 * p.d, p.d, dw, p.d, i0 > 0);
+  }
+  auto entry = std::lower_bound(out.top.begin(), out.top.end(), block.first,
+                                [](const TopGradient<T>& e, int64_t id) { return e.id < id; });
+  for (; entry != out.top.end() && entry->id < block.first + block.n; ++entry) {
+    const int64_t j = entry->id - block.first;
+    const T* x = p.x + entry->row * p.d;
+    sum_g[j] += entry->value;
+    sum_gz[j] += entry->value * p.kernels.dot(x, block.w + j * block.ld, p.d) * block.scale_[j];
+    if (dw)
+      for (int64_t c = 0; c < p.d; ++c) dw[j * p.d + c] += entry->value * x[c];
+  }
+  if (dw && p.normalize) p.kernels.project(block.w, block.ld, block.n, p.d, block.scale_.data(), sum_gz, dw);
+  if (out.db.defined()) std::copy_n(sum_g, block.n, out.db.template data_ptr<T>() + block.first);
+}
+
+template <typename T>
+void backward_classes(const Problem<T>& p, const GradRows<T>& rows, Gradients<T>& out) {
+  share_blocks(p.blocks(), thread_count(p.blocks()), [&](int64_t, int64_t first, int64_t last) {
+    Block<T> block(p);
+    std::vector<T> sums(2 * kBlock);
+    for (int64_t index = first; index < last; ++index) {
+      block.load(index);
+      gradient_block(block, rows, sums, out);
+    }
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+    at::native::cpublas::brgemm_release(false);
+#endif
+  });
+}
+
+// dx_i = d_rest_i a_i + sum over (target, the top-k) of their gradient times the class's unit weight
+template <typename T>
+void backward_rows(const Problem<T>& p, const Tensor& a, const GradRows<T>& rows, const Tensor& ids,
+                   const optional<Tensor>& d_topk, Tensor& dx) {
+  const int64_t k = d_topk ? ids.size(1) : 0;
+  const T* grad = d_topk ? d_topk->const_data_ptr<T>() : nullptr;
+  at::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) {
+    std::vector<T> buffer(p.d);
+    for (int64_t i = begin; i < end; ++i) {
+      T* out = dx.data_ptr<T>() + i * p.d;
+      const T* in = a.const_data_ptr<T>() + i * p.d;
+      for (int64_t c = 0; c < p.d; ++c) out[c] = rows.d_rest[i] * in[c];
+      const auto add = [&](int64_t id, T g) {
+        if (id < 0) return;
+        const T* w = p.w.row(id, buffer.data());
+        T scale = 1;
+        if (p.normalize) p.kernels.inverse_norms(w, p.d, 1, p.d, &scale);
+        for (int64_t c = 0; c < p.d; ++c) out[c] += g * scale * w[c];
+      };
+      add(p.y[i], rows.d_target[i]);
+      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(ids.const_data_ptr<int64_t>()[c], grad[c]);
+    }
+  });
+}
+
+// An option the schema carries for kernels to come; until then it is refused, not ignored.
+void refuse(const optional<Tensor>& bend, int64_t pool, const optional<at::ScalarType>& compute_dtype) {
+  TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
+  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
+  TORCH_CHECK_VALUE(!compute_dtype, "compute_dtype is not supported by this backend");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
+    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& rows,
+    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, int64_t topk,
+    optional<at::ScalarType> compute_dtype, bool want_a) {
+  refuse(bend, pool, compute_dtype);
+  check_all(x, w, y, bias, rows, normalize_weight);
+  TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
+  const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
+  return dispatch(x.scalar_type(), [&](auto t) {
+    return forward(Problem<decltype(t)>(x, w, y, bias, rows_, normalize_weight), topk, want_a);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(
+    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& rows,
+    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
+    const Tensor& rest, const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest, const Tensor& d_target,
+    const optional<Tensor>& d_topk, bool need_dx, bool need_dw, bool need_db) {
+  refuse(bend, pool, compute_dtype);
+  check_all(x, w, y, bias, rows, normalize_weight);
+  TORCH_CHECK_VALUE(!need_dx || a.numel() == x.numel(), "dx needs the a of a forward pass with want_a=True");
+  const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
+  const auto d_topk_ = d_topk ? optional<Tensor>(d_topk->contiguous()) : std::nullopt;
+  const Tensor d_rest_ = d_rest.contiguous(), d_target_ = d_target.contiguous(), ids = topk_classes.contiguous(), a_ = a.contiguous();
+  return dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const Problem<T> p(x, w, y, bias, rows_, normalize_weight);
+    // Where there is no other class, a rest of +huge makes every g of the row 0.
+    const Tensor rest_in = rest.contiguous();
+    std::vector<T> rest_(rest_in.const_data_ptr<T>(), rest_in.const_data_ptr<T>() + p.B);
+    std::replace(rest_.begin(), rest_.end(), -T(INFINITY), -T(kNoShift));
+    const GradRows<T> row_grads{rest_.data(), d_rest_.const_data_ptr<T>(), d_target_.const_data_ptr<T>()};
+    Gradients<T> out{need_dx ? at::empty_like(p.x_) : Tensor(), {}, {}, sort_by_class<T>(ids, d_topk_)};
+    const auto options = x.options();
+    if (need_dw) out.dw = p.B ? at::empty({p.C, p.d}, options) : at::zeros({p.C, p.d}, options);
+    if (need_db) out.db = at::empty({p.C}, options);
+    if (need_dw || need_db) backward_classes(p, row_grads, out);
+    if (need_dx) backward_rows(p, a_, row_grads, ids, d_topk_, out.dx);
+    const auto given = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, options); };
+    return std::make_tuple(given(out.dx), given(out.dw), given(out.db));
+  });
+}
+
+TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {
+  m.impl("nontarget_lse_fwd", nontarget_lse_fwd);
+  m.impl("nontarget_lse_bwd", nontarget_lse_bwd);
+}
+
+}  // namespace fastmargin

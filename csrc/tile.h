@@ -1,0 +1,76 @@
+// The arithmetic of a tile of logits, shared by the CPU kernels, the CUDA kernels and a host-only test.
+//
+//   rest = log sum_j exp(z_j)   is carried as (shift, sum):  rest = shift + log(sum)
+//   g_j  = d_rest exp(z_j - rest)
+//   topk = the k largest (z_j, j), larger z first, equal z by the smaller j
+//
+// Everything here has internal linkage: each translation unit is compiled for another instruction set, and a weak
+// function shared between them would let the linker hand AVX-512 code to a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define FM_INLINE static __host__ __device__ __forceinline__
+#else
+#define FM_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace fastmargin {
+
+// Stands for "nothing seen yet" in a running maximum; finite, so that differences of two of them are 0 and not NaN.
+constexpr float kNoShift = -1e30f;
+
+// e^x within 1 ulp, without branches, so that a loop over it vectorises; 0 below -87.3, where the result is no longer
+// a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2 is split in two so that r is exact to the last bit.
+FM_INLINE float exp_(float x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
+  const float t = x * 1.44269504088896341f + magic;
+  const float n = t - magic;
+  const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  uint32_t bits, exponent;
+  memcpy(&exponent, &t, 4);
+  memcpy(&bits, &p, 4);
+  bits += exponent << 23;
+  float result;
+  memcpy(&result, &bits, 4);
+  return x < -87.3f ? 0.0f : result;
+}
+
+FM_INLINE double exp_(double x) { return ::exp(x); }
+
+// Multiplies a sum that was taken at shift `from` so that it stands at shift `to`.
+template <typename T>
+FM_INLINE T rescale(T from, T to) {
+  return from == to ? T(1) : exp_(from - to);
+}
+
+// Puts (value, index) into the sorted list of the k best. Callers offer indices in ascending order and only values
+// above the last of the list, so equal values keep the smaller index.
+template <typename T>
+FM_INLINE void insert(T* values, int64_t* indices, int64_t k, T value, int64_t index) {
+  int64_t p = k - 1;
+  for (; p > 0 && value > values[p - 1]; --p) {
+    values[p] = values[p - 1];
+    indices[p] = indices[p - 1];
+  }
+  values[p] = value;
+  indices[p] = index;
+}
+
+// The share of one non-target logit in the gradient. `rest` is +inf-like where there is no other class: g is 0.
+template <typename T>
+FM_INLINE T gradient(T z, T rest, T d_rest) {
+  return d_rest * exp_(z - rest);
+}
+
+}  // namespace fastmargin

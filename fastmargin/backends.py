@@ -1,0 +1,77 @@
+"""Which implementation of an op runs, and what the compiled extension offers.
+
+Each op file holds a dict of its implementations in order of preference: `native` (csrc), `stream` (portable PyTorch,
+blocked over classes), `reference` (stores B x C; the tests' truth). A backend that is named, by argument or by
+FASTMARGIN_BACKEND, runs or raises; only silence falls back, and never to `reference`.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Impl(NamedTuple):
+    """One implementation of an op: its functions by role ("fwd", "bwd"), and where it can run."""
+
+    functions: Mapping[str, Callable[..., Any]]
+    can_run: Callable[[Tensor], bool]
+
+
+class Build(NamedTuple):
+    facts: dict[str, str]  # torch version, devices and CPU capability of the extension; empty where it did not load
+    problem: str  # why it did not load; empty where it did
+
+
+@functools.cache
+def build() -> Build:
+    """Loads the extension, once; loading registers `torch.ops.fastmargin`."""
+    try:
+        from fastmargin import _C  # type: ignore[attr-defined]
+    except ModuleNotFoundError:
+        return Build({}, "not built: no C++ compiler was found at installation")
+    except ImportError as error:
+        problem = f"built for another torch than {torch.__version__}, reinstall fastmargin ({error})"
+        warnings.warn(f"fastmargin: native kernels not loaded: {problem}", stacklevel=2)
+        return Build({}, problem)
+    return Build(_C.build_facts(), "")
+
+
+def native_can_run(x: Tensor) -> bool:
+    return x.device.type in build().facts.get("devices", "").split(",") and x.dtype in (torch.float32, torch.float64)
+
+
+def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
+    """The name of the implementation that runs on x's device and dtype.
+
+    Raises ValueError where a named one is unknown or cannot run there.
+    """
+    name = name or os.environ.get("FASTMARGIN_BACKEND") or None
+    if name is None:
+        return next(n for n, impl in impls.items() if n != "reference" and impl.can_run(x))
+    if name not in impls:
+        raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
+    if not impls[name].can_run(x):
+        why = build().problem if name == "native" and build().problem else "not supported"
+        raise ValueError(f"backend {name!r} cannot run {x.dtype} on {x.device}: {why}")
+    return name
+
+
+def describe() -> str:
+    """What `fastmargin info` prints: versions, what was built, what can run, and what never ran."""
+    facts, problem = build()
+    native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
+    gpu = "stream backend only, never run" if torch.cuda.is_available() else "no CUDA device here"
+    return "\n".join(
+        (
+            f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
+            f"native     {native}",
+            "stream     portable PyTorch, any device",
+            "reference  portable PyTorch, stores the logits; for tests",
+            f"CUDA       no native kernels yet ({gpu})",
+        )
+    )

@@ -1,0 +1,150 @@
+"""nontarget_lse: everything a margin softmax needs from B x C logits, without storing them.
+
+    z_ij     = <x_i, w_j / ||w_j||>                 (or <x_i, w_j> + b_j for a plain linear layer)
+    rest_i   = log sum_{j != y_i} exp(z_ij)         over the classes given; -inf if there are none
+    target_i = z_{i, y_i}                           0 where y_i = -1: that class is held elsewhere
+    topk_i   = the k largest z_ij, j != y_i, with their classes (ties: the smaller id)
+
+The loss with a margin psi on the target is -logsigmoid(r psi(target / r) - rest), where r = ||x_i|| is the scale: it
+equals cross entropy (ArcFace eq. 9, CosFace, SphereFace, ...), and keeps full precision where lse - target is 0.
+
+    g_ij = d_rest_i exp(z_ij - rest_i) for j != y_i, d_target_i at y_i; plus d_topk at its ids
+    dx_i = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
+
+dx is attention over the other classes: a_i = sum_{j != y_i} exp(z_ij - rest_i) w^_j is summed in the forward pass, and
+the backward pass recomputes z for dw alone. Letters: B rows, C classes, d features, k mined classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmargin.backends import Impl, build, native_can_run, pick
+from fastmargin.ops import nontarget_lse_portable as portable
+from fastmargin.ops import target_logit
+from fastmargin.ops.checks import check_operands
+
+
+@dataclass(frozen=True)
+class Options:
+    normalize_weight: bool
+    topk: int
+    backend: str
+    want_a: bool
+
+
+class NontargetLSE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, d]
+        w: Tensor,  # [C, d]
+        y: Tensor,  # [B]
+        bias: Tensor | None,  # [C]
+        rows: Tensor | None,  # [n]
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        o = options
+        fwd = IMPLS[o.backend].functions["fwd"]
+        rest, topk_values, topk_classes, a = fwd(
+            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, None, o.want_a
+        )
+        target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, rows, o.normalize_weight)
+        ctx.save_for_backward(x, w, y, bias, rows, rest, topk_classes, a)
+        ctx.options = o
+        ctx.mark_non_differentiable(topk_classes)
+        ctx.set_materialize_grads(False)
+        return rest, target, topk_values, topk_classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rest: Tensor, d_target: Tensor, d_topk: Tensor, _: None) -> tuple[Any, ...]:
+        x, w, y, bias, rows, rest, topk_classes, a = ctx.saved_tensors
+        need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
+        d_rest = torch.zeros_like(rest) if d_rest is None else d_rest
+        d_target = torch.zeros_like(rest) if d_target is None else d_target
+        dx, dw, db = IMPLS[ctx.options.backend].functions["bwd"](
+            x, w, y, bias, rows, None, ctx.options.normalize_weight, 1, None,
+            rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
+        )  # fmt: skip
+        dw = scatter(dw, rows, w) if need_dw else None
+        db = scatter(db, rows, bias) if need_db else None
+        return dx if need_dx else None, dw, None, db, None, None
+
+
+def scatter(gradient: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient over the selected classes as a sparse COO tensor of the whole's shape."""
+    if rows is None:
+        return gradient
+    return torch.sparse_coo_tensor(rows[None], gradient, like.shape, is_coalesced=True, check_invariants=False)
+
+
+def nontarget_lse(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B] int64 in [-1, C)
+    *,
+    bias: Tensor | None = None,  # [C]
+    rows: Tensor | None = None,  # [n] int64, sorted and unique
+    normalize_weight: bool = True,
+    topk: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
+    """Log-sum-exp over the classes that are not the row's own, the own class's logit, and the k nearest others.
+
+    Differentiable once, in x, w and bias, through rest, target and topk_values. The scale of a cosine softmax lives
+    in x: pass rows of norm s.
+
+    Args:
+        x: rows, float32 or float64, any strides.
+        w: class weights of x's dtype, any strides; normalised on the fly (1/||w|| := 0 for ||w|| < 1e-12).
+        y: each row's class; -1: not among these classes, so all of them count as other classes.
+        bias: only with normalize_weight=False.
+        rows: restricts the classes to w[rows], gathered a tile at a time. y and topk_classes then are places in
+            `rows`, and the gradients of w and bias are sparse COO tensors over `rows`.
+        topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf.
+        backend: "native", "stream" or "reference"; None: the first that runs on x's device and dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
+            unique (on the CPU), topk < 0, a bias with normalised weights, a backend that cannot run.
+    """
+    check_operands(x, w, y, bias, rows, normalize_weight)
+    if not isinstance(topk, int) or topk < 0:
+        raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
+    want_a = x.requires_grad and torch.is_grad_enabled()
+    options = Options(normalize_weight, topk, pick(IMPLS, x, backend), want_a)
+    return NontargetLSE.apply(x, w, y, bias, rows, options)
+
+
+IMPLS: dict[str, Impl] = {}
+if build().facts:
+    _ops = torch.ops.fastmargin
+    IMPLS["native"] = Impl(
+        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run
+    )
+
+    @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
+    def _(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a):  # type: ignore[no-untyped-def]
+        B = x.shape[0]
+        a = x.new_empty(x.shape if want_a else (0,))
+        return x.new_empty(B), x.new_empty(B, topk), y.new_empty(B, topk), a
+
+    @torch.library.register_fake("fastmargin::nontarget_lse_bwd")
+    def _(  # type: ignore[no-untyped-def]
+        x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
+        rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
+    ):  # fmt: skip
+        n = w.shape[0] if rows is None else rows.shape[0]
+        return (
+            x.new_empty(x.shape if need_dx else (0,)),
+            x.new_empty((n, x.shape[1]) if need_dw else (0,)),
+            x.new_empty(n if need_db else 0),
+        )
+
+
+IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True)
+IMPLS["reference"] = Impl({"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True)

@@ -1,0 +1,52 @@
+"""target_logit: each row's logit for its own class.
+
+    target_i = <x_i, w_{y_i} / ||w_{y_i}||>     (or <x_i, w_{y_i}> + b_{y_i}); 0 where y_i = -1
+    1 / ||w|| := 0 for ||w|| < 1e-12
+
+An op of its own, without autograd: `nontarget_lse` differentiates it. Letters: B rows, C classes, d features.
+"""
+
+import torch
+from torch import Tensor
+
+from fastmargin.backends import Impl, build, native_can_run
+from fastmargin.ops.checks import check_ids
+
+
+def inverse_norms(w: Tensor) -> Tensor:  # [C, d] -> [C]
+    norm = w.norm(dim=1)
+    return torch.where(norm < 1e-12, 0.0, 1 / norm)
+
+
+def target_logit(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B] in [-1, n): class ids, or places in `rows`
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    normalize_weight: bool,
+) -> Tensor:  # [B]
+    check_ids(y, rows, len(w))
+    if len(w) == 0 or (rows is not None and len(rows) == 0):
+        return x.new_zeros(len(x))
+    safe = y.clamp(min=0)
+    ids = safe if rows is None else rows[safe]
+    wy = w[ids]
+    target = (x * wy).sum(1)
+    if normalize_weight:
+        target = target * inverse_norms(wy)
+    if bias is not None:
+        target = target + bias[ids]
+    return target.masked_fill(y < 0, 0.0)
+
+
+IMPLS: dict[str, Impl] = {}
+if build().facts:
+    IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.target_logit.default}, native_can_run)
+
+    @torch.library.register_fake("fastmargin::target_logit")
+    def _(x, w, y, bias, rows, normalize_weight):  # type: ignore[no-untyped-def]
+        return x.new_empty(x.shape[0])
+
+
+IMPLS["stream"] = IMPLS["reference"] = Impl({"fwd": target_logit}, lambda x: True)

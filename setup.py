@@ -1,0 +1,48 @@
+"""Installs fastmargin; the native extension is described by CMakeLists.txt, called from here.
+
+Without a C++ compiler the package installs and runs on its portable backends; a compile error fails the installation.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+COMPILERS = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+            import torch
+        except ImportError as error:
+            sys.exit(f"fastmargin builds against the installed torch and pybind11 ({error}): install them first, "
+                     "then use pip install --no-build-isolation")  # fmt: skip
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"  # kept: rebuilds are quick
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DFASTMARGIN_TORCH_VERSION={torch.__version__}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+has_compiler = any(name and shutil.which(name) for name in COMPILERS)
+if not has_compiler:
+    print("fastmargin: no C++ compiler found; installing without the native kernels", file=sys.stderr)
+
+setup(
+    packages=[*find_packages(include=["fastmargin*"]), "fastmargin.kernels"],
+    package_dir={"fastmargin.kernels": "kernels"},
+    ext_modules=[Extension("fastmargin._C", sources=[])] if has_compiler else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
