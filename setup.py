@@ -32,8 +32,10 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DFASTMARGIN_TORCH_VERSION={torch.__version__}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # cmake and ninja may come from pip, beside this Python, without its folder being on the PATH
+        env = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}
+        subprocess.run(configure, check=True, env=env)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
 
 
 has_compiler = any(name and shutil.which(name) for name in COMPILERS)

@@ -43,8 +43,8 @@ inline void check_all(const at::Tensor& x, const at::Tensor& w, const at::Tensor
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
                       bool normalize_weight) {
   check_operands(x, w, y, bias, rows);
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
-                    "want float32 or float64; got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "want float32 or float64; got ",
+                    x.scalar_type());
   TORCH_CHECK_VALUE(!(bias && normalize_weight), "a bias needs normalize_weight=False");
   check_rows(rows, w.size(0));
   check_labels(y.contiguous(), rows ? rows->size(0) : w.size(0));

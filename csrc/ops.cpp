@@ -1,4 +1,5 @@
-// Op schemas, and the facts of this build. Implementations register themselves: csrc/cpu/<stem>.cpp, csrc/cuda/glue.cpp.
+// Op schemas, and the facts of this build. Implementations register themselves: csrc/cpu/<stem>.cpp,
+// csrc/cuda/glue.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -13,12 +14,15 @@ std::string cpu_kernels();  // which capability's objects run here
 TORCH_LIBRARY(fastmargin, m) {
   m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, bool normalize_weight) -> Tensor");
   m.def(
-      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool normalize_weight, "
+      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "normalize_weight, "
       "int pool, int topk, ScalarType? compute_dtype, bool want_a) -> (Tensor rest, Tensor topk_values, "
       "Tensor topk_classes, Tensor a)");
   m.def(
-      "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool normalize_weight, "
-      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor d_target, "
+      "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "normalize_weight, "
+      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor "
+      "d_target, "
       "Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
 }
 

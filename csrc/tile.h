@@ -8,9 +8,9 @@
 // function shared between them would let the linker hand AVX-512 code to a machine without it.
 #pragma once
 
+#include <math.h>
 #include <cstdint>
 #include <cstring>
-#include <math.h>
 
 #if defined(__CUDACC__)
 #define FM_INLINE static __host__ __device__ __forceinline__

@@ -5,7 +5,6 @@ blocked over classes), `reference` (stores B x C; the tests' truth). A backend t
 FASTMARGIN_BACKEND, runs or raises; only silence falls back, and never to `reference`.
 """
 
-import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,9 +26,8 @@ class Build(NamedTuple):
     problem: str  # why it did not load; empty where it did
 
 
-@functools.cache
-def build() -> Build:
-    """Loads the extension, once; loading registers `torch.ops.fastmargin`."""
+def load() -> Build:
+    """Loads the extension; that registers `torch.ops.fastmargin`."""
     try:
         from fastmargin import _C  # type: ignore[attr-defined]
     except ModuleNotFoundError:
@@ -41,8 +39,12 @@ def build() -> Build:
     return Build(_C.build_facts(), "")
 
 
+BUILD = load()
+NATIVE_DEVICES = BUILD.facts.get("devices", "").split(",")
+
+
 def native_can_run(x: Tensor) -> bool:
-    return x.device.type in build().facts.get("devices", "").split(",") and x.dtype in (torch.float32, torch.float64)
+    return x.device.type in NATIVE_DEVICES and x.dtype in (torch.float32, torch.float64)
 
 
 def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
@@ -56,14 +58,14 @@ def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
     if name not in impls:
         raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
     if not impls[name].can_run(x):
-        why = build().problem if name == "native" and build().problem else "not supported"
+        why = BUILD.problem if name == "native" and BUILD.problem else "not supported"
         raise ValueError(f"backend {name!r} cannot run {x.dtype} on {x.device}: {why}")
     return name
 
 
 def describe() -> str:
     """What `fastmargin info` prints: versions, what was built, what can run, and what never ran."""
-    facts, problem = build()
+    facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
     gpu = "stream backend only, never run" if torch.cuda.is_available() else "no CUDA device here"
     return "\n".join(

@@ -9,7 +9,7 @@
 
 namespace fastmargin {
 
-#define FM_TABLES(CAPABILITY)                                              \
+#define FM_TABLES(CAPABILITY)                                               \
   extern const NontargetLseKernels<float> nontarget_lse_float_##CAPABILITY; \
   extern const NontargetLseKernels<double> nontarget_lse_double_##CAPABILITY;
 FM_TABLES(DEFAULT)
@@ -29,10 +29,10 @@ std::string cpu_kernels() {
 template <typename T>
 const NontargetLseKernels<T>& nontarget_lse_kernels() {
   static const std::string capability = cpu_kernels();
-#define FM_PICK(CAPABILITY)                                                             \
-  if (capability == #CAPABILITY) {                                                      \
-    if constexpr (std::is_same_v<T, float>) return nontarget_lse_float_##CAPABILITY;    \
-    if constexpr (std::is_same_v<T, double>) return nontarget_lse_double_##CAPABILITY;  \
+#define FM_PICK(CAPABILITY)                                                            \
+  if (capability == #CAPABILITY) {                                                     \
+    if constexpr (std::is_same_v<T, float>) return nontarget_lse_float_##CAPABILITY;   \
+    if constexpr (std::is_same_v<T, double>) return nontarget_lse_double_##CAPABILITY; \
   }
 #ifdef FASTMARGIN_X86
   FM_PICK(AVX512)

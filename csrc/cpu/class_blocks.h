@@ -53,8 +53,7 @@ struct Problem {
   void pack() {
     packed_ = at::empty({B, d}, x_.options());
     T* out = packed_.template data_ptr<T>();
-    for (int64_t i0 = 0; i0 < B; i0 += tile)
-      kernels.transpose(x + i0 * d, std::min(tile, B - i0), d, out + i0 * d);
+    for (int64_t i0 = 0; i0 < B; i0 += tile) kernels.transpose(x + i0 * d, std::min(tile, B - i0), d, out + i0 * d);
     packed = out;
   }
 

@@ -4,11 +4,11 @@
 // rate of a BLAS call. Where it cannot run (other machines, float64) the product goes through ATen.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/native/CPUBlas.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <type_traits>

@@ -236,10 +236,11 @@ void refuse(const optional<Tensor>& bend, int64_t pool, const optional<at::Scala
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
-    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& rows,
-    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, int64_t topk,
-    optional<at::ScalarType> compute_dtype, bool want_a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                             const optional<Tensor>& bias, const optional<Tensor>& rows,
+                                                             const optional<Tensor>& bend, bool normalize_weight,
+                                                             int64_t pool, int64_t topk,
+                                                             optional<at::ScalarType> compute_dtype, bool want_a) {
   refuse(bend, pool, compute_dtype);
   check_all(x, w, y, bias, rows, normalize_weight);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
@@ -249,17 +250,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(
-    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& rows,
-    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
-    const Tensor& rest, const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest, const Tensor& d_target,
-    const optional<Tensor>& d_topk, bool need_dx, bool need_dw, bool need_db) {
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                     const optional<Tensor>& bias, const optional<Tensor>& rows,
+                                                     const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
+                                                     optional<at::ScalarType> compute_dtype, const Tensor& rest,
+                                                     const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
+                                                     const Tensor& d_target, const optional<Tensor>& d_topk,
+                                                     bool need_dx, bool need_dw, bool need_db) {
   refuse(bend, pool, compute_dtype);
   check_all(x, w, y, bias, rows, normalize_weight);
   TORCH_CHECK_VALUE(!need_dx || a.numel() == x.numel(), "dx needs the a of a forward pass with want_a=True");
   const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
   const auto d_topk_ = d_topk ? optional<Tensor>(d_topk->contiguous()) : std::nullopt;
-  const Tensor d_rest_ = d_rest.contiguous(), d_target_ = d_target.contiguous(), ids = topk_classes.contiguous(), a_ = a.contiguous();
+  const Tensor d_rest_ = d_rest.contiguous(), d_target_ = d_target.contiguous(), ids = topk_classes.contiguous(),
+               a_ = a.contiguous();
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Problem<T> p(x, w, y, bias, rows_, normalize_weight);

@@ -40,7 +40,8 @@ void row_max(const Tile<T>& t, T* top) {
 
 // The rows of one line whose logit beats their k-th best; rare, so it may be scalar.
 template <typename T>
-void offer(const LseState<T>& s, const T* v, const int32_t* target, int32_t line, int64_t i0, int64_t count, int64_t id) {
+void offer(const LseState<T>& s, const T* v, const int32_t* target, int32_t line, int64_t i0, int64_t count,
+           int64_t id) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = i0 + i;
     if (v[i] > s.threshold[row] && target[row] != line) {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import Impl, build, native_can_run, pick
+from fastmargin.backends import BUILD, Impl, native_can_run, pick
 from fastmargin.ops import nontarget_lse_portable as portable
 from fastmargin.ops import target_logit
 from fastmargin.ops.checks import check_operands
@@ -121,7 +121,7 @@ def nontarget_lse(
 
 
 IMPLS: dict[str, Impl] = {}
-if build().facts:
+if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
         {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run

@@ -72,7 +72,9 @@ def count(w: Tensor, rows: Tensor | None) -> int:
     return len(w) if rows is None else len(rows)
 
 
-def blocks(x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, normalize_weight: bool) -> Iterator[Block]:
+def blocks(
+    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, normalize_weight: bool
+) -> Iterator[Block]:
     """All classes, so many at a time that a block of logits and one of weights stay within 4 MiB of float32."""
     C, n = count(w, rows), max(256, 2**20 // max(len(x), x.shape[1]))
     for first in range(0, C, n):
@@ -228,5 +230,9 @@ def reference_bwd(
     refuse(bend, pool, compute_dtype)
     block = block_of(x, w, y, bias, rows, normalize_weight, 0, count(w, rows))
     g = logit_gradient(block, rest, topk_classes, d_rest, d_target, d_topk)
-    none = x.new_empty(0)
-    return g @ block.w if need_dx else none, weight_gradient(block, g, x) if need_dw else none, g.sum(0) if need_db else none
+    dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
+    return (
+        g @ block.w if need_dx else dx,
+        weight_gradient(block, g, x) if need_dw else dw,
+        g.sum(0) if need_db else db,
+    )

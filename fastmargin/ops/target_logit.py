@@ -9,7 +9,7 @@ An op of its own, without autograd: `nontarget_lse` differentiates it. Letters: 
 import torch
 from torch import Tensor
 
-from fastmargin.backends import Impl, build, native_can_run
+from fastmargin.backends import BUILD, Impl, native_can_run
 from fastmargin.ops.checks import check_ids
 
 
@@ -41,7 +41,7 @@ def target_logit(
 
 
 IMPLS: dict[str, Impl] = {}
-if build().facts:
+if BUILD.facts:
     IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.target_logit.default}, native_can_run)
 
     @torch.library.register_fake("fastmargin::target_logit")

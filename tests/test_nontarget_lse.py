@@ -1,0 +1,409 @@
+"""nontarget_lse and target_logit against a dense float64 composition, on every backend."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_as_good, error
+
+from fastmargin.ops import target_logit
+from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+
+F32, F64 = torch.float32, torch.float64
+native_only = pytest.mark.skipif("native" not in IMPLS, reason="native kernels not built")
+
+
+def dense(x, w, y, bias=None, rows=None, normalize_weight=True, topk=0):
+    """The definition, in plain autograd."""
+    w = w if rows is None else w[rows]
+    w = F.normalize(w, eps=1e-12) if normalize_weight else w
+    z = x @ w.T if bias is None else x @ w.T + (bias if rows is None else bias[rows])
+    own = y[:, None] == torch.arange(len(w))
+    rest = z.masked_fill(own, -torch.inf).logsumexp(1)
+    target = torch.where(own, z, 0.0).sum(1)
+    order = z.masked_fill(own, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return rest, target, order.values[:, :topk], order.indices[:, :topk]
+
+
+def leaves(*tensors):
+    return [None if t is None else t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def run(op, x, w, y, bias, upstream, **options):
+    """Outputs and gradients. `upstream` are the gradients of rest, target and topk_values."""
+    x, w, bias = leaves(x, w, bias)
+    out = op(x, w, y, bias=bias, **options)
+    pairs = [(o, g) for o, g in zip(out[:3], upstream, strict=True) if o.numel() and o.requires_grad]
+    torch.autograd.backward([o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs])
+    grads = [t.grad.to_dense() for t in (x, w, bias) if t is not None]
+    return [*out[:3], *grads], out[3]
+
+
+def problem(B, d, C, k=0, s=16.0, cosine=None, plain=False):
+    """Rows of norm s in float64; with `cosine`, that near to their own class."""
+    w = torch.randn(C, d, dtype=F64) * 0.1
+    y = torch.randint(0, C, (B,))
+    f = F.normalize(torch.randn(B, d, dtype=F64))
+    if cosine is not None:
+        own = F.normalize(w[y])
+        across = F.normalize(f - (f * own).sum(1, keepdim=True) * own)
+        f = cosine * own + math.sqrt(1 - cosine**2) * across
+    bias = torch.randn(C, dtype=F64) if plain else None
+    upstream = torch.rand(B, dtype=F64) + 0.1, -torch.rand(B, dtype=F64), 0.1 * torch.rand(B, k, dtype=F64)
+    return s * f, w, y, bias, upstream
+
+
+def cast(dtype, *tensors):
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+SHAPES = [(1, 2, 2, 1), (3, 96, 1009, 5), (256, 16, 700, 64), (257, 33, 300, 1), (600, 8, 513, 3), (5, 130, 257, 0)]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_equals_the_definition(backend, shape, plain):
+    B, d, C, k = shape
+    k = min(k, C - 1)
+    *given, upstream = problem(B, d, C, k, plain=plain)
+    options = dict(normalize_weight=not plain, topk=k)
+    got, classes = run(nontarget_lse, *given, upstream, backend=backend, **options)
+    truth, order = run(dense, *given, upstream, **options)
+    assert torch.equal(classes, order)
+    for a, b in zip(got, truth, strict=True):
+        assert error(a, b) < 1e-12
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("cosine", [None, 0.5, 0.9, 1.0], ids=["random", "cos .5", "cos .9", "cos 1"])
+@pytest.mark.parametrize("s", [30.0, 64.0, 200.0])
+def test_float32_errs_at_most_twice_as_much_as_plain_pytorch(backend, cosine, s):
+    *given, upstream = problem(130, 96, 1009, 3, s=s, cosine=cosine)
+    given32 = cast(F32, *given)
+    truth, _ = run(dense, *cast(F64, *given32), upstream, topk=3)
+    plain, _ = run(dense, *given32, upstream, topk=3)
+    got, _ = run(nontarget_lse, *given32, upstream, topk=3, backend=backend)
+    for a, p, t in zip(got, plain, truth, strict=True):
+        assert_as_good(a, p, t)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+def test_gradcheck(backend, plain):
+    x, w, _, bias, _ = problem(4, 3, 7, s=2.0, plain=plain)
+    y = torch.tensor([1, -1, 3, 0])
+
+    def op(x, w, bias):
+        return nontarget_lse(x, w, y, bias=bias, normalize_weight=not plain, topk=2, backend=backend)[:3]
+
+    assert torch.autograd.gradcheck(op, leaves(x, w, bias))
+
+
+def test_a_label_held_elsewhere_leaves_every_class_a_negative(backend):
+    x, w, _, _, _ = problem(6, 5, 40)
+    rest, target, values, classes = nontarget_lse(x, w, torch.full((6,), -1), topk=40, backend=backend)
+    z = x @ F.normalize(w).T
+    assert error(rest, z.logsumexp(1)) < 1e-14
+    assert torch.equal(target, torch.zeros(6, dtype=F64))
+    assert torch.equal(classes, z.argsort(1, descending=True))
+    assert error(values, z.sort(dim=1, descending=True).values) < 1e-14
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("C", [0, 1, 2, 3])
+def test_fewer_classes_than_asked_for(backend, dtype, C):
+    x, w = torch.randn(5, 4, dtype=dtype), torch.randn(C, 4, dtype=dtype)
+    y = torch.tensor([0, 0, C - 1, 0, -1]).clamp(max=C - 1)
+    x, w = leaves(x, w)
+    rest, target, values, classes = nontarget_lse(x, w, y, topk=3, backend=backend)
+    others = C - (y >= 0).long()
+    assert torch.equal((classes >= 0).sum(1), others.clamp(max=3))
+    assert torch.equal(values == -torch.inf, classes == -1)
+    assert torch.equal(rest == -torch.inf, others == 0)
+    d_rest = torch.ones_like(rest)
+    torch.autograd.backward((rest, target), (d_rest, torch.ones_like(target)))
+    assert x.grad.isfinite().all() and w.grad.isfinite().all()
+    if C == 1:  # a class alone: g stays d_target at the row's own class, and is 0 elsewhere
+        unit = F.normalize(w.detach())
+        assert torch.allclose(x.grad, unit.expand_as(x))
+
+
+@pytest.mark.usefixtures("poison")
+def test_no_rows(backend):
+    x, w = leaves(torch.randn(0, 4), torch.randn(9, 4))
+    rest, target, values, classes = nontarget_lse(x, w, torch.zeros(0, dtype=torch.int64), topk=2, backend=backend)
+    (rest.sum() + target.sum() + values.sum()).backward()
+    assert values.shape == classes.shape == (0, 2)
+    assert torch.equal(w.grad, torch.zeros(9, 4)) and x.grad.shape == (0, 4)
+
+
+def test_zero_rows_and_zero_weights(backend):
+    x, w = leaves(torch.randn(4, 6), torch.randn(12, 6))
+    with torch.no_grad():
+        x[1], w[3], w[5] = 0, 0, 1e-20
+    y = torch.tensor([3, 2, 5, 3])
+    rest, target, *_ = nontarget_lse(x, w, y, backend=backend)
+    (rest.sum() + target.sum()).backward()
+    assert torch.equal(target[[0, 1, 2, 3]], torch.zeros(4))
+    assert torch.allclose(rest[1], torch.tensor(11.0).log())
+    assert torch.equal(w.grad[[3, 5]], torch.zeros(2, 6))
+    assert x.grad.isfinite().all() and w.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("poison")
+def test_ties_go_to_the_smaller_class(backend, threads):
+    """Small integers: every product is exact, so equal logits are equal, and there are many."""
+    x = torch.randint(-2, 3, (70, 6)).float()
+    w = torch.randint(-1, 2, (900, 6)).float()
+    y = torch.randint(0, 900, (70,))
+    _, _, values, classes = nontarget_lse(x, w, y, normalize_weight=False, topk=20, backend=backend)
+    _, _, want, order = dense(x, w, y, normalize_weight=False, topk=20)
+    assert torch.equal(values, want)
+    assert torch.equal(classes, order)
+
+
+@pytest.mark.parametrize("layout", ["columns", "every other class", "one row repeated", "offset"])
+def test_any_strides(backend, layout):
+    x, y = torch.randn(10, 7, 2, dtype=F64)[:, :, 0], torch.randint(0, 30, (10,))
+    w = {
+        "columns": lambda: torch.randn(7, 30, dtype=F64).T,
+        "every other class": lambda: torch.randn(60, 7, dtype=F64)[::2],
+        "one row repeated": lambda: torch.randn(1, 7, dtype=F64).expand(30, 7),
+        "offset": lambda: torch.randn(40, 11, dtype=F64)[5:35, 2:9],
+    }[layout]()
+    upstream = torch.rand(10, dtype=F64), torch.rand(10, dtype=F64), torch.rand(10, 2, dtype=F64)
+    x.requires_grad_()
+    w = w.detach().requires_grad_()
+    out = nontarget_lse(x, w, y, topk=2, backend=backend)
+    got = torch.autograd.grad(out[:3], (x, w), upstream)
+    expected = dense(x, w, y, topk=2)
+    truth = torch.autograd.grad(expected[:3], (x, w), upstream)
+    for a, b in zip((*out[:3], got[0]), (*expected[:3], truth[0]), strict=True):
+        assert error(a, b) < 1e-12
+    if layout != "one row repeated":  # ties: which class gets the top-k gradient is not the definition's choice
+        assert error(got[1], truth[1]) < 1e-12
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+def test_rows_are_the_whole_of_a_smaller_problem(backend, plain):
+    x, w, _, bias, upstream = problem(40, 12, 800, 3, plain=plain)
+    rows = torch.randperm(800)[:333].sort().values
+    y = torch.randint(-1, 333, (40,))
+    options = dict(rows=rows, normalize_weight=not plain, topk=3)
+    got, classes = run(nontarget_lse, x, w, y, bias, upstream, backend=backend, **options)
+    truth, order = run(dense, x, w, y, bias, upstream, **options)
+    assert torch.equal(classes, order)
+    for a, b in zip(got, truth, strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_gradients_over_rows_are_sparse(backend):
+    x, w, bias = leaves(torch.randn(3, 4), torch.randn(9, 4), torch.randn(9))
+    rows = torch.tensor([1, 4, 8])
+    rest, *_ = nontarget_lse(
+        x, w, torch.tensor([0, 2, -1]), bias=bias, rows=rows, normalize_weight=False, backend=backend
+    )
+    rest.sum().backward()
+    for t in (w, bias):
+        assert t.grad.is_sparse and t.grad.shape == t.shape and torch.equal(t.grad.coalesce().indices()[0], rows)
+
+
+def test_no_gradient_where_none_is_needed(backend):
+    x, w, y = torch.randn(5, 4), torch.randn(9, 4), torch.randint(0, 9, (5,))
+    for x_needs, w_needs in ((True, False), (False, True)):
+        x.requires_grad_(x_needs).grad, w.requires_grad_(w_needs).grad = None, None
+        nontarget_lse(x, w, y, backend=backend)[0].sum().backward()
+        assert (x.grad is not None) == x_needs and (w.grad is not None) == w_needs
+
+
+@pytest.mark.parametrize("C", [10, 300_000])
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_the_fixed_offset_holds_at_its_bound(backend, C, side):
+    """All classes at the same cosine, +1 or -1: the largest and the smallest sum there is."""
+    norm = 86 - math.log(C) / 2
+    x, w = torch.tensor([[norm]]), torch.full((C, 1), side)
+    rest, *_ = nontarget_lse(x, w, torch.tensor([0]), backend=backend)
+    assert abs(float(rest[0]) - (side * norm + math.log(C - 1))) < 1e-4
+
+
+@pytest.mark.parametrize("norm", [0.0, 1.0, 80.0, 100.0, 1e4])
+def test_any_norm(backend, norm, threads):
+    x, w, y, _, upstream = cast(F32, *problem(20, 8, 600, 0, s=norm)[:3], None, torch.zeros(0))
+    del upstream
+    rest, *_ = nontarget_lse(x, w, y, backend=backend)
+    truth = dense(x.double(), w.double(), y)[0]
+    assert torch.allclose(rest.double(), truth, rtol=2e-6, atol=2e-6)
+
+
+def test_not_a_number_is_not_hidden(backend):
+    x, w, y = torch.randn(3, 4), torch.randn(50, 4), torch.tensor([0, 1, 2])
+    x[1, 2] = torch.nan
+    rest, target, *_ = nontarget_lse(x, w, y, backend=backend)
+    assert rest[1].isnan() and target[1].isnan()
+    assert rest[[0, 2]].isfinite().all()
+
+
+@native_only
+def test_two_runs_agree_to_the_bit(threads):
+    x, w, y, _, upstream = problem(300, 64, 3000, 5)
+    given = cast(F32, x, w, y, None)
+    first, second = (run(nontarget_lse, *given, upstream, topk=5, backend="native") for _ in range(2))
+    for a, b in zip((*first[0], first[1]), (*second[0], second[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend, dtype, threads):
+    x, w, y, _, upstream = problem(40, 32, 2000, 2)
+    given = cast(F32, x, w, y, None)
+    plain, _ = run(nontarget_lse, *given, upstream, topk=2, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed, _ = run(nontarget_lse, *given, upstream, topk=2, backend=backend)
+    for a, b in zip(plain, mixed, strict=True):
+        assert torch.equal(a, b)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_opcheck(dtype):
+    x, w, y = torch.randn(6, 5, dtype=dtype), torch.randn(20, 5, dtype=dtype), torch.randint(-1, 20, (6,))
+    rows, bias = torch.tensor([0, 3, 7, 19]), torch.randn(20, dtype=dtype)
+    ops = torch.ops.fastmargin
+    for y_, bias_, rows_, normalize in ((y, None, None, True), (y.clamp(max=3), bias, rows, False)):
+        torch.library.opcheck(ops.target_logit, (x, w, y_, bias_, rows_, normalize))
+        fwd = (x, w, y_, bias_, rows_, None, normalize, 1, 2, None, True)
+        torch.library.opcheck(ops.nontarget_lse_fwd, fwd)
+        rest, _, classes, a = ops.nontarget_lse_fwd(*fwd)
+        g = torch.randn_like(rest)
+        for need in ((True, True, True), (True, False, False)):
+            bwd = (x, w, y_, bias_, rows_, None, normalize, 1, None, rest, classes, a, g, g, torch.randn(6, 2, dtype=dtype))
+            torch.library.opcheck(ops.nontarget_lse_bwd, (*bwd, *need))
+
+
+@native_only
+def test_compiles_whole_with_backward():
+    x, w, y, _, upstream = problem(12, 8, 50, 2)
+
+    def op(x, w, y, bias, **options):
+        return nontarget_lse(x, w, y, **options)
+
+    compiled = torch.compile(op, fullgraph=True)
+    got, classes = run(compiled, x, w, y, None, upstream, topk=2)
+    plain, order = run(op, x, w, y, None, upstream, topk=2)
+    assert torch.equal(classes, order)
+    for a, b in zip(got, plain, strict=True):
+        assert error(a, b) < 1e-14
+
+
+def test_options_to_come_are_refused(backend):
+    x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
+    fwd = IMPLS[backend].functions["fwd"]
+    with pytest.raises(ValueError, match="bend"):
+        fwd(x, w, y, None, None, torch.zeros(2, 4), True, 1, 0, None, False)
+    with pytest.raises(ValueError, match="pool"):
+        fwd(x, w, y, None, None, None, True, 3, 0, None, False)
+    with pytest.raises(ValueError, match="compute_dtype"):
+        fwd(x, w, y, None, None, None, True, 1, 0, torch.bfloat16, False)
+
+
+X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "args, options, says",
+    [
+        ((X[0], W, Y), {}, r"x \[B, d\]"),
+        ((X, W[:, :2], Y), {}, r"got \[4, 3\], \[9, 2\]"),
+        ((X, W, Y[:3]), {}, r"y \[B\]"),
+        ((X[:, :0], W[:, :0], Y), {}, "d is 0"),
+        ((X.half(), W.half(), Y), {}, "float32 or both float64"),
+        ((X, W.double(), Y), {}, "float64"),
+        ((X, W, Y.int()), {}, "int64"),
+        ((X, W.to("meta"), Y), {}, "meta"),
+        ((X, W, Y), {"topk": -1}, "topk = -1"),
+        ((X, W, Y), {"topk": 1.5}, "topk = 1.5"),
+        ((X, W, Y), {"backend": "fast"}, "native.*stream.*reference|stream.*reference"),
+        ((X, W, Y), {"bias": torch.zeros(9)}, "normalize_weight=False"),
+        ((X, W, Y), {"bias": torch.zeros(8), "normalize_weight": False}, r"bias \[C\]"),
+        ((X, W, Y), {"rows": torch.zeros(2)}, r"rows \[n\] int64"),
+    ],
+)
+def test_bad_arguments(args, options, says):
+    with pytest.raises(ValueError, match=says):
+        nontarget_lse(*args, **options)
+
+
+@pytest.mark.parametrize("label", [9, -2, 10**12])
+def test_a_label_out_of_range_is_named(backend, label):
+    y = torch.tensor([0, 1, label, 3])
+    with pytest.raises(ValueError, match=rf"label {label} of row 2 .*\[-1, 9\)"):
+        nontarget_lse(X, W, y, backend=backend)
+    with pytest.raises(ValueError, match=rf"label {label} of row 2"):
+        target_logit.IMPLS[backend].functions["fwd"](X, W, y, None, None, True)
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [3, 2], [0, 9], [-1, 2]])
+def test_rows_out_of_order_or_range_are_named(backend, rows):
+    with pytest.raises(ValueError, match=r"rows\[\d\] = -?\d"):
+        nontarget_lse(X, W, Y, rows=torch.tensor(rows), backend=backend)
+
+
+@native_only
+def test_offsets_beyond_32_bits():
+    """The last of 2^31 / 64 + 3 classes; the memory in between is never touched."""
+    C, d = 2**31 // 64 + 3, 64
+    w = torch.empty(C, d)
+    rows = torch.tensor([0, 5, C - 1])
+    w[rows] = torch.randn(3, d)
+    x = torch.randn(4, d)
+    y = torch.tensor([0, 1, 2, 2])
+    got, classes = run_rows(x, w, y, rows)
+    truth, order = run_rows(x, w[rows], y, None)
+    assert torch.equal(classes, order)
+    for a, b in zip(got, truth, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def run_rows(x, w, y, rows):
+    x, w = x.clone().requires_grad_(), w.requires_grad_()
+    rest, target, values, classes = nontarget_lse(x, w, y, rows=rows, topk=2, backend="native")
+    (dx, dw) = torch.autograd.grad(rest.sum() + 2 * target.sum() + values.sum(), (x, w))
+    return [rest, target, values, dx, dw.coalesce().values() if rows is not None else dw], classes
+
+
+PEAK = """
+import torch
+from fastmargin.ops.nontarget_lse import nontarget_lse
+torch.set_num_threads(2)
+
+def memory(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+def step(B, C, d):
+    x, w = torch.randn(B, d).requires_grad_(), torch.randn(C, d).requires_grad_()
+    y = torch.randint(0, C, (B,))
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak starts anew
+    before = memory("VmRSS")
+    rest, target, *_ = nontarget_lse(x, w, y, topk=1, backend="native")
+    (rest - target).sum().backward()
+    return memory("VmHWM") - before - 4 * (w.numel() + x.numel())
+
+step(8, 500, 64)
+print(step(1024, 200_000, 64))
+"""
+
+
+@native_only
+def test_peak_memory():
+    """B x C would be 819 MB; above the inputs and dw it must stay under 64 MiB."""
+    child = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    if "clear_refs" in child.stderr:
+        pytest.skip("the peak of a process cannot be reset here")
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 64 * 2**20, f"{int(child.stdout) / 2**20:.0f} MiB"
