@@ -1,0 +1,159 @@
+"""What a training run is: frozen dataclasses, filled from file, environment and command line by `driver.cli`.
+
+Every default, its help text and its range live here and nowhere else. This module imports no torch, so that
+`fastmargin --help` stays quick.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_type_hints
+
+# What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
+MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def require(ok: bool, name: str, given: object, wanted: str) -> None:
+    """Raises ValueError naming the option, what was given and what is wanted."""
+    if not ok:
+        raise ValueError(f"{name} is {given!r}; wanted {wanted}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Glyph identities: characters drawn in many faces; whole characters are held out for evaluation."""
+
+    fonts: str | None = option(None, "folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
+    faces: int = option(6, "an identity has at least this many different images")
+    size: int = option(32, "pixels per side")
+    holdout: float = option(0.2, "share of the identities that training never sees")
+    split_seed: int = option(0, "which identities are held out")
+    cache: str | None = option(None, "folder of rendered arrays; null: ~/.cache/fastmargin")
+    augment: bool = option(True, "small random rotations, shifts, blur and noise")
+
+    def __post_init__(self) -> None:
+        require(self.faces >= 2, "data.faces", self.faces, "at least 2")
+        require(self.size >= 16, "data.size", self.size, "at least 16 pixels")
+        require(0 < self.holdout < 1, "data.holdout", self.holdout, "a share between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The margin head."""
+
+    margin: Literal[
+        "Softmax", "NormFace", "L2Softmax", "SphereFace", "CosFace", "AMSoftmax",
+        "ArcFace", "AdaFace", "MagFace", "ElasticFace",
+    ] = option("ArcFace", "margin of the target")  # fmt: skip
+    s: float | None = option(None, "scale; null: 30 for ArcFace, else the margin's own default")
+    m: float | None = option(None, "margin; null: 0.4 for ArcFace, else the margin's own default")
+    ramp: float = option(0.3, "m grows linearly from 0 over this share of the steps; 0: constant")
+    topk: int = option(1, "nearest wrong classes mined per row")
+    backend: Literal["native", "stream", "reference"] | None = option(None, "null: the fastest that can run")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
+        require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs one")
+
+    def arguments(self) -> dict[str, float]:
+        """What the margin's constructor is given; what is absent keeps the margin's own default."""
+        given = {name: value for name, value in (("s", self.s), ("m", self.m)) if value is not None}
+        return {**MEASURED.get(self.margin, {}), **given}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with Nesterov momentum, linear warm-up, then a cosine."""
+
+    steps: int = option(1600, "optimiser steps of the whole run")
+    batch_size: int = option(256, "images per step")
+    lr: float = option(0.1, "learning rate at the end of the warm-up")
+    final_lr: float = option(0.01, "share of lr left at the end of the cosine")
+    warmup: int = option(100, "steps of linear warm-up")
+    momentum: float = option(0.9, "Nesterov momentum")
+    weight_decay: float = option(5e-4, "on every parameter: convolutions, norms and class weights alike")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "optim.steps", self.steps, "at least 1")
+        require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2")
+        require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
+        require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
+        require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more steps")
+        require(0 < self.momentum < 1, "optim.momentum", self.momentum, "between 0 and 1, both excluded")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which images make a batch. The last three options concern the doppelganger sampler alone."""
+
+    name: Literal["uniform", "doppelganger"] = option("uniform", "images, or classes with look-alikes")
+    random_classes: float = option(1 / 3, "share of a batch's classes drawn at random, not mined")
+    counts: tuple[int, int] = option((2, 8), "fewest and most images of a class in a batch")
+    lag: int = option(8, "batches drawn ahead of the table")
+
+    def __post_init__(self) -> None:
+        low, high = self.counts
+        share = self.random_classes
+        require(0 < share <= 1, "sampler.random_classes", share, "a share above 0, at most 1")
+        require(1 <= low <= high, "sampler.counts", self.counts, "two numbers, 1 <= fewest <= most")
+        require(self.lag >= 1, "sampler.lag", self.lag, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    dim: int = option(128, "features of the embedding")
+    seed: int = option(0, "weights, order of the images and augmentation")
+    log_every: int = option(20, "steps between two records")
+    save_every: int = option(400, "steps between two checkpoints")
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 1, "dim", self.dim, "at least 1")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
+        require(self.save_every >= 1, "save_every", self.save_every, "at least 1 step")
+
+
+Config = TypeVar("Config")
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The dataclass `kind` from nested mappings. ValueError names a key that is no option."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
+
+    def value(name: str, given: Any) -> Any:
+        if is_dataclass(hints[name]):
+            return from_dict(hints[name], given)
+        return tuple(given) if isinstance(given, list) else given
+
+    return kind(**{name: value(name, given) for name, given in values.items()})
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted option names and their values, in order, as JSON knows them (a tuple is a list)."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differing(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """Dotted names of the options in which two configurations differ."""
+    other = flatten(theirs)
+    return [name for name, value in flatten(ours).items() if value != other[name]]

@@ -1,0 +1,277 @@
+"""Split, data order and augmentation: bijections, purity and distributions."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastmargin.driver import augment as aug
+from fastmargin.driver.augment import augment, to_float
+from fastmargin.driver.data import Identities, Permutation, UniformBatches, hash64, mix64
+
+
+def toy_identities(names: list[str], each: int = 3) -> Identities:
+    """`each` images per identity, every pixel its image's number."""
+    count = each * len(names)
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None].expand(count, 4, 4)
+    return Identities(images.clone(), torch.arange(len(names)).repeat_interleave(each), names)
+
+
+# Hash
+
+
+def test_mix64_gives_the_published_splitmix64_sequence() -> None:
+    state = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert mix64(state).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_hash_depends_on_every_word_and_on_their_order() -> None:
+    keys = [(1, 2, 3), (1, 3, 2), (3, 2, 1), (1, 2), (1, 2, 0), (0, 1, 2), (-1, 2, 3), (2**63 - 1, 2, 3)]
+    assert len({hash64(*key).item() for key in keys}) == len(keys)
+    assert hash64(7, np.arange(5), 9)[3] == hash64(7, 3, 9).item()
+
+
+# Split
+
+
+def test_split_is_by_md5_of_seed_and_first_code_point() -> None:
+    names = [chr(code) + "x" for code in range(0x100, 0x300)]
+    train, test = toy_identities(names, each=1).split(0.2, 5)
+    fraction = [int(hashlib.md5(f"5:{ord(name[0])}".encode()).hexdigest(), 16) / 2**128 for name in names]
+    assert test.names == [name for name, part in zip(names, fraction, strict=True) if part < 0.2]
+    assert sorted(train.names + test.names) == sorted(names)
+    assert 0.13 < test.num_classes / len(names) < 0.27  # four standard deviations
+
+
+def test_split_keeps_each_identitys_images_under_dense_labels() -> None:
+    whole = toy_identities([chr(code) for code in range(65, 91)])
+    for part in whole.split(0.5, 0):
+        assert part.num_classes > 5 and part.labels.unique().tolist() == list(range(part.num_classes))
+        for label, name in enumerate(part.names):
+            images = whole.images[whole.labels == whole.names.index(name)]
+            assert torch.equal(part.images[part.labels == label], images)
+
+
+def test_split_is_stable_when_an_identity_goes() -> None:
+    names = [chr(code) for code in range(65, 91)]
+    _, test = toy_identities(names).split(0.4, 1)
+    for gone in (names[0], test.names[0], test.names[-1]):
+        _, again = toy_identities([name for name in names if name != gone]).split(0.4, 1)
+        assert again.names == [name for name in test.names if name != gone]
+
+
+def test_split_seed_and_share() -> None:
+    whole = toy_identities([chr(code) for code in range(65, 91)])
+    assert whole.split(0.4, 1)[1].names != whole.split(0.4, 2)[1].names
+    assert set(whole.split(0.2, 1)[1].names) < set(whole.split(0.6, 1)[1].names)
+    train, test = whole.split(0, 1)
+    assert train.names == whole.names and test.num_classes == len(test.images) == 0
+    for holdout in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=str(holdout)):
+            whole.split(holdout, 0)
+
+
+# Order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10, 17, 1009, 4096, 4097])
+def test_permutation_is_a_bijection(n: int) -> None:
+    for epoch in range(3):
+        assert sorted(Permutation(n, 0, epoch)(np.arange(n)).tolist()) == list(range(n))
+
+
+def test_permutation_is_elementwise_and_differs_by_epoch_and_seed() -> None:
+    base = Permutation(1009, 3, 5)(np.arange(1009))
+    assert base.dtype == np.int64
+    assert [Permutation(1009, 3, 5)(i).item() for i in range(0, 1009, 50)] == base[::50].tolist()
+    for other in (Permutation(1009, 3, 6), Permutation(1009, 4, 5), Permutation(1009, 5, 3)):
+        assert (other(np.arange(1009)) == base).sum() < 10  # 1 expected
+
+
+def test_permutation_of_a_large_set_needs_no_table() -> None:
+    n = 3_000_000_000
+    index = np.random.default_rng(0).integers(0, n, 10_000)
+    image = Permutation(n, 0, 0)(index)
+    assert image.min() >= 0 and image.max() < n and len(np.unique(image)) == len(np.unique(index))
+    assert abs(image.mean() / n - 0.5) < 4 / math.sqrt(12 * 10_000)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_every_item_is_first_equally_often(n: int) -> None:
+    first = [Permutation(n, 1, epoch)(0).item() for epoch in range(4000)]
+    counts = np.bincount(first, minlength=n)
+    chi2 = ((counts - 4000 / n) ** 2 / (4000 / n)).sum()
+    assert chi2 < {2: 10.8, 3: 13.8, 7: 22.5}[n]  # one in a thousand
+
+
+def test_neighbours_are_scattered() -> None:
+    order = Permutation(4096, 0, 0)(np.arange(4096)).astype(float)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / math.sqrt(4096)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (10, 10), (7, 16), (1, 3), (1009, 64)])
+def test_batches_visit_every_image_once_per_epoch(n: int, batch: int) -> None:
+    batches = UniformBatches(n, batch, 0)
+    steps = math.ceil(4 * n / batch)
+    index = np.concatenate([batches.indices(step) for step in range(steps)])
+    epoch = np.concatenate([batches.epochs(step) for step in range(steps)])
+    assert index.dtype == epoch.dtype == np.int64 and len(index) == steps * batch
+    assert epoch.tolist() == [p // n for p in range(steps * batch)]
+    for e in range(4):
+        assert sorted(index[epoch == e].tolist()) == list(range(n))
+
+
+def test_batches_are_a_pure_function_of_seed_and_step() -> None:
+    assert np.array_equal(UniformBatches(100, 16, 1).indices(9), UniformBatches(100, 16, 1).indices(9))
+    assert not np.array_equal(UniformBatches(100, 16, 1).indices(9), UniformBatches(100, 16, 2).indices(9))
+    assert UniformBatches(100, 16, 1).epochs(10**12).max() == (16 * 10**12 + 15) // 100
+
+
+def test_empty_orders_are_refused() -> None:
+    with pytest.raises(ValueError, match="n = 0"):
+        Permutation(0, 0, 0)
+    for n, batch in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match=f"got {n} and {batch}"):
+            UniformBatches(n, batch, 0)
+
+
+# Augmentation
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Blobs of grey on black, 32 x 32, different everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.randint(0, 256, (64, 24, 24), dtype=torch.uint8, generator=generator)
+    return torch.nn.functional.pad(inner, (4, 4, 4, 4))
+
+
+INDEX, EPOCH = np.arange(64) * 7, np.arange(64) % 3
+
+
+def test_to_float_keeps_black_and_white(images: Tensor) -> None:
+    result = to_float(images)
+    assert result.shape == (64, 1, 32, 32) and result.dtype == torch.float32
+    assert torch.equal(result[:, 0].double(), (images.double() / 255).float().double())
+    assert result.min() == 0 and result.max() == 1
+
+
+def test_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
+    together = augment(images, INDEX, EPOCH, 0)
+    assert together.shape == (64, 1, 32, 32) and together.dtype == torch.float32
+    for i in (0, 1, 31, 63):
+        alone = augment(images[i : i + 1], INDEX[i : i + 1], EPOCH[i : i + 1], 0)
+        assert torch.equal(alone[0], together[i])
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1)).numpy()
+    assert torch.equal(augment(images[shuffled], INDEX[shuffled], EPOCH[shuffled], 0), together[shuffled])
+
+
+def test_an_image_does_not_depend_on_threads(images: Tensor) -> None:
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(augment(images, INDEX, EPOCH, 0))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_seed_epoch_and_index_all_matter(images: Tensor) -> None:
+    one = images[:1].expand(4, -1, -1)
+    results = [
+        augment(one, [0, 0, 1, 1], [0, 1, 0, 1], 0),
+        augment(one, [0, 0, 1, 1], [0, 1, 0, 1], 1),
+    ]
+    flat = torch.cat(results).flatten(1)
+    assert torch.pdist(flat).min() > 0.5  # no two of the eight are alike
+
+
+def test_range_and_input_are_kept(images: Tensor) -> None:
+    before = images.clone()
+    result = augment(images, INDEX, EPOCH, 0)
+    assert torch.equal(images, before)
+    assert result.min() > -6 * aug.NOISE and result.max() < 1 + 6 * aug.NOISE
+    assert abs(result.mean() - to_float(images).mean()) < 0.02
+
+
+def test_noise_level_is_uniform_up_to_the_limit() -> None:
+    black = torch.zeros(400, 32, 32, dtype=torch.uint8)
+    sigma = augment(black, np.arange(400), np.zeros(400, int), 0).flatten(1).std(1) / aug.NOISE
+    assert sigma.max() < 1.1 and sigma.min() < 0.02
+    assert abs(sigma.mean() - 0.5) < 4 / math.sqrt(12 * 400)
+
+
+def test_half_of_the_images_are_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aug, "NOISE", 0.0)
+    monkeypatch.setattr(aug, "warp", lambda images, amounts: images)
+    point = torch.zeros(400, 5, 5, dtype=torch.uint8)
+    point[:, 2, 2] = 255
+    centre = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
+    assert set(centre.tolist()) == {0.25, 1.0}
+    assert abs((centre < 1).sum().item() - 200) < 4 * 10
+
+
+def test_empty_batch_and_odd_pixel_count() -> None:
+    assert augment(torch.zeros(0, 32, 32, dtype=torch.uint8), [], [], 0).shape == (0, 1, 32, 32)
+    assert augment(torch.zeros(2, 5, 5, dtype=torch.uint8), [0, 1], [0, 0], 0).shape == (2, 1, 5, 5)
+
+
+def naive_warp(image: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+    """Bilinear sampling, pixel by pixel, in float64."""
+    angle, scale, shear, right, down = amounts * [math.radians(8), 0.1, 0.12, 0.12, 0.12]
+    turn = (1 + scale) * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = turn @ np.array([[1, shear], [0, 1]])
+    side = len(image)
+    padded = np.pad(image, 2 * side)
+    result = np.zeros_like(image)
+    for row in range(side):
+        for column in range(side):
+            u = (2 * np.array([column, row]) + 1) / side - 1
+            x, y = ((matrix @ u + [right, down] + 1) * side - 1) / 2 + 2 * side
+            i, j = int(y), int(x)
+            top = (1 - x + j) * padded[i, j] + (x - j) * padded[i, j + 1]
+            bottom = (1 - x + j) * padded[i + 1, j] + (x - j) * padded[i + 1, j + 1]
+            result[row, column] = (1 - y + i) * top + (y - i) * bottom
+    return result
+
+
+def test_warp_equals_brute_force() -> None:
+    generator = torch.Generator().manual_seed(2)
+    pictures = torch.rand(6, 1, 9, 9, generator=generator)
+    amounts = 2 * torch.rand(6, 5, generator=generator) - 1
+    amounts[0] = 0
+    amounts[1] = torch.tensor([1.0, 1, 1, 1, 1])
+    result = aug.warp(pictures, amounts)
+    for picture, amount, got in zip(pictures, amounts, result, strict=True):
+        wanted = naive_warp(picture[0].double().numpy(), amount.double().numpy())
+        assert np.abs(got[0].numpy() - wanted).max() < 1e-5
+    assert (result[0] - pictures[0]).abs().max() < 1e-6
+
+
+def test_blur_is_the_binomial_filter() -> None:
+    pictures = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+    line = torch.tensor([1.0, 2.0, 1.0]) / 4
+    wanted = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
+    assert (aug.blur(pictures) - wanted).abs().max() < 1e-6
+
+
+def test_uniform_and_gaussian_draws_have_their_moments() -> None:
+    words = aug.stream(hash64(0, np.arange(500)), 0, 400)
+    flat = aug.uniform(words >> np.uint64(32)).ravel()
+    n = flat.size
+    assert flat.min() > 0 and flat.max() < 1
+    assert abs(flat.mean() - 0.5) < 4 / math.sqrt(12 * n)
+    normal = aug.gaussian(words)
+    assert normal.shape == (500, 800) and normal.dtype == np.float32
+    x = normal.astype(float)
+    assert abs(x.mean()) < 4 / math.sqrt(2 * n)
+    assert abs(x.var() - 1) < 4 * math.sqrt(2 / (2 * n))
+    assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / (2 * n))
+    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # across images
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # along one
+    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # of one word
