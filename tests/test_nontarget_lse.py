@@ -281,7 +281,23 @@ def test_opcheck(dtype):
         rest, _, classes, a = ops.nontarget_lse_fwd(*fwd)
         g = torch.randn_like(rest)
         for need in ((True, True, True), (True, False, False)):
-            bwd = (x, w, y_, bias_, rows_, None, normalize, 1, None, rest, classes, a, g, g, torch.randn(6, 2, dtype=dtype))
+            bwd = (
+                x,
+                w,
+                y_,
+                bias_,
+                rows_,
+                None,
+                normalize,
+                1,
+                None,
+                rest,
+                classes,
+                a,
+                g,
+                g,
+                torch.randn(6, 2, dtype=dtype),
+            )
             torch.library.opcheck(ops.nontarget_lse_bwd, (*bwd, *need))
 
 

@@ -16,6 +16,7 @@ from fastmargin.ops.checks import check_ids
 from fastmargin.ops.target_logit import inverse_norms
 
 INF = math.inf
+LOW = -1e30  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
 
 
 def portable(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,13 +44,11 @@ class Block(NamedTuple):
     w: Tensor  # [n, d] unit rows where weights are normalised
     scale: Tensor | None  # [n] 1/||w_j||
     z: Tensor  # [B, n]
-    own: Tensor  # [B, n] true at the row's own class
 
 
 def block_of(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
     rows: Tensor | None,  # [n]
     normalize_weight: bool,
@@ -63,27 +62,35 @@ def block_of(
         w = w * scale[:, None]
     z = x @ w.T
     if bias is not None:
-        z = z + bias[pick]
-    own = y[:, None] == torch.arange(first, last, device=y.device)
-    return Block(first, w, scale, z, own)
+        z += bias[pick]
+    return Block(first, w, scale, z)
 
 
 def count(w: Tensor, rows: Tensor | None) -> int:
     return len(w) if rows is None else len(rows)
 
 
-def blocks(
-    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, normalize_weight: bool
-) -> Iterator[Block]:
+def blocks(x: Tensor, w: Tensor, bias: Tensor | None, rows: Tensor | None, normalize_weight: bool) -> Iterator[Block]:
     """All classes, so many at a time that a block of logits and one of weights stay within 4 MiB of float32."""
     C, n = count(w, rows), max(256, 2**20 // max(len(x), x.shape[1]))
     for first in range(0, C, n):
-        yield block_of(x, w, y, bias, rows, normalize_weight, first, min(first + n, C))
+        yield block_of(x, w, bias, rows, normalize_weight, first, min(first + n, C))
 
 
-def weight(z: Tensor, rest: Tensor) -> Tensor:
-    """exp(z - rest), 0 where rest is -inf: there is nothing to weigh."""
-    return torch.where(rest == -INF, 0.0, (z - rest).exp())
+def put_(
+    z: Tensor,  # [B, n], changed in place
+    ids: Tensor,  # [B, k] class ids
+    first: int,  # class id of column 0
+    value: Tensor | float,  # [B, k]
+    add: bool = False,
+) -> Tensor:
+    """z at the given classes becomes `value`, or is increased by it; ids outside this block change nothing."""
+    place = ids - first
+    inside = (place >= 0) & (place < z.shape[1]) & (ids >= 0)
+    place = place.clamp(0, z.shape[1] - 1)
+    if add:
+        return z.scatter_add_(1, place, torch.where(inside, value, 0.0))
+    return z.scatter_(1, place, torch.where(inside, value, z.gather(1, place)))
 
 
 def padded(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -121,19 +128,25 @@ def stream_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     refuse(bend, pool, compute_dtype)
     check_ids(y, rows, len(w))
-    rest, a = x.new_full((len(x), 1), -INF), torch.zeros_like(x) if want_a else x.new_empty(0)
+    shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
+    a = torch.zeros_like(x) if want_a else x.new_empty(0)
     values, classes = x.new_empty(len(x), 0), y.new_empty(len(x), 0)
-    for block in blocks(x, w, y, bias, rows, normalize_weight):
-        z = block.z.masked_fill(block.own, -INF)
-        merged = torch.logaddexp(rest, z.logsumexp(1, keepdim=True))
-        if want_a:
-            a = a * weight(rest, merged) + weight(z, merged) @ block.w
-        rest = merged
+    for first, unit, _, z in blocks(x, w, bias, rows, normalize_weight):
+        put_(z, y[:, None], first, -INF)
         if topk:
-            ids = torch.arange(block.first, block.first + z.shape[1], device=z.device).expand_as(z)
+            ids = torch.arange(first, first + z.shape[1], device=z.device).expand_as(z)
             new_values, new_classes = best(z, ids, topk)
             values, classes = best(torch.cat((values, new_values), 1), torch.cat((classes, new_classes), 1), topk)
-    return rest[:, 0], *padded(values, classes, topk), a
+        higher = torch.maximum(shift, z.amax(1, keepdim=True))
+        factor, shift = (shift - higher).exp(), higher
+        e = z.sub_(shift).exp_()
+        total = total * factor + e.sum(1, keepdim=True)
+        if want_a:
+            a = torch.addmm(a * factor, e, unit)
+    rest = (total.log() + shift)[:, 0]  # log 0 = -inf where there is no other class
+    if want_a:
+        a = a / torch.where(total == 0, 1.0, total)
+    return rest, *padded(values, classes, topk), a
 
 
 @portable
@@ -148,8 +161,12 @@ def stream_bwd(
         dx = d_rest[:, None] * a + pulled(w, rows, normalize_weight, y[:, None], d_target[:, None])
         if d_topk is not None:
             dx += pulled(w, rows, normalize_weight, topk_classes, d_topk)
-    for block in blocks(x, w, y, bias, rows, normalize_weight) if need_dw or need_db else ():
-        g = logit_gradient(block, rest, topk_classes, d_rest, d_target, d_topk)
+    above = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
+    for block in blocks(x, w, bias, rows, normalize_weight) if need_dw or need_db else ():
+        g = block.z.sub_(above).exp_().mul_(d_rest[:, None])
+        put_(g, y[:, None], block.first, d_target[:, None])
+        if d_topk is not None:
+            put_(g, topk_classes, block.first, d_topk, add=True)
         at = slice(block.first, block.first + g.shape[1])
         if need_dw:
             dw[at] = weight_gradient(block, g, x)
@@ -182,29 +199,12 @@ def pulled(
     return (factor[:, :, None] * chosen).sum(1)
 
 
-def logit_gradient(
-    block: Block,
-    rest: Tensor,  # [B]
-    topk_classes: Tensor,  # [B, k]
-    d_rest: Tensor,  # [B]
-    d_target: Tensor,  # [B]
-    d_topk: Tensor | None,  # [B, k]
-) -> Tensor:  # [B, n]
-    g = d_rest[:, None] * weight(block.z, rest[:, None])
-    g = torch.where(block.own, d_target[:, None], g)
-    if d_topk is not None:
-        n = g.shape[1]
-        place = topk_classes - block.first
-        inside = (place >= 0) & (place < n) & (topk_classes >= 0)
-        g = g.scatter_add(1, place.clamp(0, max(n - 1, 0)), d_topk.masked_fill(~inside, 0.0))
-    return g
-
-
 def weight_gradient(block: Block, g: Tensor, x: Tensor) -> Tensor:  # [B, n], [B, d] -> [n, d]
     dw = g.T @ x
     if block.scale is None:
         return dw
-    return block.scale[:, None] * (dw - (g * block.z).sum(0)[:, None] * block.w)
+    along = (dw * block.w).sum(1, keepdim=True)  # = sum_i g_ij z_ij
+    return block.scale[:, None] * (dw - along * block.w)
 
 
 @portable
@@ -214,11 +214,11 @@ def reference_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     refuse(bend, pool, compute_dtype)
     check_ids(y, rows, len(w))
-    block = block_of(x, w, y, bias, rows, normalize_weight, 0, count(w, rows))
-    z = block.z.masked_fill(block.own, -INF)
+    _, unit, _, z = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
+    z = z.masked_fill(own_class(y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, weight(z, rest[:, None]) @ block.w if want_a else x.new_empty(0)
+    return rest, values, classes, weight(z, rest[:, None]) @ unit if want_a else x.new_empty(0)
 
 
 @portable
@@ -228,11 +228,24 @@ def reference_bwd(
     d_rest: Tensor, d_target: Tensor, d_topk: Tensor | None, need_dx: bool, need_dw: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     refuse(bend, pool, compute_dtype)
-    block = block_of(x, w, y, bias, rows, normalize_weight, 0, count(w, rows))
-    g = logit_gradient(block, rest, topk_classes, d_rest, d_target, d_topk)
+    block = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
+    g = d_rest[:, None] * weight(block.z, rest[:, None])
+    g = torch.where(own_class(y, g), d_target[:, None], g)
+    if d_topk is not None:
+        at = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
+        g = g + (at * d_topk[:, :, None]).sum(1)
     dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
     return (
         g @ block.w if need_dx else dx,
         weight_gradient(block, g, x) if need_dw else dw,
         g.sum(0) if need_db else db,
     )
+
+
+def own_class(y: Tensor, z: Tensor) -> Tensor:  # [B], [B, n] -> [B, n]
+    return y[:, None] == torch.arange(z.shape[1], device=y.device)
+
+
+def weight(z: Tensor, rest: Tensor) -> Tensor:  # [B, n], [B, 1] -> [B, n]
+    """exp(z - rest), 0 where rest is -inf: there is nothing to weigh."""
+    return torch.where(rest == -INF, 0.0, (z - rest).exp())
