@@ -1,0 +1,453 @@
+"""The metrics against brute force, scikit-learn and cases that can be worked out by hand."""
+
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from fastmargin import evaluation
+from fastmargin.evaluation import (
+    cmc,
+    cosine_scores,
+    evaluate_embeddings,
+    rank_k,
+    roc,
+    sample_pairs,
+    tar_at_far,
+    verification_accuracy,
+)
+
+
+def blobs(images, identities, d=16, noise=1.0, seed=0):
+    """Embeddings around random centres, every identity at least twice."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(images - 2 * identities) % (identities - 1)
+    labels = rng.permutation(np.concatenate([labels, np.arange(2 * identities) % identities]))
+    return rng.normal(size=(identities, d))[labels] + noise * rng.normal(size=(images, d)), labels
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+# ---- scores of pairs ----
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**22])
+def test_cosine_scores_are_all_pairs(block, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    x, y = blobs(53, 9)
+    pairs = list(itertools.combinations(range(53), 2))
+    for got, kind in zip(cosine_scores(x, y), (True, False), strict=True):
+        expected = sorted(unit(x)[i] @ unit(x)[j] for i, j in pairs if (y[i] == y[j]) == kind)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(np.sort(got), expected, atol=3e-7)
+
+
+def test_cosine_scores_take_tensors_any_dtype_and_any_norm():
+    x, y = blobs(20, 4)
+    expected = cosine_scores(x, y)
+    scale = np.logspace(-200, 200, 20)[:, None]
+    for other in (torch.from_numpy(x).requires_grad_(), x * scale):
+        for got, wanted in zip(cosine_scores(other, torch.from_numpy(y)), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=3e-7)
+    names = np.array(["alpha", "beta", "gamma", "delta"])[y]
+    assert all(map(np.array_equal, cosine_scores(x, names), expected))
+    pixels = (np.abs(x) * 50).astype(np.uint8)
+    tensor = torch.from_numpy(pixels)
+    for kind in (pixels, tensor, tensor.bfloat16(), pixels.astype(np.float16)):
+        assert all(map(np.array_equal, cosine_scores(kind, y), cosine_scores(pixels.astype(float), y)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ([[1.0, 0], [0, 0], [1, 1]], [0, 0, 1], "embedding 1 of 3 is zero"),
+        ([[1.0, 0], [1, 1], [1, math.nan]], [0, 0, 1], "embedding 2 of 3 is zero or not finite"),
+        ([[math.inf, 0], [1, 1], [1, 2]], [0, 0, 1], "embedding 0 of 3 is zero or not finite"),
+        ([[1.0, 0], [1, 1], [1, 2]], [0, 0, 0], "wanted at least 2 identities"),
+        ([[1.0, 0], [1, 1], [1, 2]], [0, 1, 2], "one of them with 2 images"),
+        ([[1.0, 0], [1, 1], [1, 2]], [0, 1], "wanted one for each of 3 images"),
+        ([1.0, 2.0], [0, 1], r"wanted real numbers \[n, d\]"),
+        ([[True], [True]], [0, 1], r"wanted real numbers \[n, d\]"),
+        (np.zeros((0, 3)), [], "wanted at least 2 identities"),
+        (np.zeros((2, 0)), [0, 0], "is zero"),
+    ],
+)
+@pytest.mark.parametrize("function", [cosine_scores, evaluate_embeddings])
+def test_bad_embeddings_are_refused(function, x, y, message):
+    with pytest.raises(ValueError, match=message):
+        function(np.array(x), np.array(y))
+
+
+# ---- TAR at FAR ----
+
+
+def brute_force_tar(genuine, impostor, far):
+    """The best TAR over every threshold, accepting what is above it, that keeps the FAR."""
+    allowed = far * len(impostor) + 1e-9
+    if allowed < 1:
+        return math.nan
+    thresholds = [-math.inf, *genuine, *impostor]
+    return max(np.mean(genuine > t) for t in thresholds if np.sum(impostor > t) <= allowed)
+
+
+@pytest.mark.parametrize("values", [3, 10, 10**6])
+def test_tar_at_far_equals_brute_force(values):
+    rng = np.random.default_rng(values)
+    for _ in range(60):
+        genuine = rng.integers(values, size=rng.integers(1, 30)) / values + 0.2
+        impostor = rng.integers(values, size=rng.integers(1, 40)) / values
+        for far in (0.001, 0.024, 0.1, 0.25, 1 / len(impostor), 0.7, 1.0):
+            got, expected = tar_at_far(genuine, impostor, far), brute_force_tar(genuine, impostor, far)
+            assert got == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_tar_at_far_by_hand():
+    impostor = np.arange(100) / 100  # 0 .. .99
+    assert tar_at_far(impostor, impostor, 0.29) == 0.29  # though 0.29 * 100 < 29 in floating point
+    assert tar_at_far(impostor, impostor, 0.299) == 0.29
+    assert math.isnan(tar_at_far(impostor, impostor, 0.0099)), "fewer than one impostor: not resolvable"
+    assert tar_at_far([0.985, 0.98, 0.5], impostor, 0.01) == pytest.approx(1 / 3), "a tie is not accepted"
+    assert tar_at_far(torch.tensor([0.5]), torch.tensor([0.4, 0.3]).half(), 0.5) == 1
+    assert tar_at_far([0.5, 0.5], [0.5] * 1000, 0.999) == 0, "all tied: nothing can be told apart"
+    assert tar_at_far([0.1], [0.5], 1.0) == 1
+
+
+def test_tar_and_roc_equal_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for digits in (1, 2, 9):
+        genuine, impostor = rng.normal(1, 1, 300).round(digits), rng.normal(0, 1, 2000).round(digits)
+        same, scores = np.repeat([1, 0], [300, 2000]), np.concatenate([genuine, impostor])
+        fpr, tpr, _ = metrics.roc_curve(same, scores, drop_intermediate=False)
+        far, tar = roc(genuine, impostor, points=50)
+        for f, t in zip(far, tar, strict=True):
+            assert t == pytest.approx(tpr[fpr <= f + 1e-12].max(), abs=1e-12)
+            assert t == tar_at_far(genuine, impostor, f)
+        for f in (5e-4, 1e-3, 1e-2, 0.1, 1.0):
+            assert tar_at_far(genuine, impostor, f) == pytest.approx(tpr[fpr <= f].max(), abs=1e-12)
+
+
+def test_roc_spans_every_rate_that_can_be_resolved():
+    far, tar = roc(np.arange(50), np.arange(1000) / 10, points=40)
+    assert far[0] == 1e-3 and far[-1] == 1 and tar[-1] == 1
+    assert 30 < len(far) <= 40 and (np.diff(far) > 0).all() and (np.diff(tar) >= 0).all()
+    far, tar = roc([0.5], [0.1])
+    assert far.tolist() == [1.0] and tar.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.5], [0.5], 0.0), r"far is 0\.0"),
+        (([0.5], [0.5], 1.1), r"far is 1\.1"),
+        (([0.5], [0.5], math.nan), "far is nan"),
+        (([], [0.5], 1.0), "genuine scores"),
+        (([0.5], [], 1.0), "impostor scores"),
+        (([0.5], [0.5, math.nan], 1.0), "impostor scores"),
+        (([[0.5]], [0.5], 1.0), "genuine scores"),
+    ],
+)
+def test_tar_at_far_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tar_at_far(*arguments)
+
+
+def test_roc_refuses():
+    with pytest.raises(ValueError, match="points is 1"):
+        roc([0.5], [0.5], points=1)
+
+
+# ---- rank-k ----
+
+
+def brute_force_cmc(probes, probe_labels, gallery, gallery_labels, k):
+    hits = np.zeros(k)
+    for x, label in zip(unit(probes), probe_labels, strict=True):
+        scores = (unit(gallery) @ x).astype(np.float32)
+        best = max(s for s, g in zip(scores, gallery_labels, strict=True) if g == label)
+        rank = 1 + sum(s >= best and g != label for s, g in zip(scores, gallery_labels, strict=True))
+        hits[rank - 1 :] += 1
+    return hits / len(probes)
+
+
+@pytest.mark.parametrize("block", [1, 70, 2**22])
+def test_cmc_equals_brute_force(block, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    x, y = blobs(90, 12, noise=2.0)
+    gallery, gallery_labels = x[:40], y[:40]
+    probed = (np.arange(90) >= 40) & np.isin(y, gallery_labels)
+    probes, probe_labels = x[probed], y[probed]
+    expected = brute_force_cmc(probes, probe_labels, gallery, gallery_labels, 40)
+    got = cmc(torch.from_numpy(probes), probe_labels, gallery, torch.from_numpy(gallery_labels), 40)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    assert 0.1 < got[0] < 0.9 and got[-1] == 1
+    assert rank_k(probes, probe_labels, gallery, gallery_labels, 5) == got[4]
+    assert cmc(probes, probe_labels, gallery, gallery_labels, 60)[40:].tolist() == [1] * 20
+
+
+def test_rank_ties_count_against_the_probe():
+    gallery, labels = np.array([[1.0, 0], [2, 0], [0, 1], [1, 0]]), np.array([0, 1, 2, 3])
+    curve = cmc([[3.0, 0], [0, 1]], [1, 2], gallery, labels, 4)
+    assert curve.tolist() == [0.5, 0.5, 1, 1], "three identities look the same: rank 3"
+    twice = cmc([[3.0, 0]], [1], [[1.0, 0], [1, 0], [0, 1]], [1, 1, 2], 2)
+    assert twice.tolist() == [1, 1], "a second mate is no rival"
+
+
+def test_cmc_refuses():
+    x = np.eye(3)
+    with pytest.raises(ValueError, match="k is 0"):
+        cmc(x, [0, 1, 2], x, [0, 1, 2], 0)
+    with pytest.raises(ValueError, match="1 of 3 probes have no mate"):
+        cmc(x, [0, 1, 5], x, [0, 1, 2], 1)
+    with pytest.raises(ValueError, match="0 of 0 probes"):
+        cmc(x[:0], [], x, [0, 1, 2], 1)
+    with pytest.raises(ValueError, match="embedding 2 of 3 is zero"):
+        cmc(x, [0, 1, 2], x * [[1], [1], [0]], [0, 1, 2], 1)
+
+
+# ---- ten folds ----
+
+
+def judge(variant, score, same, t):
+    """Share of pairs judged rightly at the threshold t, in the words of the two public codes."""
+    if variant == "insightface":
+        return np.mean((score < t) == same)
+    return (np.sum(score[same] > t) + np.sum(score[~same] < t)) / len(score)
+
+
+def brute_force_accuracy(a, b, same, folds, variant):
+    """Both public variants, threshold by threshold."""
+    fold = np.concatenate([np.full(len(part), f) for f, part in enumerate(np.array_split(same, folds))])
+    rates = []
+    for f in range(folds):
+        train, test = fold != f, fold == f
+        if variant == "insightface":
+            score, thresholds = ((unit(a) - unit(b)) ** 2).sum(1), np.arange(0, 4, 0.01)
+        else:
+            mean = np.concatenate([a[train], b[train]]).mean(0)
+            score, thresholds = (unit(a - mean) * unit(b - mean)).sum(1), np.arange(-10000, 10001) / 10000
+        rate = np.array([judge(variant, score[train], same[train], t) for t in thresholds])
+        best = thresholds[rate == rate.max()]
+        best = best[0] if variant == "insightface" else best.mean()
+        rates.append(judge(variant, score[test], same[test], best))
+    return np.mean(rates), np.std(rates)
+
+
+@pytest.mark.parametrize(("pairs", "folds"), [(47, 10), (31, 2), (5, 5)])
+@pytest.mark.parametrize("variant", ["insightface", "sphereface"])
+def test_verification_accuracy_equals_brute_force(pairs, folds, variant):
+    rng = np.random.default_rng(pairs)
+    same = rng.random(pairs) < 0.5
+    a = (rng.normal(size=(pairs, 4)) + 0.5) * rng.uniform(0.1, 10, (pairs, 1))
+    b = np.where(same[:, None], a, 0) + rng.normal(size=(pairs, 4))
+    expected = brute_force_accuracy(a, b, same, folds, variant)
+    assert verification_accuracy(a, b, same, folds, variant) == pytest.approx(expected, abs=1e-12)
+    tensors = (torch.from_numpy(x) for x in (a, b, same.astype(int)))
+    assert verification_accuracy(*tensors, folds=folds, variant=variant) == pytest.approx(expected, abs=1e-12)
+
+
+def pair_at(cosine):
+    return [1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]
+
+
+def test_insightface_takes_the_first_of_the_best_thresholds():
+    """Genuine pairs at squared distance 2, impostors at 4: 2.01 to 3.99 are equally good, 2.01 it is."""
+    pairs = [pair_at(0), pair_at(-1)] * 10
+    same = np.array([1, 0] * 10)
+    for distance, expected in (
+        (2.005, (1, 0)),
+        (2.5, (0.95, 0.15)),
+    ):  # fold 0 fails, its pair moves the others
+        pairs[0] = pair_at(1 - distance / 2)
+        a, b = map(np.array, zip(*pairs, strict=True))
+        assert verification_accuracy(a, b, same) == pytest.approx(expected)
+
+
+def test_insightface_refuses_a_distance_at_the_threshold():
+    """Genuine at 1.995, impostors at 2: the threshold 2.00 alone is perfect."""
+    a, b = map(np.array, zip(*[pair_at(0.0025), ([1.0, 0.0], [0.0, 1.0])] * 10, strict=True))
+    assert verification_accuracy(a, b, np.array([1, 0] * 10)) == (1, 0)
+
+
+def test_sphereface_takes_the_mean_of_the_best_thresholds():
+    """Genuine cosines 1, impostors -1: every threshold between is equally good, their mean is 0."""
+    e = np.array([1.0, 0])
+    fold = [(e, e), (-e, -e), (e, -e), (-e, e)]  # sums to zero: no mean to take off
+    same = np.array([1, 1, 0, 0] * 10)
+    for cosine, expected in ((0.1, (1, 0)), (-0.1, (0.95, 0.15))):
+        u, v = map(np.array, pair_at(cosine))
+        pairs = [(u, v), (-u, -v), *fold[2:], *fold * 9]
+        a, b = (np.array(side) for side in zip(*pairs, strict=True))
+        assert verification_accuracy(a, b, same, variant="sphereface") == pytest.approx(expected)
+
+
+def test_sphereface_counts_a_score_at_the_threshold_as_wrong():
+    """Cosines of .00005 and -.00005 leave the threshold 0 alone as the best; fold 0 has impostors at 0."""
+
+    def fold(genuine, impostor):
+        sides = [tuple(map(np.array, pair_at(cosine))) for cosine in (genuine, impostor)]
+        return [(sign * u, sign * v) for u, v in sides for sign in (1, -1)]
+
+    a, b = map(np.array, zip(*fold(5e-5, 0.0), *fold(5e-5, -5e-5) * 9, strict=True))
+    same = np.array([1, 1, 0, 0] * 10)
+    assert verification_accuracy(a, b, same, variant="sphereface") == pytest.approx((0.95, 0.15))
+
+
+def test_folds_of_one_class():
+    """Two folds, one all genuine at distance 0, one all impostors at distance 2."""
+    a, b = np.tile([1.0, 0], (20, 1)), np.repeat([[1.0, 0], [0, 1]], 10, axis=0)
+    same = np.repeat([True, False], 10)
+    # Trained on impostors alone the first threshold, 0, is perfect and refuses all; on genuine alone .01 is.
+    assert verification_accuracy(a, b, same, folds=2) == (0.5, 0.5)
+    expected = brute_force_accuracy(a, b + 0.1, same, 2, "sphereface")
+    assert verification_accuracy(a, b + 0.1, same, 2, "sphereface") == pytest.approx(expected)
+    assert verification_accuracy(a[10:], b[10:], same[10:], folds=10) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "lfw"}, "variant is 'lfw'; wanted one of insightface, sphereface"),
+        ({"a": np.ones((4, 2))}, "wanted"),
+        ({"same": [1, 0, 1]}, "wanted"),
+        ({"same": [1, 0, 1, 0, -1]}, "of 0 and 1"),
+        ({"folds": 1}, "folds is 1 for 5 pairs"),
+        ({"folds": 6}, "folds is 6 for 5 pairs"),
+        ({"b": np.zeros((5, 3))}, "embedding 0 of 5 is zero"),
+        (
+            {"variant": "sphereface"},
+            "embedding 0 of 5 is zero",
+        ),  # all rows are equal: nothing is left of them
+    ],
+)
+def test_verification_accuracy_refuses(changes, message):
+    usual = {"a": np.ones((5, 3)), "b": np.ones((5, 3)), "same": [1, 0, 1, 0, 1], "folds": 5}
+    with pytest.raises(ValueError, match=message):
+        verification_accuracy(**{**usual, **changes})
+
+
+# ---- pairs for the folds ----
+
+
+@pytest.mark.parametrize("folds", [2, 7, 10])
+def test_sampled_pairs_are_balanced_distinct_and_disjoint_in_identity(folds):
+    labels = np.random.default_rng(0).integers(1000, size=2500) * 3 + 5  # many identities have one image
+    first, second, same = sample_pairs(labels, 600, seed=1, folds=folds)
+    assert len(first) == len(second) == len(same) == 600 // (2 * folds) * 2 * folds
+    assert ((labels[first] == labels[second]) == same).all() and (first != second).all()
+    identities = []
+    for f, s, kind in zip(*(np.split(x, folds) for x in (first, second, same)), strict=True):
+        assert 2 * kind.sum() == len(kind)
+        assert len({frozenset(pair) for pair in zip(f, s, strict=True)}) == len(f)
+        identities.append({*labels[f], *labels[s]})
+    assert len(set.union(*identities)) == sum(map(len, identities))
+
+
+def test_sampled_pairs_are_uniform_and_repeatable():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3])
+    count = np.zeros((12, 12))
+    for seed in range(3000):
+        drawn = sample_pairs(torch.from_numpy(labels), 8, seed, folds=2)
+        np.add.at(count, (drawn.first, drawn.second), 1)
+    assert all(map(np.array_equal, drawn, sample_pairs(labels, 8, 2999, folds=2)))
+    assert not np.array_equal(drawn.first, sample_pairs(labels, 8, 0, folds=2).first)
+    # A fold is two of the four identities, each split equally likely; it gives 2 of its genuine, 2 of its
+    # impostor pairs, but for the one pair of identity 1, whose partner's pairs make up the rest.
+    sizes = np.bincount(labels)
+    genuine = sizes * (sizes - 1) // 2
+    expected = np.zeros((12, 12))
+    for i, j in itertools.permutations(range(12), 2):
+        a, b = labels[i], labels[j]
+        for fold in itertools.combinations(range(4), 2):
+            if i > j and a in fold and b in fold:
+                pool = genuine[list(fold)].sum() if a == b else sizes[list(fold)].prod()
+                expected[i, j] += 3000 / 3 * 2 / pool
+    assert abs(count - expected).max() < 5 * math.sqrt(expected.max())
+    assert count.sum() == expected.sum() == 3000 * 8
+
+
+def test_fewer_pairs_where_a_fold_has_no_more():
+    labels = np.repeat(np.arange(8), 2)  # a fold of four pairs of images
+    drawn = sample_pairs(labels, 10_000, 0, folds=2)
+    assert len(drawn.same) == 16
+    assert sorted(drawn.first[drawn.same] // 2) == list(range(8)), "each genuine pair once"
+    alone = np.r_[np.arange(20), np.arange(4)]  # four identities have two images, sixteen have one
+    for seed in range(10):
+        assert len(sample_pairs(alone, 100, seed, folds=4).same) == 8
+
+
+@pytest.mark.parametrize(
+    ("labels", "pairs", "folds", "message"),
+    [
+        (np.arange(40) % 20, 18, 10, "18 pairs in 10 folds"),
+        (np.arange(40) % 20, 100, 1, "100 pairs in 1 folds"),
+        (np.arange(38) % 19, 100, 10, "10 folds need 20 identities"),
+        (np.r_[np.arange(30), np.arange(9)], 100, 10, "10 of them with 2 images"),
+        (np.zeros((4, 2)), 100, 10, "wanted one for each"),
+    ],
+)
+def test_sample_pairs_refuses(labels, pairs, folds, message):
+    with pytest.raises(ValueError, match=message):
+        sample_pairs(labels, pairs, 0, folds)
+
+
+# ---- the report's numbers ----
+
+
+def test_evaluate_embeddings_agrees_with_its_parts():
+    x, y = blobs(400, 60, noise=0.8)
+    numbers = evaluate_embeddings(torch.from_numpy(x).float(), torch.from_numpy(y), seed=3)
+    same, scores = np.equal.outer(y, y), unit(x) @ unit(x).T
+    upper = np.triu(np.ones((400, 400), bool), 1)
+    genuine, impostor = scores[upper & same], scores[upper & ~same]
+    for key, far in (("tar@1e-2", 1e-2), ("tar@1e-3", 1e-3)):
+        assert numbers[key] == pytest.approx(tar_at_far(genuine, impostor, far), abs=2 / len(genuine))
+    assert (numbers["genuine_pairs"], numbers["impostor_pairs"]) == (len(genuine), len(impostor))
+    assert (numbers["identities"], numbers["images"]) == (60, 400)
+    drawn = sample_pairs(y, 6000, 3)
+    expected = verification_accuracy(x[drawn.first], x[drawn.second], drawn.same)[0]
+    assert numbers["accuracy"] == pytest.approx(expected, abs=2 / len(drawn.same))
+    assert 0.5 < numbers["accuracy"] < 1 and 0.2 < numbers["tar@1e-3"] < 1
+    assert numbers == evaluate_embeddings(x.astype(np.float32), y, seed=3)
+    assert numbers["rank1"] != evaluate_embeddings(x, y, seed=4)["rank1"]
+
+
+def test_perfect_embeddings():
+    y = np.arange(80) % 20
+    numbers = evaluate_embeddings(np.eye(20)[y], y)
+    assert [numbers[key] for key in ("tar@1e-2", "tar@1e-3", "rank1", "accuracy")] == [1, 1, 1, 1]
+
+
+def test_rank1_is_the_mean_over_random_enrolment():
+    x, y = blobs(11, 4, noise=1.5, seed=2)
+    members = [np.flatnonzero(y == c) for c in range(4)]
+    rates = []
+    for enrolled in itertools.product(*members):
+        rest = np.setdiff1d(np.arange(11), enrolled)
+        rates.append(brute_force_cmc(x[rest], y[rest], x[list(enrolled)], range(4), 4)[0])
+    drawn = [evaluate_embeddings(x, y, seed)["rank1"] for seed in range(200)]
+    assert np.std(rates) > 0.05
+    assert np.mean(drawn) == pytest.approx(np.mean(rates), abs=4 * np.std(rates) / math.sqrt(5 * 200))
+
+
+def test_tiny_sets_say_what_cannot_be_told():
+    numbers = evaluate_embeddings(np.array([[1.0, 0], [1, 0.1], [0, 1]]), np.array([4, 4, 9]))
+    assert math.isnan(numbers["tar@1e-2"]) and math.isnan(numbers["tar@1e-3"]), "2 impostor pairs"
+    assert math.isnan(numbers["accuracy"]), "2 identities are too few for ten folds"
+    assert numbers["rank1"] == 1
+    assert (numbers["genuine_pairs"], numbers["impostor_pairs"]) == (1, 2)
+
+
+def test_five_thousand_images_in_bounded_memory():
+    x, y = blobs(5000, 400, d=32)
+    tracemalloc.start()
+    numbers = evaluate_embeddings(x.astype(np.float32), y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert numbers["genuine_pairs"] + numbers["impostor_pairs"] == 5000 * 4999 // 2
+    assert peak < 300e6
