@@ -12,12 +12,14 @@ _HOME = {
     "nontarget_lse": "fastmargin.ops.nontarget_lse",
     "MarginHead": "fastmargin.head",
     "HeadOutput": "fastmargin.head",
+    "LambdaSchedule": "fastmargin.schedules",
+    "MarginRamp": "fastmargin.schedules",
     "DoppelgangerTable": "fastmargin.mining",
     "DoppelgangerBatchSampler": "fastmargin.mining",
     **dict.fromkeys(
         (
             "Margin", "Softmax", "NormFace", "L2Softmax", "SphereFace", "CosFace", "AMSoftmax", "ArcFace",
-            "CombinedMargin", "AdaFace", "MagFace", "ElasticFace", "LambdaSchedule", "MarginRamp",
+            "CombinedMargin", "AdaFace", "MagFace", "ElasticFace",
         ),
         "fastmargin.margins",
     ),

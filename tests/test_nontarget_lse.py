@@ -1,6 +1,7 @@
 """nontarget_lse and target_logit against a dense float64 composition, on every backend."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -257,10 +258,11 @@ def test_two_runs_agree_to_the_bit(threads):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", [F32, F64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(backend, dtype, threads):
+def test_autocast_changes_nothing(backend, kind, dtype, threads):
     x, w, y, _, upstream = problem(40, 32, 2000, 2)
-    given = cast(F32, x, w, y, None)
+    given = cast(kind, x, w, y, None)
     plain, _ = run(nontarget_lse, *given, upstream, topk=2, backend=backend)
     with torch.autocast("cpu", dtype=dtype):
         mixed, _ = run(nontarget_lse, *given, upstream, topk=2, backend=backend)
@@ -390,6 +392,32 @@ def run_rows(x, w, y, rows):
     rest, target, values, classes = nontarget_lse(x, w, y, rows=rows, topk=2, backend="native")
     (dx, dw) = torch.autograd.grad(rest.sum() + 2 * target.sum() + values.sum(), (x, w))
     return [rest, target, values, dx, dw.coalesce().values() if rows is not None else dw], classes
+
+
+PLAIN_BLAS = """
+import torch
+from fastmargin.ops.nontarget_lse import nontarget_lse
+torch.manual_seed(0)
+torch.set_num_threads(2)
+x, w, y = torch.randn(300, 40), torch.randn(1500, 40), torch.randint(0, 1500, (300,))
+grads = {}
+for backend in ("native", "reference"):
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rest, target, *_ = nontarget_lse(a, b, y, backend=backend)
+    (rest - target).sum().backward()
+    grads[backend] = torch.cat((rest.detach(), a.grad.flatten(), b.grad.flatten()))
+print(float((grads["native"] - grads["reference"]).abs().max()))
+"""
+
+
+@native_only
+def test_where_brgemm_cannot_run():
+    """An older instruction set for oneDNN: the products go through ATen, whose threads must not see autocast."""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    child = subprocess.run([sys.executable, "-c", PLAIN_BLAS], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert float(child.stdout) < 2e-5
 
 
 PEAK = """

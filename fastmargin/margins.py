@@ -1,0 +1,397 @@
+"""Margins: psi, which replaces the target's cosine. A few lines of autograd on [B] tensors, no class axis.
+
+    theta = acos(c),  c the target's cosine clamped to [-1, 1];  phi = m1 theta + m2
+    psi   = (P(phi) + lam c) / (1 + lam) - m3
+    loss  = -logsigmoid(r psi - rest),  r the row's scale, rest = log sum over the other classes
+
+P is cos(phi) wherever 0 <= phi <= pi. `beyond` says what it is elsewhere:
+
+    monotone   (-1)^k cos(phi) - 2k,  k = floor(phi / pi)   C1, never rises with theta, may leave [-1, 1]
+    none       cos(phi)                                     rises again, ArcFace 0.5 from 151.352 degrees
+    linear     c - m2 sin(m2) beyond pi                     only for m1 = 1, m2 > 0; jumps down at phi = pi
+    easy       c wherever c <= 0                            jumps up at c = 0
+    clip       cos of phi clipped to [1e-3, pi - 1e-3]      no slope outside: such rows stop learning
+
+`slope` says what trains the cosine: "exact", the derivative of psi, or "detached", the same value with
+slope 1, which is what InsightFace's torch ArcFace and SphereFace-R train with. Either way a margin that
+depends on something learnt (a Parameter, the norm in MagFace) passes its own gradient on.
+
+Near |c| = 1 the slope of theta has no bound, so its divisor sin(theta) is floored, at 1e-3 in float32 and
+1e-7 in float64: a row that equals its class weight gets a finite gradient. The clamp of c never zeroes one.
+Where m1 is the number 1 the value is c cos(m2) - sin(theta) sin(m2), without an acos.
+
+Angles are radians. B rows, C classes. Sources: SphereFace (Liu 2017), L2-Softmax (Ranjan 2017), AM-Softmax
+(Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace (Kim 2022), ElasticFace (2022).
+"""
+
+import math
+from numbers import Real
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+Beyond: TypeAlias = Literal["monotone", "none", "linear", "easy", "clip"]
+Slope: TypeAlias = Literal["exact", "detached"]
+Value: TypeAlias = float | Tensor  # as configured a number or [C]; of the rows a number or [B]
+Values: TypeAlias = tuple[Value, Value, Value]  # m1, m2, m3
+
+CLIP = 1e-3  # "clip" keeps phi this far inside (0, pi)
+
+
+class Options(TypedDict, total=False):
+    """What every cosine margin takes besides its scale and its margins."""
+
+    learn_scale: bool  # s becomes a Parameter, which starts at the given number
+    normalize_features: bool  # False: the row's own norm is its scale and s is not used
+    beyond: Beyond
+    slope: Slope
+
+
+def require(ok: bool, name: str, given: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {given!r}; wanted {wanted}")
+
+
+def _is(value: Value, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number
+
+
+def _cos_sin(angle: Value) -> tuple[Value, Value]:
+    space = torch if isinstance(angle, Tensor) else math
+    return space.cos(angle), space.sin(angle)
+
+
+def _add_slope(value: Tensor, x: Tensor) -> Tensor:  # [B], [B] -> [B]
+    """`value`, to the bit, with the gradient of x added to its own: x - x is exactly 0."""
+    return value + (x - x.detach())
+
+
+class SafeAcos(torch.autograd.Function):
+    """theta of c in [-1, 1]: the value of acos, the slope -1 / max(sin(theta), floor)."""
+
+    @staticmethod
+    def forward(c: Tensor) -> Tensor:  # [B] -> [B]
+        return torch.acos(c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # [B] -> [B]
+        (c,) = ctx.saved_tensors
+        floor = 1e-7 if c.dtype == torch.float64 else 1e-3
+        return -grad / ((1 - c) * (1 + c)).clamp(min=floor * floor).sqrt()
+
+
+def _sine(c: Tensor, theta: Tensor) -> Tensor:  # [B], [B] -> [B]
+    """sin(theta) from c, which keeps its digits near 0 and pi, with slope -c / max(sin(theta), floor)."""
+    return _add_slope(((1 - c) * (1 + c)).detach().sqrt(), torch.sin(theta))
+
+
+def _branch(theta: Tensor, m1: Value, m2: Value) -> Tensor:  # [B], number or [B] -> [B]
+    """k = floor(phi / pi). Neighbouring branches agree in value and slope at phi = k pi, so rounding there
+    is harmless; not so at the ends of theta, where k must be that of the angles inside."""
+    end = 8 * torch.finfo(theta.dtype).eps
+    phi = m1 * theta.clamp(end, math.pi - end) + m2
+    return (phi.detach() / math.pi).floor()
+
+
+class Margin(nn.Module):
+    """The base of all margins; its own `row_margins`, (1, 0, 0), is the plain cosine.
+
+    A subclass keeps its margins as attributes (`_hold`) and makes each row's (m1, m2, m3) of them in
+    `row_margins`. A float attribute may be changed at any time; that is what schedules do.
+
+    s: scale, > 0. beyond, slope: see the module. lam: SphereFace's share of the plain cosine, >= 0. m2: the
+    configured m2 if m1 = 1, else 0; beyond="linear" needs it > 0.
+    Raises ValueError for an unknown option, s <= 0, lam < 0, a learnt scale that would not be used.
+    """
+
+    plain: bool = False  # no cosine: the head takes the target's logit as it is and never calls forward
+    normalize_weight: bool = True
+    s: float | Tensor
+
+    def __init__(
+        self,
+        s: float = 64.0,
+        *,
+        lam: float = 0.0,
+        m2: Value = 0.0,
+        learn_scale: bool = False,
+        normalize_features: bool = True,
+        beyond: Beyond = "monotone",
+        slope: Slope = "exact",
+    ) -> None:
+        super().__init__()
+        require(isinstance(s, Real) and 0 < s < math.inf, "s", s, "a finite number > 0")
+        require(isinstance(lam, Real) and 0 <= lam < math.inf, "lam", lam, "a finite number >= 0")
+        require(beyond in get_args(Beyond), "beyond", beyond, f"one of {get_args(Beyond)}")
+        require(slope in get_args(Slope), "slope", slope, f"one of {get_args(Slope)}")
+        require(normalize_features or not learn_scale, "learn_scale", True, "normalize_features=True with it")
+        defined = beyond != "linear" or bool(torch.as_tensor(m2).gt(0).all())
+        require(defined, "beyond", beyond, "a margin with m1 = 1 and m2 > 0 for it")
+        self.s = nn.Parameter(torch.tensor(float(s))) if learn_scale else float(s)
+        self.lam = float(lam)
+        self.normalize_features, self.beyond, self.slope = normalize_features, beyond, slope
+        self._held: tuple[str, ...] = ()
+
+    def _hold(self, **margins: Value) -> None:
+        """Makes each an attribute: a float, a [C] buffer or, if given as one, a [C] Parameter that learns."""
+        for name, value in margins.items():
+            if not isinstance(value, Tensor):
+                good = isinstance(value, Real) and math.isfinite(value)
+                require(good, name, value, "a finite number or a tensor of shape [C]")
+                setattr(self, name, float(value))
+                continue
+            good = value.ndim == 1 and len(value) > 0 and value.is_floating_point()
+            given = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            require(good and bool(value.isfinite().all()), name, given, "finite floats, [C], or a number")
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value.detach().clone())
+        self._held += tuple(margins)
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises ValueError if a per-class margin has not one entry for each class of the head."""
+        for name in self._held:
+            value = getattr(self, name)
+            length = len(value) if isinstance(value, Tensor) else num_classes
+            require(length == num_classes, f"length of {name}", length, f"{num_classes}, one for each class")
+
+    def of_rows(self, name: str, labels: Tensor) -> Value:  # [B] -> number or [B]
+        """Each row's entry of a margin held under that name. Ignored rows may have labels outside [0, C)."""
+        value = getattr(self, name)
+        return value[labels.clamp(0, len(value) - 1)] if isinstance(value, Tensor) else value
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each -> number or [B]
+        """(m1, m2, m3) of the rows. The hook of subclasses."""
+        return 1.0, 0.0, 0.0
+
+    def scale(self, norms: Tensor) -> Tensor:  # [B] -> [B]
+        """r: s, or the features' norms where features are not normalised; at least 1e-6."""
+        r = torch.ones_like(norms) * self.s if self.normalize_features else norms
+        return r.clamp(min=1e-6)
+
+    def forward(
+        self,
+        cos: Tensor,  # [B] of the row and its class weight; rounding may take it beyond [-1, 1]
+        norms: Tensor,  # [B] of the features as the backbone made them
+        labels: Tensor,  # [B] integers; a row outside [0, C) gets some psi, which the caller drops
+    ) -> Tensor:
+        """psi [B], in the dtype of cos. Raises ValueError for a plain layer."""
+        require(not self.plain, "margin", type(self).__name__, "one with a cosine: a plain layer has no psi")
+        if self.slope == "detached":
+            return _add_slope(self._psi(cos.detach(), norms, labels), cos)
+        return self._psi(cos, norms, labels)
+
+    def _psi(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Tensor:  # [B] each -> [B]
+        margins = self.row_margins(cos, norms, labels)
+        m1, m2, m3 = (m.to(cos.dtype) if isinstance(m, Tensor) else m for m in margins)
+        c = _add_slope(cos.detach().clamp(-1, 1), cos)
+        return (self._bent(c, m1, m2) + self.lam * c) / (1 + self.lam) - m3
+
+    def _bent(self, c: Tensor, m1: Value, m2: Value) -> Tensor:  # [B] in [-1, 1], number or [B] -> [B]
+        """P(phi), as the module's table has it."""
+        if _is(m1, 1) and _is(m2, 0):
+            return c  # phi = theta is never outside [0, pi]
+        theta = SafeAcos.apply(c)
+        phi = m1 * theta + m2
+        cos_m2, sin_m2 = _cos_sin(m2)
+        cos_phi = c * cos_m2 - _sine(c, theta) * sin_m2 if _is(m1, 1) else torch.cos(phi)
+        if self.beyond == "monotone":
+            k = _branch(theta, m1, m2)
+            return (1 - 2 * k.remainder(2)) * cos_phi - 2 * k
+        if self.beyond == "linear":
+            return torch.where(phi > math.pi, c - m2 * sin_m2, cos_phi)
+        if self.beyond == "easy":
+            return torch.where(c > 0, cos_phi, c)
+        if self.beyond == "clip":
+            edge = math.cos(CLIP)
+            return torch.where(phi < CLIP, edge, torch.where(phi > math.pi - CLIP, -edge, cos_phi))
+        return cos_phi
+
+    def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
+        """Takes the statistics of the global batch's valid rows: in training, before forward, detached."""
+
+    def penalty(self, norms: Tensor) -> Tensor | None:  # [B] -> [B]
+        """A term of each row, to be added to its loss."""
+        return None
+
+
+class Softmax(Margin):
+    """The plain linear layer: features and weights as they are, bias allowed."""
+
+    plain = True
+    normalize_weight = False
+
+    def __init__(self) -> None:
+        super().__init__(normalize_features=False)
+
+
+class L2Softmax(Margin):
+    """Features on a sphere of learnt radius s, plain weights and bias (Ranjan 2017)."""
+
+    plain = True
+    normalize_weight = False
+
+    def __init__(self, s: float = 16.0, learn_scale: bool = True) -> None:
+        super().__init__(s, learn_scale=learn_scale)
+
+
+class NormFace(Margin):
+    """The cosine without a margin, s fixed or learnt (Wang 2017); W-Norm with normalize_features=False."""
+
+    def __init__(self, s: float = 64.0, **options: Unpack[Options]) -> None:
+        super().__init__(s, **options)
+
+
+class SphereFace(Margin):
+    """cos(m theta), continued, with lam parts of the plain cosine (Liu 2017, A-Softmax).
+
+    lam starts at 1000, almost no margin, and stays there until a `LambdaSchedule` lowers it. Features keep
+    their length; with normalize_features=True it is SphereFace-FNorm, of scale s.
+    """
+
+    def __init__(self, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
+        super().__init__(s, lam=lam, **(Options(normalize_features=False) | options))
+        self._hold(m=m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return self.of_rows("m", labels), 0.0, 0.0
+
+
+class CosFace(Margin):
+    """cos(theta) - m (Wang 2018)."""
+
+    def __init__(self, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s, **options)
+        self._hold(m=m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return 1.0, 0.0, self.of_rows("m", labels)
+
+
+class AMSoftmax(CosFace):
+    """CosFace with AM-Softmax's scale (Wang 2018, eq. 6): m on every row, not only where c > m."""
+
+    def __init__(self, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s, m, **options)
+
+
+class ArcFace(Margin):
+    """cos(theta + m), m in radians (Deng 2018)."""
+
+    def __init__(self, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(s, m2=m, **options)
+        self._hold(m=m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return 1.0, self.of_rows("m", labels), 0.0
+
+
+class CombinedMargin(Margin):
+    """cos(m1 theta + m2) - m3, with all three at once; (1, 0.3, 0.2) is InsightFace's `combined`."""
+
+    def __init__(
+        self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, lam=lam, m2=m2 if _is(m1, 1) else 0.0, **options)
+        self._hold(m1=m1, m2=m2, m3=m3)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return self.of_rows("m1", labels), self.of_rows("m2", labels), self.of_rows("m3", labels)
+
+
+class AdaFace(Margin):
+    """Margins by image quality, which the norm tells (Kim 2022): m2 = -m z, m3 = m + m z with
+    z = clip(h (norm - mu) / sd, -1, 1), no gradient to the norm.
+
+    mu and sd are running statistics, from 20 and 100 as in the public code; `momentum` is a batch's share.
+    """
+
+    mu: Tensor  # []
+    sd: Tensor  # []
+
+    def __init__(
+        self, s: float = 64.0, m: Value = 0.4, h: float = 0.333, momentum: float = 0.01,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, **(Options(beyond="clip") | options))
+        require(h > 0, "h", h, "a number > 0")
+        require(0 < momentum <= 1, "momentum", momentum, "a share, > 0 and at most 1")
+        self._hold(m=m)
+        self.h, self.momentum = h, momentum
+        self.register_buffer("mu", torch.tensor(20.0))
+        self.register_buffer("sd", torch.tensor(100.0))
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        z = (self.h * (norms.detach() - self.mu) / self.sd.clamp(min=1e-3)).clamp(-1, 1)
+        m = self.of_rows("m", labels)
+        return 1.0, -m * z, m + m * z
+
+    @torch.no_grad()
+    def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
+        if len(all_norms) > 1:  # one row has no spread
+            sd, mu = torch.std_mean(all_norms)
+            self.mu.lerp_(mu.to(self.mu), self.momentum)
+            self.sd.lerp_(sd.to(self.sd), self.momentum)
+
+
+class MagFace(Margin):
+    """ArcFace whose m grows linearly with the norm a = clamp(norm, l_a, u_a), from l_m to u_m, with gradient,
+    and the penalty lambda_g (a / u_a^2 + 1 / a), which lengthens features (Meng 2021).
+
+    Norms outside [l_a, u_a] get no gradient from either, as in the public code.
+    """
+
+    def __init__(
+        self, s: float = 64.0, l_m: float = 0.45, u_m: float = 0.8, l_a: float = 10.0, u_a: float = 110.0,
+        lambda_g: float = 35.0, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, m2=l_m, **options)
+        require(0 < l_a < u_a, "(l_a, u_a)", (l_a, u_a), "0 < l_a < u_a")
+        require(l_m <= u_m, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m")
+        require(lambda_g >= 0, "lambda_g", lambda_g, "a number >= 0")
+        self.l_m, self.u_m, self.l_a, self.u_a, self.lambda_g = l_m, u_m, l_a, u_a, lambda_g
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        share = (norms.clamp(self.l_a, self.u_a) - self.l_a) / (self.u_a - self.l_a)
+        return 1.0, self.l_m + (self.u_m - self.l_m) * share, 0.0
+
+    def penalty(self, norms: Tensor) -> Tensor:  # [B] -> [B]
+        a = norms.clamp(self.l_a, self.u_a)
+        return self.lambda_g * (a / self.u_a**2 + 1 / a)
+
+
+class ElasticFace(Margin):
+    """A margin drawn for each row, N(m, sigma), in training mode only (Boutros 2022).
+
+    form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest draw goes to the
+    smallest cosine, and so on. Draws come from torch's global generator, so torch.manual_seed repeats them.
+    """
+
+    def __init__(
+        self, s: float = 64.0, m: Value | None = None, sigma: float = 0.0125,
+        form: Literal["arc", "cos"] = "arc", plus: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        require(form in ("arc", "cos"), "form", form, "'arc' or 'cos'")
+        require(sigma >= 0, "sigma", sigma, "a number >= 0")
+        m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m
+        super().__init__(s, m2=m if form == "arc" else 0.0, **options)
+        self._hold(m=m)
+        self.sigma, self.form, self.plus = sigma, form, plus
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        m = self.of_rows("m", labels)
+        if self.training:
+            m = m + self.sigma * self._noise(cos.detach())
+        return (1.0, m, 0.0) if self.form == "arc" else (1.0, 0.0, m)
+
+    def _noise(self, cos: Tensor) -> Tensor:  # [B] -> [B] standard normal
+        noise = torch.randn_like(cos)
+        return noise.scatter(0, cos.argsort(descending=True), noise.sort().values) if self.plus else noise
