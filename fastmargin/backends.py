@@ -5,6 +5,7 @@ blocked over classes), `reference` (stores B x C; the tests' truth). A backend t
 FASTMARGIN_BACKEND, runs or raises; only silence falls back, and never to `reference`.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,14 +30,14 @@ class Build(NamedTuple):
 def load() -> Build:
     """Loads the extension; that registers `torch.ops.fastmargin`."""
     try:
-        from fastmargin import _C  # type: ignore[attr-defined]
+        native = importlib.import_module("fastmargin._C")
     except ModuleNotFoundError:
         return Build({}, "not built: no C++ compiler was found at installation")
     except ImportError as error:
         problem = f"built for another torch than {torch.__version__}, reinstall fastmargin ({error})"
         warnings.warn(f"fastmargin: native kernels not loaded: {problem}", stacklevel=2)
         return Build({}, problem)
-    return Build(_C.build_facts(), "")
+    return Build(native.build_facts(), "")
 
 
 BUILD = load()

@@ -4,6 +4,7 @@ Every default, its help text and its range live here and nowhere else. This modu
 `fastmargin --help` stays quick.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -79,11 +80,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "optim.steps", self.steps, "at least 1")
         require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2")
-        require(self.lr > 0, "optim.lr", self.lr, "a number above 0")
+        require(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
         require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more steps")
         require(0 < self.momentum < 1, "optim.momentum", self.momentum, "between 0 and 1, both excluded")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
 
 
 @dataclass(frozen=True)

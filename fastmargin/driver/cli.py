@@ -1,0 +1,102 @@
+"""The command line: train, evaluate, info.
+
+Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
+command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
+OSError) ends in one line on stderr and exit code 2; any other exception is ours and keeps its traceback.
+torch is imported by the commands, not here.
+"""
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from fastmargin import __version__
+from fastmargin.driver import folder
+from fastmargin.driver.config import TrainConfig, from_dict
+
+MISTAKE, INTERRUPTED = 2, 130
+
+log = partial(print, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
+    try:
+        given = build_parser().parse_args(arguments)
+        {"train": train, "evaluate": evaluate, "info": info}[given.command](given[given.command])
+    except (ArgumentError, ValueError, OSError) as mistake:
+        print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("fastmargin: interrupted; the last checkpoint is kept", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def build_parser() -> ArgumentParser:
+    parser = new_parser(prog="fastmargin", description="Train and evaluate margin-softmax recognisers.")
+    parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
+    evaluating = new_parser(description="Evaluate the last checkpoint of a run, and draw its report anew.")
+    evaluating.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
+    commands.add_subcommand("evaluate", evaluating, help="evaluate the last checkpoint of a run")
+    informing = new_parser(description="What is installed, and what can run on this machine.")
+    commands.add_subcommand("info", informing, help="versions, the native build, what can run here")
+    return parser
+
+
+def new_parser(**options: Any) -> ArgumentParser:
+    return ArgumentParser(exit_on_error=False, env_prefix="FASTMARGIN", default_env=True, **options)
+
+
+def train_parser() -> ArgumentParser:
+    parser = new_parser(description="Train on glyph identities, evaluate on unseen ones, report.")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
+    parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
+    for name, kind, default, help in options(TrainConfig):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+    return parser
+
+
+def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted name, type, default, help) of every option of a configuration dataclass."""
+    hints = get_type_hints(kind)
+    for entry in fields(kind):
+        if is_dataclass(hints[entry.name]):
+            yield from options(hints[entry.name], f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hints[entry.name], entry.default, entry.metadata["help"]
+
+
+def train(given: Any) -> None:
+    values = given.as_dict()
+    values.pop("config")
+    out = values.pop("out")
+    config = from_dict(TrainConfig, values)
+    if out is not None:
+        folder.check(Path(out), config)
+        if folder.finished(Path(out)):
+            return log(f"{out} holds a finished run: nothing to do")
+    from fastmargin.driver import engine
+
+    engine.train(config, out, log)
+
+
+def evaluate(given: Any) -> None:
+    folder.read_config(Path(given.run))
+    from fastmargin.driver import engine
+
+    engine.evaluate(Path(given.run), log)
+
+
+def info(_: Any) -> None:
+    from fastmargin import backends
+
+    log(f"{'fastmargin':10} {__version__}\n{backends.describe()}")

@@ -1,0 +1,225 @@
+"""The training run: loop, train_step; at its end, evaluation on identities never trained on.
+
+    lr(n) = lr (n + 1) / warmup                                                  n < warmup, n the steps made
+          = lr (f + (1 - f) (1 + cos(pi (n - warmup) / (steps - warmup))) / 2)   after it; f = final_lr
+
+n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`.
+"""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastmargin import __version__
+from fastmargin.driver import checkpoint, folder, report
+from fastmargin.driver.augment import augment, to_float
+from fastmargin.driver.config import OptimConfig, TrainConfig
+from fastmargin.driver.data import UniformBatches
+from fastmargin.driver.run import Log, Run, build, learnt, restore, state, tensors
+from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
+from fastmargin.head import HeadOutput
+from fastmargin.mining import DoppelgangerBatchSampler
+
+Indices = NDArray[np.int64]
+
+EDGE = 20  # steps at the start and at the end whose angles are kept
+EMBED = 512  # images embedded at once
+
+
+def train(config: TrainConfig, out: str | None, log: Log) -> Path:
+    """Trains in a new folder, or resumes in `out`; evaluates, reports, and returns the folder of the run.
+
+    ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
+    damaged, and a loss that is no longer finite.
+    """
+    run = build(config, log)
+    where = folder.claim(out, config)
+    log(f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on")
+    resume(run, where, log)
+    loop(run, where, log)
+    finish(run, where, log)
+    return where
+
+
+def evaluate(where: Path, log: Log) -> None:
+    """Evaluates the last checkpoint of a run. ValueError if there is none."""
+    run = build(folder.read_config(where), log)
+    if not resume(run, where, log):
+        raise ValueError(f"{where} has no checkpoint yet")
+    finish(run, where, log)
+
+
+def resume(run: Run, where: Path, log: Log) -> bool:
+    """Takes up the newest checkpoint of the folder; False if there is none. ValueError if it does not fit."""
+    saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
+    if saved is None:
+        return False
+    for warning in saved.warnings:
+        log(f"passed over a damaged checkpoint: {warning}")
+    restore(run, saved)
+    log(f"checkpoint of step {run.step} of {run.config.optim.steps}")
+    return True
+
+
+def loop(run: Run, where: Path, log: Log) -> None:
+    """Trains to the last step; records and saves on the way."""
+    config, last = run.config, run.config.optim.steps
+    since, clock = run.step, time.perf_counter()
+    with tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty()) as bar:
+        for index, epoch in batches(run):
+            out = train_step(run, index, epoch)
+            keep_cosines(run, out.target_score)
+            bar.update()
+            saving = run.step % config.save_every == 0 or run.step == last
+            if saving or run.step % config.log_every == 0:
+                seconds = time.perf_counter() - clock
+                run.seconds += seconds
+                record = measure(run, out, len(index) * (run.step - since) / seconds)
+                folder.append_record(where, record)
+                if not bar.disable:
+                    bar.set_postfix_str(report.progress(record))
+                elif run.step * 10 // last > since * 10 // last:  # every tenth of the run
+                    log(f"step {run.step:>{len(str(last))}} of {last}: {report.progress(record)}")
+                since, clock = run.step, time.perf_counter()
+            if saving:
+                checkpoint.save(where / folder.CHECKPOINTS, run.step, tensors(run), state(run))
+
+
+def train_step(
+    run: Run,
+    index: Indices,  # [B]
+    epoch: Indices,  # [B]
+) -> HeadOutput:
+    images, labels = run.train.images[index], run.train.labels[index]
+    pixels = augment(images, index, epoch, run.config.seed) if run.config.data.augment else to_float(images)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.config.optim, run.step)
+    out = run.head(run.model(pixels), labels)
+    run.optimizer.zero_grad()
+    out.loss.backward()
+    run.optimizer.step()
+    run.table.update(labels, out.hard_classes, out.hard_scores)
+    if run.schedule:
+        run.schedule.step()
+    if isinstance(run.order, DoppelgangerBatchSampler):
+        run.order.step()
+    run.step += 1
+    return out
+
+
+def batches(run: Run) -> Iterator[tuple[Indices, Indices]]:
+    """Image numbers [B] and their epochs [B], as long as there are steps to make.
+
+    What the doppelganger sampler draws is numbered, so that an image it repeats is augmented anew each time.
+    """
+    size, steps = run.config.optim.batch_size, run.config.optim.steps
+    if isinstance(run.order, UniformBatches):
+        while run.step < steps:
+            yield run.order.indices(run.step), run.order.epochs(run.step)
+    else:
+        drawn = iter(run.order)
+        while run.step < steps:
+            yield np.array(next(drawn)), run.step * size + np.arange(size)
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    turn = math.pi * (step - config.warmup) / (config.steps - config.warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(turn)) / 2)
+
+
+def keep_cosines(
+    run: Run,
+    scores: Tensor,  # [B]
+) -> None:
+    """Gathers the first and the last cosines of the run; a plain layer has none."""
+    if run.head.margin.plain:
+        return
+    if run.step <= EDGE:
+        run.cosines["start"] = torch.cat([run.cosines["start"], scores])
+    if run.step > run.config.optim.steps - EDGE:
+        run.cosines["end"] = torch.cat([run.cosines["end"], scores])
+
+
+def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
+    """The record of a step. ValueError if the run has gone wrong."""
+    run.head.check()
+    record = {
+        "step": run.step,
+        "loss": out.loss.item(),
+        "target_score": out.target_score.mean().item(),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "margin": getattr(run.head.margin, "m", None),
+        "images_per_second": round(images_per_second, 1),
+    }
+    weights = learnt(run.model, run.head).values()
+    if not math.isfinite(record["loss"]) or not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(
+            f"training diverged by step {run.step}: the loss is {record['loss']}, or a weight not finite. "
+            "The last checkpoint is kept; a smaller optim.lr may help"
+        )
+    return record
+
+
+# Evaluation
+
+
+def finish(run: Run, where: Path, log: Log) -> None:
+    """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done."""
+    begin = time.perf_counter()
+    images, labels = run.test.images, run.test.labels
+    compared = {"model": embed(run.model, images), "raw_pixels": to_float(images).flatten(1)}
+    seed = run.config.data.split_seed
+    results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
+    report.draw(
+        where / folder.REPORT,
+        records=folder.read_records(where),
+        curves={name: roc(*cosine_scores(x, labels)) for name, x in compared.items()},
+        cosines=run.cosines,
+        pairs=report.mined_pairs(run.table.classes, run.table.scores),
+        identities=run.train,
+    )
+    metrics = {
+        "step": run.step,
+        **{name: resolvable(result) for name, result in results.items()},
+        "seconds": {"training": round(run.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
+        "versions": {
+            "fastmargin": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "config": asdict(run.config),
+    }
+    folder.write_json(where / folder.METRICS, metrics)
+    log(report.table(metrics))
+    log(f"report: {where / folder.REPORT}, metrics: {where / folder.METRICS}")
+
+
+def resolvable(result: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: what could not be measured is null."""
+    return {name: None if math.isnan(value) else value for name, value in result.items()}
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module,
+    images: Tensor,  # [N, H, W] uint8
+) -> Tensor:  # [N, d]
+    """Embeddings in evaluation mode; the mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    embeddings = torch.cat([model(to_float(block)) for block in images.split(EMBED)])
+    model.train(training)
+    return embeddings

@@ -1,0 +1,101 @@
+"""The folder of a run, and the small files in it.
+
+    config.json    the configuration; `--config RUN/config.json` repeats the run
+    train.jsonl    one record per line, only ever appended to. A run that resumes repeats the steps since its
+                   checkpoint: the later line of a step counts, and a line torn by a kill is passed over
+    checkpoints/   see `driver.checkpoint`
+    report/        pictures
+    metrics.json   written when a run has been evaluated, last of all
+
+This module imports no torch: a mistake in `--out` is answered at once.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastmargin.driver.config import TrainConfig, differing, from_dict
+
+RUNS = Path("runs")
+CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
+    "config.json", "train.jsonl", "checkpoints", "report", "metrics.json",
+)  # fmt: skip
+
+
+def check(where: Path, config: TrainConfig) -> None:
+    """ValueError if the folder holds anything but a run of this configuration; OSError for a file."""
+    if not where.exists() or not any(where.iterdir()):
+        return
+    if names := differing(config, read_config(where)):
+        raise ValueError(f"{where} holds a run of another configuration: {', '.join(names)} differ")
+
+
+def claim(out: str | None, config: TrainConfig) -> Path:
+    """Makes the folder to train in, `out` or a new one named by date and time, if need be. Raises as `check`."""
+    where = dated() if out is None else Path(out)
+    check(where, config)
+    where.mkdir(parents=True, exist_ok=True)
+    if not (where / CONFIG).exists():
+        write_json(where / CONFIG, asdict(config))
+    return where
+
+
+def dated() -> Path:
+    """Makes and returns runs/YYYYmmdd-HHMMSS, with -2, -3, ... when several start in one second."""
+    stem, number = f"{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        where = RUNS / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            where.mkdir(parents=True)
+            return where
+        except FileExistsError:
+            number += 1
+
+
+def read_config(where: Path) -> TrainConfig:
+    """ValueError if the folder is not one that `fastmargin train` wrote."""
+    file = where / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{where} is not the folder of a run: it has no {CONFIG}")
+    try:
+        return from_dict(TrainConfig, json.loads(file.read_bytes()))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is not the configuration of a run: {error}") from error
+
+
+def finished(where: Path) -> bool:
+    """Whether the run has made its last step and was evaluated after it."""
+    file = where / METRICS
+    return file.is_file() and json.loads(file.read_bytes())["step"] == read_config(where).optim.steps
+
+
+def append_record(where: Path, record: Mapping[str, Any]) -> None:
+    with (where / RECORDS).open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # the last writer was killed in the middle of a line
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def read_records(where: Path) -> list[dict[str, Any]]:
+    """The records of a run, one per step, in order of the steps."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in (where / RECORDS).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            by_step[record["step"]] = record
+        except (ValueError, TypeError, KeyError):
+            continue  # torn
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Either the whole file appears, or none of it."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    fresh.replace(path)

@@ -1,0 +1,212 @@
+"""Checkpoints: what is loaded is what was saved, or the one before it, never a mixture and never damage."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmargin.driver import checkpoint
+from fastmargin.driver.checkpoint import MANIFEST, TENSORS, committed, load, load_latest, save, seal
+
+STAGES = ("save_file", "sha256", "seal", "fsync", "forget")
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "w": torch.randn(7, 5, generator=generator),
+        "channels_last": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+        "count": torch.tensor(step),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def state(step: int) -> dict[str, object]:
+    return {"config": {"lr": 0.1 * step, "name": "ä"}, "none": None, "list": [1, 2]}
+
+
+def assert_is(latest: checkpoint.Checkpoint | None, step: int) -> None:
+    assert latest is not None and latest.step == step
+    assert latest.state == state(step)
+    assert latest.tensors.keys() == tensors(step).keys()
+    for name, tensor in tensors(step).items():
+        torch.testing.assert_close(latest.tensors[name], tensor, rtol=0, atol=0)
+
+
+def saved(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        save(folder, step, tensors(step), state(step))
+    return folder
+
+
+def flip(file: Path, offset: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def test_load_returns_what_was_saved(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "absent") is None
+    latest = load_latest(saved(tmp_path, 400))
+    assert_is(latest, 400)
+    assert latest is not None and latest.warnings == []
+
+
+def test_two_newest_are_kept_in_numerical_order(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 99_999_999, 100_000_000)
+    assert [path.name for path in committed(tmp_path)] == ["step-99999999", "step-100000000"]
+    assert_is(load_latest(tmp_path), 100_000_000)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
+) -> None:
+    """Fails at every call of every stage in turn; afterwards there is exactly step 1 or step 2."""
+    original = getattr(checkpoint, stage)
+    for fatal_call in range(1, 5):
+        folder = saved(tmp_path / f"{fatal_call}", 0, 1)
+        calls = iter(range(1, 100))
+
+        def dying(*args: object, calls: Iterator[int] = calls, fatal: int = fatal_call) -> object:
+            call = next(calls)
+            if call == fatal and moment == "before":
+                raise KeyboardInterrupt
+            result = original(*args)
+            if call == fatal:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(checkpoint, stage, dying)
+            save(folder, 2, tensors(2), state(2))
+            assert next(calls) <= fatal_call, "the fatal call was made, and survived"
+        latest = load_latest(folder)
+        assert latest is not None and latest.warnings == []
+        assert_is(latest, 2 if (folder / "step-00000002").exists() else 1)
+        assert_is(load_latest(saved(folder, 3)), 3)
+        assert not list(folder.glob("*.tmp"))
+        assert len(committed(folder)) == 2
+
+
+def test_a_kill_while_old_ones_are_removed_leaves_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1, 2)
+
+    def half_removed(path: Path) -> None:
+        (path / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half_removed)
+        save(tmp_path, 3, tensors(3), state(3))
+    assert_is(load_latest(tmp_path), 3)
+    saved(tmp_path, 4)
+    assert [path.name for path in committed(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+def test_every_flipped_bit_is_refused(tmp_path: Path, name: str) -> None:
+    file = saved(tmp_path, 1).joinpath("step-00000001", name)
+    size = file.stat().st_size
+    for offset in range(0, size, max(1, size // 97)):
+        flip(file, offset, offset % 8)
+        with pytest.raises(ValueError, match=name):
+            load(file.parent)
+        flip(file, offset, offset % 8)
+    assert_is(load_latest(tmp_path), 1)
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+@pytest.mark.parametrize("left", [0, 1, -1])
+def test_truncation_falls_back_and_says_so(tmp_path: Path, name: str, left: int) -> None:
+    file = saved(tmp_path, 1, 2).joinpath("step-00000002", name)
+    file.write_bytes(file.read_bytes()[:left])
+    latest = load_latest(tmp_path)
+    assert_is(latest, 1)
+    assert latest is not None and len(latest.warnings) == 1 and str(file) in latest.warnings[0]
+
+
+def test_nothing_usable_is_an_error_that_names_every_file(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000001" / TENSORS).unlink()
+    flip(tmp_path / "step-00000002" / TENSORS, -1)
+    with pytest.raises(ValueError, match=r"no checkpoint .*step-00000002/tensors.*step-00000001/tensors.*missing"):
+        load_latest(tmp_path)
+
+
+def test_a_run_that_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path: Path) -> None:
+    flip(saved(tmp_path, 1, 2) / "step-00000002" / TENSORS, 100)
+    assert_is(load_latest(tmp_path), 1)
+    saved(tmp_path, 2)
+    latest = load_latest(tmp_path)
+    assert_is(latest, 2)
+    assert latest is not None and latest.warnings == []
+    assert len(committed(tmp_path)) == 2
+
+
+def test_retention_never_counts_what_was_refused_as_newer(tmp_path: Path) -> None:
+    """Steps 1 and 2 stay loadable beside a damaged step 9."""
+    flip(saved(tmp_path, 9) / "step-00000009" / TENSORS, 100)
+    saved(tmp_path, 1, 2, 3)
+    assert [checkpoint.step_of(path) for path in committed(tmp_path)] == [2, 3, 9]
+    assert_is(load_latest(tmp_path), 3)
+
+
+@pytest.mark.parametrize("target", ["step-00000002", f"step-00000002/{TENSORS}", f"step-00000002/{MANIFEST}"])
+def test_links_are_refused(tmp_path: Path, target: str) -> None:
+    path = saved(tmp_path, 1, 2) / target
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    latest = load_latest(tmp_path)
+    assert_is(latest, 1)
+    assert latest is not None and "symbolic link" in latest.warnings[0] and str(path) in latest.warnings[0]
+
+
+def resealed(folder: Path, **changes: object) -> Path:
+    """A checkpoint of step 1 whose manifest was altered by someone who knows the format."""
+    manifest = saved(folder, 1) / "step-00000001" / MANIFEST
+    manifest.write_bytes(seal({**json.loads(manifest.read_bytes())["body"], **changes}))
+    return manifest.parent
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "sub/file"])
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    files = {name: {"size": 0, "sha256": ""}, TENSORS: {"size": 0, "sha256": ""}}
+    with pytest.raises(ValueError, match="leaves the folder"):
+        load(resealed(tmp_path, files=files))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"schema": 2}, {"step": 2}, {"files": {}}, {"files": []}, {"files": {TENSORS: 3}}, {"step": "1"}],
+)
+def test_altered_manifests_are_value_errors(tmp_path: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="step-00000001"):
+        load(resealed(tmp_path, **changes))
+
+
+def test_a_pickle_in_the_place_of_the_tensors_is_never_run(tmp_path: Path) -> None:
+    """Even when its hash is right: safetensors refuses the bytes."""
+    crafted = b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR."
+    folder = saved(tmp_path, 1) / "step-00000001"
+    (folder / TENSORS).write_bytes(crafted)
+    files = {TENSORS: {"size": len(crafted), "sha256": checkpoint.sha256(folder / TENSORS)}}
+    manifest = folder / MANIFEST
+    manifest.write_bytes(seal({**json.loads(manifest.read_bytes())["body"], "files": files}))
+    with pytest.raises(ValueError, match="step-00000001"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nan_in_the_state_is_refused_before_anything_is_committed(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(ValueError):
+        save(tmp_path, 2, tensors(2), {"loss": float("nan")})
+    assert_is(load_latest(tmp_path), 1)

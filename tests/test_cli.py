@@ -1,0 +1,200 @@
+"""The command line: what it answers to a user's mistakes, and what it never imports."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastmargin.driver import cli, engine, folder
+from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
+
+
+def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["train", "--print_config"]]
+)
+def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+    done = spawn("-X", "importtime", "-m", "fastmargin", *arguments, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout
+    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "jsonargparse" in imported, "the list of imports was read"
+    assert not imported & {"torch", "matplotlib", "PIL", "safetensors"}
+
+
+def test_help_names_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, _, _, text in cli.options(TrainConfig):
+        assert f"--{name}" in said and f"FASTMARGIN_TRAIN__{name.upper().replace('.', '__')}" in said and text in said
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = spawn("-m", "fastmargin", "train", "--optim.nope", "3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "fastmargin: unrecognized arguments: --optim.nope 3\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr."""
+    assert cli.main(arguments) == cli.MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith("fastmargin: ") and said.count("\n") == 1 and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["train", "evaluate", "info"]),
+        (["grow"], ["grow"]),
+        (["train", "--optim.steps", "many"], ["optim.steps", "many"]),
+        (["train", "--optim.steps", "0"], ["optim.steps is 0", "at least 1"]),
+        (["train", "--optim.lr", "-1"], ["optim.lr is -1.0"]),
+        (["train", "--optim.lr", ".nan"], ["optim.lr is nan"]),
+        (["train", "--optim.lr", ".inf"], ["optim.lr is inf"]),
+        (["train", "--data.holdout", "1"], ["data.holdout is 1.0", "between 0 and 1"]),
+        (["train", "--head.margin", "Cosine"], ["head.margin", "Cosine", "ArcFace"]),
+        (["train", "--head.topk", "0"], ["head.topk is 0"]),
+        (["train", "--sampler.counts", "[8, 2]"], ["sampler.counts is (8, 2)"]),
+        (["train", "--seed", "-1"], ["seed is -1"]),
+        (["train", "--config", "absent.yaml"], ["absent.yaml"]),
+        (["evaluate"], ["run"]),
+        (["evaluate", "absent"], ["absent", "not the folder of a run"]),
+    ],
+)
+def test_mistakes_in_options(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = mistake(capsys, *arguments)
+    assert all(word in said for word in words)
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves no folder behind"
+
+
+def test_unknown_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("optim: {stepz: 3}\n")
+    assert "optim.stepz" in mistake(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_bad_value_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTMARGIN_TRAIN__OPTIM__STEPS", "many")
+    assert "many" in mistake(capsys, "train")
+
+
+def test_fonts_folder_without_fonts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in mistake(capsys, "train", "--data.fonts", "empty")
+    assert not (tmp_path / "runs").exists()
+    assert "absent" in mistake(capsys, "train", "--data.fonts", "absent")
+
+
+def test_out_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "not the folder of a run" in mistake(capsys, "train", "--out", str(tmp_path))
+    assert "thesis.tex" in mistake(capsys, "train", "--out", str(tmp_path / "thesis.tex"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = replace(TrainConfig(), seed=3, optim=OptimConfig(lr=0.2))
+    folder.claim(str(tmp_path), theirs)
+    before = (tmp_path / folder.CONFIG).read_bytes()
+    assert "optim.lr, seed differ" in mistake(capsys, "train", "--out", str(tmp_path))
+    assert (tmp_path / folder.CONFIG).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"optim": 3}', '{"optim": {"stepz": 3}}', '{"dim": 0}'])
+def test_a_spoilt_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / folder.CONFIG).write_text(text)
+    assert folder.CONFIG in mistake(capsys, "evaluate", str(tmp_path))
+
+
+def test_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TrainConfig(), optim=OptimConfig(steps=9))
+    folder.claim(str(tmp_path), config)
+    folder.write_json(tmp_path / folder.METRICS, {"step": 9})
+    assert cli.main(["train", "--optim.steps", "9", "--out", str(tmp_path)]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_train_gets_the_configuration_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File over environment, command line over file; what is not given is the default."""
+    calls = []
+    monkeypatch.setattr(engine, "train", lambda *arguments: calls.append(arguments[:2]))
+    (tmp_path / "c.yaml").write_text("optim: {steps: 5, lr: 0.2}\nsampler: {counts: [3, 4]}\nout: elsewhere\n")
+    monkeypatch.setenv("FASTMARGIN_TRAIN__OPTIM__LR", "0.3")
+    monkeypatch.setenv("FASTMARGIN_TRAIN__DIM", "64")
+    assert cli.main(["train", "--config", str(tmp_path / "c.yaml"), "--optim.steps", "6", "--head.s", "20"]) == 0
+    expected = TrainConfig(
+        head=HeadConfig(s=20.0),
+        optim=OptimConfig(steps=6, lr=0.2),
+        sampler=SamplerConfig(counts=(3, 4)),
+        dim=64,
+    )
+    assert calls == [(expected, "elsewhere")]
+
+
+def test_the_config_of_a_run_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr(engine, "train", lambda *arguments: calls.append(arguments[0]))
+    config = TrainConfig(data=DataConfig(faces=4), sampler=SamplerConfig("doppelganger", 0.5, (1, 3), 2), seed=7)
+    where = folder.claim(str(tmp_path / "run"), config)
+    assert json.loads((where / folder.CONFIG).read_bytes()) == json.loads(json.dumps(asdict(config)))
+    assert cli.main(["train", "--config", str(where / folder.CONFIG)]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--config", str(where / folder.CONFIG), "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert yaml.safe_load((tmp_path / "printed.yaml").read_text())["data"]["faces"] == 4
+    assert cli.main(["train", "--config", str(tmp_path / "printed.yaml")]) == 0
+    assert calls == [config, config]
+
+
+def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert "interrupted" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("ours")
+
+    monkeypatch.setattr(engine, "train", broken)
+    with pytest.raises(TypeError, match="ours"):
+        cli.main(["train"])
+
+
+def test_without_the_extras_it_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['jsonargparse'] = None; from fastmargin.__main__ import main; sys.exit(main())"
+    done = spawn("-c", code, cwd=tmp_path)
+    assert done.returncode == 2 and "fastmargin[train]" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "fastmargin" in said and "torch" in said and "native" in said and "stream" in said

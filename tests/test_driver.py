@@ -1,0 +1,358 @@
+"""The training run: exact resume, the schedule, mining, divergence, evaluation. Data are small and synthetic."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmargin.driver import checkpoint, engine, folder, run
+from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
+from fastmargin.driver.data import Identities
+
+CLASSES, IMAGES, SIDE = 30, 8, 16
+SMALL = TrainConfig(
+    data=DataConfig(size=SIDE, holdout=0.3),
+    optim=OptimConfig(steps=12, batch_size=16, warmup=3, lr=0.05),
+    sampler=SamplerConfig(counts=(2, 4), lag=3),
+    dim=8,
+    log_every=2,
+    save_every=4,
+)
+MINING = replace(SMALL, sampler=replace(SMALL.sampler, name="doppelganger"))
+
+
+def identities(seed: int = 0) -> Identities:
+    """Each identity is a pattern of its own; its images are noisy copies."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.randint(0, 200, (CLASSES, 1, SIDE, SIDE), generator=generator)
+    noise = torch.randint(0, 56, (CLASSES, IMAGES, SIDE, SIDE), generator=generator)
+    labels = torch.arange(CLASSES).repeat_interleave(IMAGES)
+    return Identities((pattern + noise).flatten(0, 1).byte(), labels, [chr(0x391 + i) for i in range(CLASSES)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Batches of 16 are too small to share, and waiting for a second core costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_glyphs", lambda config, log: identities())
+
+
+def train_loop(config: TrainConfig, out: Path) -> run.Run:
+    """Training without what follows it."""
+    current = run.build(config, print)
+    where = folder.claim(str(out), config)
+    engine.resume(current, where, print)
+    engine.loop(current, where, print)
+    return current
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = engine.train_step
+
+    def train_step(current: run.Run, *batch: object) -> object:
+        if current.step == step:
+            raise KeyboardInterrupt
+        return original(current, *batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "train_step", train_step)
+
+
+def records(where: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in folder.read_records(where)]
+
+
+@pytest.mark.parametrize("stop", [4, 7, 11])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        MINING,
+        replace(MINING, head=HeadConfig("ElasticFace", topk=3)),  # draws from torch's generator; deeper table
+        replace(SMALL, head=HeadConfig("AdaFace")),  # running statistics of the norms
+        replace(SMALL, head=HeadConfig("SphereFace"), data=replace(SMALL.data, augment=False)),  # anneals lambda
+        replace(SMALL, head=HeadConfig("L2Softmax")),  # learns its scale, and a bias
+    ],
+    ids=["uniform", "doppelganger", "elastic", "ada", "sphere", "l2"],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig, stop: int
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_loop(config, whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, stop)
+        train_loop(config, parts)
+    torch.manual_seed(stop)  # a new process has another random state
+    train_loop(config, parts)
+    expected, got = (checkpoint.load_latest(where / "checkpoints") for where in (whole, parts))
+    assert expected is not None and got is not None and got.step == expected.step == 12
+    assert got.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(got.tensors[name], tensor), name
+    assert records(parts) == records(whole)
+
+
+def test_checkpoints_hold_whatever_a_step_changes(tmp_path: Path) -> None:
+    """If a tensor were left out of the checkpoint, the test above would pass only by luck: this one lists them."""
+    current = train_loop(MINING, tmp_path)
+    saved = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert saved is not None
+    parts = {name.split("/")[0] for name in saved.tensors}
+    assert parts == {"model", "head", "momentum", "table", "order", "cosines", "random"}
+    momentum = {name for name in saved.tensors if name.startswith("momentum/")}
+    assert len(momentum) == sum(p.requires_grad for m in (current.model, current.head) for p in m.parameters())
+    assert saved.state["config"]["sampler"]["name"] == "doppelganger"
+
+
+def test_damaged_checkpoint_falls_back_and_still_ends_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_loop(SMALL, tmp_path / "whole")
+    train_loop(SMALL, tmp_path / "parts")
+    newest = tmp_path / "parts" / "checkpoints" / "step-00000012" / checkpoint.TENSORS
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train_loop(SMALL, tmp_path / "parts")
+    assert "passed over a damaged checkpoint" in (said := capsys.readouterr().out) and str(newest) in said
+    manifests = [tmp_path / r / "checkpoints/step-00000012" / checkpoint.MANIFEST for r in ("whole", "parts")]
+    hashes = [json.loads(m.read_bytes())["body"]["files"] for m in manifests]
+    assert hashes[0] == hashes[1]
+
+
+def test_learning_rate() -> None:
+    config = OptimConfig(steps=110, warmup=10, lr=0.1, final_lr=0.01)
+    rates = [engine.learning_rate(config, step) for step in (0, 4, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.01, 0.05, 0.1, 0.1, 0.1 * (0.01 + 0.99 / 2), 0.001], rel=1e-12)
+    assert max(engine.learning_rate(config, step) for step in range(110)) <= 0.1
+
+
+def test_first_step_is_nesterov_sgd_by_hand(tmp_path: Path) -> None:
+    """v = g + wd w; w <- w - lr (v + momentum v) on the first step, for class weights as for convolutions."""
+    current = run.build(SMALL, print)
+    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head).items()}
+    engine.train_step(current, *next(engine.batches(current)))
+    optim, rate = SMALL.optim, SMALL.optim.lr / SMALL.optim.warmup
+    for name, p in run.learnt(current.model, current.head).items():
+        assert p.grad is not None
+        v = p.grad + optim.weight_decay * before[name]
+        torch.testing.assert_close(p.detach(), before[name] - rate * (v + optim.momentum * v))
+    assert "head.weight" in before and all("head.margin" not in name for name in before)
+
+
+def test_records_and_ramp(tmp_path: Path) -> None:
+    train_loop(replace(SMALL, head=HeadConfig(ramp=0.5), log_every=1), tmp_path)
+    lines = records(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["margin"] for line in lines] == pytest.approx([0.4 * min(1, n / 6) for n in range(1, 13)])
+    assert [line["lr"] for line in lines] == [engine.learning_rate(SMALL.optim, n) for n in range(12)]
+    assert all(-1 <= line["target_score"] <= 1 for line in lines)
+
+
+@pytest.mark.parametrize("config", [SMALL, MINING], ids=["uniform", "doppelganger"])
+def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainConfig) -> None:
+    """After each step the visited classes hold this step's nearest wrong classes."""
+    current = run.build(config, print)
+    batches = engine.batches(current)
+    for _ in range(4):
+        index, epoch = next(batches)
+        out = engine.train_step(current, index, epoch)
+        labels = current.train.labels[index]
+        for label in labels.unique().tolist():
+            rows = labels == label
+            best = out.hard_scores[rows, 0].max()
+            assert current.table.scores[label, 0] == best
+            assert int(current.table.classes[label, 0]) in out.hard_classes[rows, 0].tolist()
+            assert int(current.table.classes[label, 0]) != label
+
+
+def test_repeated_images_are_augmented_anew() -> None:
+    current = run.build(MINING, print)
+    numbers = set()
+    for _ in range(5):
+        index, epoch = next(engine.batches(current))
+        engine.train_step(current, index, epoch)
+        numbers |= set(zip(index.tolist(), epoch.tolist(), strict=True))
+    assert len(numbers) == 5 * MINING.optim.batch_size
+
+
+def test_edges_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "EDGE", 3)
+    seen: list[torch.Tensor] = []
+    original = engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda *a: (out := original(*a), seen.append(out.target_score))[0])
+    current = train_loop(SMALL, tmp_path)
+    assert torch.equal(current.cosines["start"], torch.cat(seen[:3]))
+    assert torch.equal(current.cosines["end"], torch.cat(seen[-3:]))
+
+
+def test_divergence_names_the_step_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.train_step
+
+    def train_step(current: run.Run, *batch: object) -> object:
+        out = original(current, *batch)  # type: ignore[arg-type]
+        if current.step == 7:
+            with torch.no_grad():
+                current.head.weight[0, 0] = math.inf
+        return out
+
+    monkeypatch.setattr(engine, "train_step", train_step)
+    with pytest.raises(ValueError, match="diverged by step 8"):
+        train_loop(SMALL, tmp_path)
+    saved = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert saved is not None and saved.step == 4
+    assert all(t.isfinite().all() for n, t in saved.tensors.items() if n.startswith(("model/", "head/", "momentum/")))
+
+
+def test_a_huge_learning_rate_is_a_value_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="diverged"):
+        train_loop(replace(SMALL, optim=replace(SMALL.optim, lr=1e38)), tmp_path)
+
+
+def test_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_loop(SMALL, tmp_path)
+    monkeypatch.setattr(run, "load_glyphs", lambda config, log: identities(seed=1))
+    with pytest.raises(ValueError, match="other images"):
+        train_loop(SMALL, tmp_path)
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_loop(replace(SMALL, seed=seed), tmp_path / name)
+        losses.append([line["loss"] for line in records(tmp_path / name)])
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "Softmax NormFace L2Softmax SphereFace CosFace AMSoftmax ArcFace AdaFace MagFace ElasticFace".split(),
+)
+def test_every_margin_trains(tmp_path: Path, name: str) -> None:
+    config = replace(SMALL, head=HeadConfig(name), optim=replace(SMALL.optim, steps=3, warmup=1))  # type: ignore[arg-type]
+    current = train_loop(config, tmp_path)
+    assert all(math.isfinite(line["loss"]) for line in records(tmp_path))
+    plain = name in ("Softmax", "L2Softmax")
+    assert len(current.cosines["start"]) == (0 if plain else 3 * 16)
+    assert (current.head.bias is not None) == plain
+
+
+@pytest.mark.parametrize(("name", "field"), [("Softmax", "s"), ("NormFace", "m"), ("MagFace", "m")])
+def test_a_margin_without_such_a_number_refuses_it(name: str, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"head.{field} is 0.25; wanted null: {name} has none"):
+        run.build_margin(HeadConfig(name, **{field: 0.25}))  # type: ignore[arg-type]
+
+
+def test_measured_defaults_belong_to_arcface_alone() -> None:
+    assert HeadConfig().arguments() == {"s": 30.0, "m": 0.4}
+    assert HeadConfig(m=0.5).arguments() == {"s": 30.0, "m": 0.5}
+    assert HeadConfig("CosFace").arguments() == {}
+    assert HeadConfig("CosFace", s=20.0).arguments() == {"s": 20.0}
+
+
+def test_too_few_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"30 identities to train on and 0 held out"):
+        run.build(replace(SMALL, data=replace(SMALL.data, holdout=1e-9)), print)
+
+
+def test_embedding_is_in_evaluation_mode_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = run.build(SMALL, print)
+    images = current.test.images
+    together = engine.embed(current.model, images)
+    monkeypatch.setattr(engine, "EMBED", 3)
+    torch.testing.assert_close(engine.embed(current.model, images), together)
+    assert current.model.training and not together.requires_grad
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, long enough to learn its patterns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_glyphs", lambda config, log: identities())
+        config = replace(SMALL, optim=replace(SMALL.optim, steps=40), save_every=20, log_every=10)
+        return engine.train(config, str(tmp_path_factory.mktemp("trained") / "run"), print)
+
+
+def test_a_whole_run(trained: Path) -> None:
+    metrics = json.loads((trained / folder.METRICS).read_bytes())
+    held_out = len(identities().split(0.3, 0)[1].names)
+    for block in ("model", "raw_pixels"):
+        assert metrics[block]["identities"] == held_out
+        assert metrics[block]["images"] == held_out * IMAGES
+        assert metrics[block]["genuine_pairs"] == held_out * math.comb(IMAGES, 2)
+    assert metrics["model"]["rank1"] > 0.5 > 1 / held_out
+    assert metrics["raw_pixels"]["rank1"] == 1.0  # unaugmented patterns: nearest pixels cannot fail
+    assert metrics["step"] == 40 and metrics["config"]["dim"] == 8 and metrics["seconds"]["training"] > 0
+    names = {path.name for path in (trained / folder.REPORT).iterdir()}
+    assert names == {"loss.png", "roc.png", "theta.png", "doppelgangers.png"}
+    assert folder.finished(trained)
+
+
+def test_loss_falls(trained: Path) -> None:
+    lines = records(trained)
+    assert lines[-1]["target_score"] > lines[0]["target_score"] + 0.2
+
+
+def test_evaluating_again_gives_the_same_numbers(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((trained / folder.METRICS).read_bytes())
+    (trained / folder.METRICS).unlink()
+    assert not folder.finished(trained)
+    engine.evaluate(trained, print)
+    after = json.loads((trained / folder.METRICS).read_bytes())
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+    assert "TAR at FAR 1e-3" in (said := capsys.readouterr().out) and "raw pixels" in said
+
+
+def test_a_run_under_way_can_be_evaluated_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        train_loop(SMALL, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        engine.evaluate(tmp_path, print)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        train_loop(SMALL, tmp_path)
+    monkeypatch.setattr(engine, "EDGE", 3)
+    engine.evaluate(tmp_path, print)
+    assert json.loads((tmp_path / folder.METRICS).read_bytes())["step"] == 4
+    assert (tmp_path / folder.REPORT / "theta.png").exists() and not folder.finished(tmp_path)
+    engine.train(SMALL, str(tmp_path), print)
+    assert folder.finished(tmp_path)
+
+
+def test_progress_lines_show_life_where_there_is_no_terminal(tmp_path: Path) -> None:
+    said: list[str] = []
+    say: Callable[[str], None] = said.append
+    current = run.build(replace(SMALL, log_every=1, optim=replace(SMALL.optim, steps=30)), say)
+    engine.loop(current, folder.claim(str(tmp_path), current.config), say)
+    assert [int(line.split()[1]) for line in said] == list(range(3, 31, 3))
+
+
+def test_a_record_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder.append_record(tmp_path, {"step": step, "loss": 1.0})
+    with (tmp_path / folder.RECORDS).open("a") as file:
+        file.write('{"step": 3, "lo')
+    for step in (2, 3):
+        folder.append_record(tmp_path, {"step": step, "loss": 2.0})
+    assert folder.read_records(tmp_path) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 2.0},
+    ]
+
+
+def test_dated_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [folder.claim(None, SMALL) for _ in range(4)]
+    assert len(set(folders)) == 4 and all(path.parent.name == "runs" for path in folders)
+    assert all(folder.read_config(path) == SMALL for path in folders)
