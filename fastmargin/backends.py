@@ -56,11 +56,12 @@ def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
     name = name or os.environ.get("FASTMARGIN_BACKEND") or None
     if name is None:
         return next(n for n, impl in impls.items() if n != "reference" and impl.can_run(x))
+    if name == "native" and BUILD.problem:
+        raise ValueError(f"backend 'native' cannot run: {BUILD.problem}")
     if name not in impls:
         raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
     if not impls[name].can_run(x):
-        why = BUILD.problem if name == "native" and BUILD.problem else "not supported"
-        raise ValueError(f"backend {name!r} cannot run {x.dtype} on {x.device}: {why}")
+        raise ValueError(f"backend {name!r} cannot run {x.dtype} on {x.device}")
     return name
 
 

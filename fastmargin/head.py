@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmargin.backends import pick
 from fastmargin.margins import Margin
-from fastmargin.ops.nontarget_lse import nontarget_lse
+from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 BLOCK = 1024  # classes that share a generator of initial rows
 
@@ -41,7 +42,7 @@ def initial_rows(first: int, last: int, d: int, seed: int) -> Tensor:  # [last -
     for block in range(first // BLOCK, -(-last // BLOCK)):
         words = np.random.SeedSequence((seed, block)).generate_state(2)
         generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-        rows = torch.empty(BLOCK, d).normal_(0, 0.01, generator=generator)
+        rows = torch.empty(BLOCK, d, dtype=torch.float32).normal_(0, 0.01, generator=generator)
         lo, hi = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
         out[lo - first : hi - first] = rows[lo - block * BLOCK : hi - block * BLOCK]
     return out
@@ -87,7 +88,8 @@ class MarginHead(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size, least in (("in_features", in_features, 1), ("num_classes", num_classes, 1), ("seed", seed, 0)):
+        sizes = {"in_features": (in_features, 1), "num_classes": (num_classes, 1), "topk": (topk, 0), "seed": (seed, 0)}
+        for name, (size, least) in sizes.items():
             if not isinstance(size, int) or size < least:
                 raise ValueError(f"{name} = {size!r}: want an int of {least} or more")
         if not isinstance(margin, Margin):
@@ -102,7 +104,9 @@ class MarginHead(nn.Module):
         self.margin, self.topk, self.reduction, self.seed = margin, topk, reduction, seed
         self.ignore_index, self.check_labels, self.backend = ignore_index, check_labels, backend
         self.weight = nn.Parameter(initial_rows(0, num_classes, in_features, seed))
-        self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
+        if backend is not None:
+            pick(IMPLS, self.weight, backend)
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
         # count, first row and its label, of the first bad batch since the last check()
         self.register_buffer("bad_label", torch.zeros(3, dtype=torch.int64), persistent=False)
@@ -132,7 +136,8 @@ class MarginHead(nn.Module):
         A label outside [0, C) raises ValueError on the CPU. On a GPU and in compiled code, where looking at labels
         would stall, its row counts as ignored and `check()` raises.
         """
-        self._check_shapes(embeddings, labels, sample_weight)
+        self._check_embeddings(embeddings)
+        self._check_labels(embeddings, labels, sample_weight)
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         self._note_bad(labels, ~valid & (labels != self.ignore_index))
         y = torch.where(valid, labels, -1)
@@ -191,17 +196,20 @@ class MarginHead(nn.Module):
         divisor = weight.sum()
         return total / torch.where(divisor == 0, 1.0, divisor)
 
-    def _check_shapes(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None) -> None:
+    def _check_embeddings(self, embeddings: Tensor) -> None:
         d = self.in_features
         if embeddings.ndim != 2 or embeddings.shape[1] != d or not embeddings.is_floating_point():
             raise ValueError(f"want floating embeddings [B, {d}]; got {embeddings.dtype} {[*embeddings.shape]}")
+        if embeddings.device != self.weight.device:
+            raise ValueError(f"embeddings are on {embeddings.device}, the weight is on {self.weight.device}")
+
+    def _check_labels(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None) -> None:
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"want int64 labels [{len(embeddings)}]; got {labels.dtype} {[*labels.shape]}")
         if sample_weight is not None and sample_weight.shape != labels.shape:
             raise ValueError(f"want sample_weight [{len(labels)}]; got {[*sample_weight.shape]}")
-        devices = {str(t.device) for t in (embeddings, labels, self.weight)}
-        if len(devices) > 1:
-            raise ValueError(f"embeddings, labels and weight are on {', '.join(sorted(devices))}: want one device")
+        if labels.device != embeddings.device:
+            raise ValueError(f"labels are on {labels.device}, embeddings on {embeddings.device}")
 
     def _note_bad(self, labels: Tensor, bad: Tensor) -> None:  # [B], [B]
         if len(labels) == 0:
@@ -223,17 +231,21 @@ class MarginHead(nn.Module):
             )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:  # [B, d] -> [B, C]
-        """All logits, without a margin: for few classes only."""
-        x, _, _ = self._rows(embeddings)
-        weight = F.normalize(self.weight, eps=1e-12) if self.margin.normalize_weight else self.weight
-        return F.linear(x, weight, self.bias)
+        """All logits, without a margin: for few classes only. ValueError for embeddings of the wrong width."""
+        self._check_embeddings(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x, _, _ = self._rows(embeddings)
+            weight = F.normalize(self.weight, eps=1e-12) if self.margin.normalize_weight else self.weight
+            return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def nearest(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [B, d] -> [B, k], [B, k]
         """The k classes nearest to each row, best first: scores (cosines, or logits of plain layers) and class ids.
 
         Any number of classes; no logits are stored. Where C < k the rest is score -inf, class -1.
+        ValueError for embeddings of the wrong width and k < 0.
         """
+        self._check_embeddings(embeddings)
         x, _, r = self._rows(embeddings)
         y = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
         _, _, scores, classes = self._primitive(x, y, k)

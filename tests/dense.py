@@ -1,0 +1,52 @@
+"""The definition of nontarget_lse, dense and in plain autograd, and problems to try it on."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+F32, F64 = torch.float32, torch.float64
+
+
+def dense(x, w, y, bias=None, rows=None, normalize_weight=True, topk=0):
+    """The definition, in plain autograd."""
+    w = w if rows is None else w[rows]
+    w = F.normalize(w, eps=1e-12) if normalize_weight else w
+    z = x @ w.T if bias is None else x @ w.T + (bias if rows is None else bias[rows])
+    own = y[:, None] == torch.arange(len(w))
+    rest = z.masked_fill(own, -torch.inf).logsumexp(1)
+    target = torch.where(own, z, 0.0).sum(1)
+    order = z.masked_fill(own, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return rest, target, order.values[:, :topk], order.indices[:, :topk]
+
+
+def leaves(*tensors):
+    return [None if t is None else t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def run(op, x, w, y, bias, upstream, **options):
+    """Outputs and gradients. `upstream` are the gradients of rest, target and topk_values."""
+    x, w, bias = leaves(x, w, bias)
+    out = op(x, w, y, bias=bias, **options)
+    pairs = [(o, g) for o, g in zip(out[:3], upstream, strict=True) if o.numel() and o.requires_grad]
+    torch.autograd.backward([o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs])
+    grads = [t.grad.to_dense() for t in (x, w, bias) if t is not None]
+    return [*out[:3], *grads], out[3]
+
+
+def problem(B, d, C, k=0, s=16.0, cosine=None, plain=False):
+    """Rows of norm s in float64; with `cosine`, that near to their own class."""
+    w = torch.randn(C, d, dtype=F64) * 0.1
+    y = torch.randint(0, C, (B,))
+    f = F.normalize(torch.randn(B, d, dtype=F64))
+    if cosine is not None:
+        own = F.normalize(w[y])
+        across = F.normalize(f - (f * own).sum(1, keepdim=True) * own)
+        f = cosine * own + math.sqrt(1 - cosine**2) * across
+    bias = torch.randn(C, dtype=F64) if plain else None
+    upstream = torch.rand(B, dtype=F64) + 0.1, -torch.rand(B, dtype=F64), 0.1 * torch.rand(B, k, dtype=F64)
+    return s * f, w, y, bias, upstream
+
+
+def cast(dtype, *tensors):
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]

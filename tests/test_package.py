@@ -1,0 +1,257 @@
+"""The rules of the house: imports point one way, public names resolve, files stay short, backends fall back."""
+
+import ast
+import graphlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastmargin as fm
+from fastmargin.backends import BUILD, pick
+from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (  # a part imports from the lines above its own, and from itself
+    ("kernels", "_C"),
+    ("backends",),
+    ("ops",),
+    ("distributed", "margins"),
+    ("head", "losses", "mining", "optim", "evaluation", "schedules"),
+    ("compat",),
+    ("driver",),
+    ("__main__",),
+)
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+
+
+def sources():
+    """{module: its text} of the package; kernels/ is installed as fastmargin.kernels."""
+    found = {}
+    for folder, package in (("fastmargin", ("fastmargin",)), ("kernels", ("fastmargin", "kernels"))):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join((*package, *path.relative_to(ROOT / folder).with_suffix("").parts))
+            found[name.removesuffix(".__init__")] = path.read_text()
+    return found
+
+
+SOURCES = sources()
+
+
+def imported(module, text):
+    """The names a module imports, anywhere in it: `from a import b` gives a.b."""
+    is_package = any(name.startswith(f"{module}.") for name in SOURCES)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) + is_package - node.level] if node.level else []
+            yield from (".".join((*parents, *filter(None, [node.module]), alias.name)) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"  # torch.distributed needs no import of its own
+
+
+def part(name):
+    return f"{name}.".split(".")[1]
+
+
+def violations(module, text):
+    own = part(module)
+    for name in imported(module, text):
+        if name.split(".")[0] in ("tests", "bench", "conftest", "check"):
+            yield f"{module} imports {name}"
+        if name.startswith("torch.distributed") and own not in ("distributed", "driver"):
+            yield f"{module} uses {name}"
+        if not name.startswith("fastmargin."):
+            continue
+        other = part(name)
+        if other in RANK and other != own and RANK[other] >= RANK.get(own, -1):
+            yield f"{module} imports {name}"
+        if other not in RANK and (own == "kernels" or other != "__version__"):
+            yield f"{module} imports {name}, which is not its home"
+
+
+def test_imports_point_one_way():
+    assert {part(module) for module in SOURCES} - {""} <= set(RANK), "a new part needs its place in LAYERS"
+    assert [v for module, text in SOURCES.items() for v in violations(module, text)] == []
+    own = ("fastmargin.", "torch.distributed")
+    assert not [name for name in imported("fastmargin.margins", SOURCES["fastmargin.margins"]) if name.startswith(own)]
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("ops.checks", "from fastmargin.head import MarginHead"),
+        ("ops.checks", "from .. import head"),
+        ("ops", "from ..head import MarginHead"),
+        ("ops.checks", "import torch.distributed as dist"),
+        ("ops.checks", "from torch import distributed"),
+        ("ops.checks", "import torch\ntorch.distributed.barrier()"),
+        ("backends", "import fastmargin.ops.checks"),
+        ("backends", "def f():\n    from fastmargin.ops import checks"),
+        ("kernels.nontarget_lse", "from fastmargin import backends"),
+        ("kernels.nontarget_lse", "from fastmargin import __version__"),
+        ("head", "from fastmargin.optim import ClassSGD"),
+        ("head", "from fastmargin import ArcFace"),
+        ("evaluation", "from fastmargin.driver.data import Identities"),
+        ("driver.run", "from tests.check import error"),
+        ("mining", "import bench"),
+    ],
+)
+def test_an_import_that_points_the_other_way_is_seen(module, line):
+    assert list(violations(f"fastmargin.{module}", line))
+
+
+def test_no_import_cycles():
+    graph = {}
+    for module, text in SOURCES.items():
+        names = {n if n in SOURCES else n.rpartition(".")[0] for n in imported(module, text)}
+        graph[module] = {n for n in names if n in SOURCES and n not in (module, "fastmargin")}
+    assert "fastmargin.backends" in graph["fastmargin.ops.nontarget_lse"]
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the cycle
+
+
+# ---------------------------------------------------------------------------------------------- names and files
+
+
+@pytest.mark.parametrize("name", fm.__all__)
+def test_public_names_resolve_and_are_described(name):
+    value = getattr(fm, name)
+    assert name in dir(fm)
+    if name != "__version__":
+        assert vars(value)["__doc__"].strip() if isinstance(value, type) else value.__doc__.strip()
+
+
+def public(tree):
+    kinds = ast.FunctionDef | ast.ClassDef
+    return [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def test_what_users_call_is_described():
+    undescribed = []
+    for stem in ("head", "margins", "schedules", "mining", "evaluation"):
+        for node in public(ast.parse(SOURCES[f"fastmargin.{stem}"])):
+            if node.name in fm.__all__ or stem == "evaluation":
+                undescribed += [f"{stem}.{node.name}"] * (ast.get_docstring(node) is None)
+    assert undescribed == []
+    assert [module for module, text in SOURCES.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="module 'fastmargin' has no attribute 'ArcFaceLoss'"):
+        _ = fm.ArcFaceLoss
+
+
+def test_no_file_is_long():
+    folders = ("fastmargin", "kernels", "csrc", "tests", "bench")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    kinds = (".py", ".h", ".cpp", ".cu", ".cuh")
+    assert [p.name for p in files if p.suffix in kinds and len(p.read_text().splitlines()) > 400] == []
+
+
+# ---------------------------------------------------------------------------------------------- backends
+
+
+def python(code, **environment):
+    """What a fresh interpreter prints, as JSON, and what it says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_importing_the_package_does_not_import_torch():
+    assert python("import json, sys, fastmargin; print(json.dumps('torch' in sys.modules))") == (False, "")
+
+
+WITHOUT_NATIVE = """
+import json, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastmargin._C":
+            raise {error}(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+
+import torch, fastmargin as fm
+from fastmargin import backends
+from fastmargin.ops.nontarget_lse import IMPLS
+try:
+    fm.nontarget_lse(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), backend="native")
+    refusal = None
+except ValueError as mistake:
+    refusal = str(mistake)
+out = fm.MarginHead(4, 5, fm.ArcFace(), topk=1)(torch.ones(2, 4), torch.tensor([0, 1]))
+out.loss.backward()
+print(json.dumps(dict(
+    facts=backends.BUILD.facts, pick=backends.pick(IMPLS, torch.ones(1)), refusal=refusal,
+    describe=backends.describe(), loss=out.loss.item(),
+)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("exception", "why"), [("ModuleNotFoundError", "not built"), ("ImportError", "built for another torch")]
+)
+def test_without_the_extension_the_package_works_and_says_why(exception, why):
+    said, warned = python(WITHOUT_NATIVE.format(error=exception))
+    assert said["facts"] == {} and said["pick"] == "stream" and said["loss"] > 0
+    native = next(line for line in said["describe"].splitlines() if line.startswith("native"))
+    assert why in native
+    assert said["refusal"] is not None and why in said["refusal"]
+    assert warned.count("UserWarning") == (exception == "ImportError")  # a package without a compiler is no accident
+
+
+def test_a_backend_that_is_named_runs_or_raises(monkeypatch):
+    x, w, y = torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
+    assert pick(IMPLS, x) == next(iter(IMPLS)) != "reference"
+    for name in IMPLS:
+        monkeypatch.setenv("FASTMARGIN_BACKEND", name)
+        assert pick(IMPLS, x) == name
+        assert pick(IMPLS, x, "stream") == "stream"
+    monkeypatch.setenv("FASTMARGIN_BACKEND", "")
+    assert pick(IMPLS, x) == next(iter(IMPLS))
+    monkeypatch.setenv("FASTMARGIN_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"unknown backend 'abacus': want one of .*stream, reference"):
+        nontarget_lse(x, w, y)
+    nontarget_lse(x, w, y, backend="stream")
+    if "native" in IMPLS:
+        with pytest.raises(ValueError, match=r"backend 'native' cannot run torch.float16 on cpu"):
+            pick(IMPLS, x.half(), "native")
+
+
+ON_CAPABILITY = """
+import json, torch
+from fastmargin.backends import BUILD
+from fastmargin.ops.nontarget_lse import nontarget_lse
+torch.manual_seed(0)
+f, w, y = 5 * torch.randn(37, 45), torch.randn(1009, 45), torch.randint(0, 1009, (37,))
+
+def run(backend, dtype):
+    x, b = (t.to(dtype).clone().requires_grad_() for t in (f, w))
+    rest, target, values, classes = nontarget_lse(x, b, y, topk=4, backend=backend)
+    (rest - target).sum().backward()
+    return [t.detach().double() for t in (rest, target, values, classes, x.grad, b.grad)]
+
+truth, plain, ours = run("reference", torch.float64), run("reference", torch.float32), run("native", torch.float32)
+errors = [[((a - t).abs().max() / t.abs().max()).item() for t, a in zip(truth, r)] for r in (ours, plain)]
+print(json.dumps([BUILD.facts["cpu"], *errors]))
+"""
+
+
+@pytest.mark.skipif("native" not in IMPLS, reason="native kernels not built")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one set of kernels on this architecture")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_of_every_capability_agree_with_the_reference(capability):
+    if BUILD.facts["cpu"] == "DEFAULT" and capability == "avx2":
+        pytest.skip("this machine has no AVX2")
+    (cpu, ours, plain), _ = python(ON_CAPABILITY, ATEN_CPU_CAPABILITY=capability)
+    assert cpu == capability.upper()
+    for mine, reference in zip(ours, plain, strict=True):
+        assert mine <= 2 * reference + 8 * torch.finfo(torch.float32).eps
