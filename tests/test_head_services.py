@@ -230,6 +230,16 @@ def test_state_dict_round_trip():
     assert equal(step(head, f, y), step(again, f, y))
 
 
+def test_statistics_move_in_training_only():
+    head, f, y = problem(fm.AdaFace(momentum=1.0))
+    y[0] = -100
+    head.eval()(f, y)
+    assert head.margin.mu == 20 and head.margin.sd == 100
+    head.train()(f, y)
+    sd, mu = torch.std_mean(f[1:].norm(dim=1))
+    torch.testing.assert_close((head.margin.mu, head.margin.sd), (mu, sd))
+
+
 def test_training_reaches_every_row():
     C, n = 20, 200
     centres, labels = torch.randn(C, 24), torch.arange(n) % C
