@@ -25,6 +25,7 @@ void inverse_norms(const T* w, int64_t ld, int64_t n, int64_t d, T* out) {
 
 template <typename T>
 void row_max(const Tile<T>& t, T* top) {
+  const int32_t* target = t.target;
   for (int64_t j = 0; j < t.n; ++j) {
     const T* z = t.z + j * t.m;
     const T scale = t.scale[j], bias = t.bias ? t.bias[j] : T(0);
@@ -32,7 +33,7 @@ void row_max(const Tile<T>& t, T* top) {
 #pragma omp simd
     for (int64_t i = 0; i < t.m; ++i) {
       const T v = z[i] * scale + bias;
-      const bool better = v > top[i] && t.target[i] != line;
+      const bool better = v > top[i] && target[i] != line;
       top[i] = better ? v : top[i];
     }
   }
@@ -91,6 +92,8 @@ void transpose(const T* in, int64_t n, int64_t m, T* out) {
 
 template <typename T>
 void gradient_sweep(const Tile<T>& t, const GradRows<T>& r, T* sum_g, T* sum_gz) {
+  const T *rest = r.rest, *d_rest = r.d_rest, *d_target = r.d_target;
+  const int32_t* target = t.target;
   for (int64_t j = 0; j < t.n; ++j) {
     T* z = t.z + j * t.m;
     const T scale = t.scale[j], bias = t.bias ? t.bias[j] : T(0);
@@ -99,7 +102,7 @@ void gradient_sweep(const Tile<T>& t, const GradRows<T>& r, T* sum_g, T* sum_gz)
 #pragma omp simd reduction(+ : sg, sgz)
     for (int64_t i = 0; i < t.m; ++i) {
       const T v = z[i] * scale;
-      const T g = t.target[i] == line ? r.d_target[i] : gradient(v + bias, r.rest[i], r.d_rest[i]);
+      const T g = target[i] == line ? d_target[i] : gradient(v + bias, rest[i], d_rest[i]);
       sg += g;
       sgz += g * v;
       z[i] = g;
