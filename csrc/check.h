@@ -1,5 +1,5 @@
-// Checks of the op arguments, shared by the CPU and CUDA launchers. Shapes were checked in Python; what is checked
-// here keeps memory safe and names the offending label.
+// Checks of op arguments: they keep memory safe and name the offending label. Messages about shapes are for callers of
+// the raw ops; the Python functions say the same in more words.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,45 +9,72 @@
 
 namespace fastmargin {
 
-inline void check_operands(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && y.dim() == 1 && y.size(0) == x.size(0),
-                    "want x [B, d], w [C, d], y [B]; got ", x.sizes(), ", ", w.sizes(), ", ", y.sizes());
-  TORCH_CHECK_VALUE(w.scalar_type() == x.scalar_type() && y.scalar_type() == at::kLong,
-                    "want x and w of one dtype and y int64; got ", x.scalar_type(), ", ", w.scalar_type(), ", ",
-                    y.scalar_type());
-  TORCH_CHECK_VALUE(w.device() == x.device() && y.device() == x.device(), "x, w and y are on ", x.device(), ", ",
-                    w.device(), ", ", y.device());
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == w.size(0) && bias->scalar_type() == x.scalar_type()),
-                    "want bias [C] of x's dtype");
-  TORCH_CHECK_VALUE(!rows || (rows->dim() == 1 && rows->scalar_type() == at::kLong), "want rows [n] int64");
+// What every op reads: checked, and contiguous but for w.
+struct Operands {
+  at::Tensor x;                    // [B, d]
+  at::Tensor w;                    // [C, d] any strides
+  at::Tensor y;                    // [B] in [-1, C), or in [-1, n) with rows
+  std::optional<at::Tensor> bias;  // [C]
+  std::optional<at::Tensor> rows;  // [n] sorted, unique, in [0, C)
+  bool normalize_weight;
+
+  int64_t classes() const { return rows ? rows->size(0) : w.size(0); }
+};
+
+inline void check_layout(const Operands& o) {
+  TORCH_CHECK_VALUE(
+      o.x.dim() == 2 && o.w.dim() == 2 && o.x.size(1) == o.w.size(1) && o.y.dim() == 1 && o.y.size(0) == o.x.size(0),
+      "want x [B, d], w [C, d], y [B]; got ", o.x.sizes(), ", ", o.w.sizes(), ", ", o.y.sizes());
+  TORCH_CHECK_VALUE(o.x.scalar_type() == at::kFloat || o.x.scalar_type() == at::kDouble,
+                    "want float32 or float64; got ", o.x.scalar_type());
+  TORCH_CHECK_VALUE(o.w.scalar_type() == o.x.scalar_type() && o.y.scalar_type() == at::kLong,
+                    "want x and w of one dtype and y int64; got ", o.x.scalar_type(), ", ", o.w.scalar_type(), ", ",
+                    o.y.scalar_type());
+  TORCH_CHECK_VALUE(
+      !o.bias || (o.bias->dim() == 1 && o.bias->size(0) == o.w.size(0) && o.bias->scalar_type() == o.x.scalar_type()),
+      "want bias [C] of x's dtype");
+  TORCH_CHECK_VALUE(!(o.bias && o.normalize_weight), "a bias needs normalize_weight=False");
+  TORCH_CHECK_VALUE(!o.rows || (o.rows->dim() == 1 && o.rows->scalar_type() == at::kLong), "want rows [n] int64");
+  for (const auto& other : {std::optional(o.w), std::optional(o.y), o.bias, o.rows})
+    TORCH_CHECK_VALUE(!other || other->device() == o.x.device(), "x is on ", o.x.device(), ", another argument on ",
+                      other->device());
 }
 
-inline void check_rows(const std::optional<at::Tensor>& rows /* [n] */, int64_t classes) {
-  if (!rows) return;
-  const int64_t* r = rows->const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < rows->size(0); ++j)
-    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < classes && (j == 0 || r[j - 1] < r[j]), "rows[", j, "] = ", r[j],
-                      ": want sorted, unique class ids in [0, ", classes, ")");
+inline void check_rows(const Operands& o) {
+  if (!o.rows) return;
+  const int64_t* r = o.rows->const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < o.rows->size(0); ++j)
+    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < o.w.size(0) && (j == 0 || r[j - 1] < r[j]), "rows[", j, "] = ", r[j],
+                      ": want sorted, unique class ids in [0, ", o.w.size(0), ")");
 }
 
-inline void check_labels(const at::Tensor& y /* [B] contiguous */, int64_t classes) {
-  const int64_t* label = y.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < y.size(0); ++i)
-    TORCH_CHECK_VALUE(label[i] >= -1 && label[i] < classes, "label ", label[i], " of row ", i, " is outside [-1, ",
-                      classes, ")");
+inline void check_labels(const Operands& o) {
+  const int64_t* label = o.y.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < o.y.size(0); ++i)
+    TORCH_CHECK_VALUE(label[i] >= -1 && label[i] < o.classes(), "label ", label[i], " of row ", i, " is outside [-1, ",
+                      o.classes(), ")");
 }
 
-// What the CPU ops ask of their operands; reads every label and every selected row.
-inline void check_all(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
-                      bool normalize_weight) {
-  check_operands(x, w, y, bias, rows);
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "want float32 or float64; got ",
-                    x.scalar_type());
-  TORCH_CHECK_VALUE(!(bias && normalize_weight), "a bias needs normalize_weight=False");
-  check_rows(rows, w.size(0));
-  check_labels(y.contiguous(), rows ? rows->size(0) : w.size(0));
+// The operands of a CPU op; reads every label and every selected row.
+inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
+                        bool normalize_weight) {
+  Operands o{x, w, y, bias, rows, normalize_weight};
+  check_layout(o);
+  o.x = x.contiguous();
+  o.y = y.contiguous();
+  if (bias) o.bias = bias->contiguous();
+  if (rows) o.rows = rows->contiguous();
+  check_rows(o);
+  check_labels(o);
+  return o;
+}
+
+// A further argument of a backward op.
+inline at::Tensor checked_like(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == dtype && t.device().is_cpu(), "want ", name, " ", sizes,
+                    " ", dtype, " on the CPU; got ", t.sizes(), " ", t.scalar_type(), " on ", t.device());
+  return t.contiguous();
 }
 
 template <typename F>

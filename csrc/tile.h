@@ -1,4 +1,4 @@
-// The arithmetic of a tile of logits, shared by the CPU kernels, the CUDA kernels and a host-only test.
+// The arithmetic of a tile of logits; plain C++ that a GPU compiler takes too.
 //
 //   rest = log sum_j exp(z_j)   is carried as (shift, sum):  rest = shift + log(sum)
 //   g_j  = d_rest exp(z_j - rest)
@@ -23,9 +23,9 @@ namespace fastmargin {
 // Stands for "nothing seen yet" in a running maximum; finite, so that differences of two of them are 0 and not NaN.
 constexpr float kNoShift = -1e30f;
 
-// e^x within 1.01 ulp (measured over all floats), without branches, so that a loop over it vectorises; 0 below -87.3,
-// where the result is no longer a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2 is split in two so that r is
-// exact to the last bit.
+// e^x for x <= 88, within 1.03 ulp (measured over all floats), without branches, so that a loop over it vectorises;
+// 0 below -87.3, where the result is no longer a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2 is split in two
+// so that r is exact to the last bit.
 FM_INLINE float exp_(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
   const float t = x * 1.44269504088896341f + magic;

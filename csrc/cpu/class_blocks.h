@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "../check.h"
 #include "class_rows.h"
 #include "gemm.h"
 #include "nontarget_lse_kernel.h"
@@ -24,34 +25,36 @@ constexpr int64_t kRowTile = 256;  // rows of a tile, at most
 // What both passes read: the operands, and x packed for the products.
 template <typename T>
 struct Problem {
-  Tensor x_, y_, bias_, packed_;  // owners of what the pointers below point to
+  Operands o;             // owns what the pointers below point to
+  Tensor bias_, packed_;  // of the classes in use [C]; row tiles of x^T, one after the other
   ClassRows<T> w;
-  const T *x, *bias, *packed;  // [B, d], [C] or null, row tiles of x^T one after the other
+  const T *x, *bias, *packed;  // [B, d], [C] or null, [B, d]
   const int64_t* y;            // [B]
   int64_t B, d, C, tile;
   bool normalize;
   const NontargetLseKernels<T>& kernels = nontarget_lse_kernels<T>();
 
-  Problem(const Tensor& x_in, const Tensor& w_in, const Tensor& y_in, const optional<Tensor>& bias_in,
-          const optional<Tensor>& rows, bool normalize_weight)
-      : x_(x_in.contiguous()),
-        y_(y_in.contiguous()),
-        w(w_in, rows),
-        B(x_in.size(0)),
-        d(x_in.size(1)),
-        C(w.count),
-        normalize(normalize_weight) {
-    if (bias_in) bias_ = rows ? at::index_select(*bias_in, 0, *rows) : bias_in->contiguous();
-    x = x_.template const_data_ptr<T>();
-    y = y_.template const_data_ptr<int64_t>();
-    bias = bias_in ? bias_.template const_data_ptr<T>() : nullptr;
+  explicit Problem(const Operands& operands)
+      : o(operands),
+        w(o.w, o.rows),
+        x(o.x.template const_data_ptr<T>()),
+        bias(nullptr),
+        y(o.y.template const_data_ptr<int64_t>()),
+        B(o.x.size(0)),
+        d(o.x.size(1)),
+        C(o.classes()),
+        normalize(o.normalize_weight) {
+    if (o.bias) {
+      bias_ = o.rows ? at::index_select(*o.bias, 0, *o.rows) : *o.bias;
+      bias = bias_.template const_data_ptr<T>();
+    }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
     tile = std::max<int64_t>(1, at::divup(B, tiles));
     pack();
   }
 
   void pack() {
-    packed_ = at::empty({B, d}, x_.options());
+    packed_ = at::empty({B, d}, o.x.options());
     T* out = packed_.template data_ptr<T>();
     for (int64_t i0 = 0; i0 < B; i0 += tile) kernels.transpose(x + i0 * d, std::min(tile, B - i0), d, out + i0 * d);
     packed = out;
@@ -68,6 +71,7 @@ struct Block {
   std::vector<int32_t> target_;
   int64_t first = 0, n = 0, ld = 0;
   const T* w = nullptr;
+  T largest_scale = 1;
 
   explicit Block(const Problem<T>& problem)
       : p(problem),
@@ -81,6 +85,7 @@ struct Block {
     n = std::min(kBlock, p.C - first);
     w = p.w.block(first, n, copy_.data(), ld);
     if (p.normalize) p.kernels.inverse_norms(w, ld, n, p.d, scale_.data());
+    largest_scale = *std::max_element(scale_.begin(), scale_.begin() + n);
   }
 
   // The products of this block with rows i0 .. i0 + m.

@@ -18,8 +18,9 @@ class ClassRows {
         count(rows ? rows->size(0) : w.size(0)),
         d(w.size(1)) {}
 
-  // Whether block() and row() need room to copy into: a selection, or columns that are not adjacent.
-  bool copies() const { return rows_ != nullptr || column_ != 1; }
+  // Whether block() and row() need room to copy into: a selection, columns that are not adjacent, or lines that
+  // overlap or lie so far apart that a matrix product takes no such leading dimension.
+  bool copies() const { return rows_ != nullptr || column_ != 1 || stride_ < d || stride_ > (1 << 24); }
 
   // n consecutive classes from `first`: in place, or gathered into buffer [n, d]; ld is set to the distance of lines.
   const T* block(int64_t first, int64_t n, T* buffer, int64_t& ld) const {

@@ -1,7 +1,7 @@
 // One thread's matrix product inside a parallel region.
 //
 // brgemm is oneDNN's kernel for blocks that fit the cache; on AVX-512 machines it runs float32 at more than twice the
-// rate of a BLAS call. Where it cannot run (other machines, float64) the product goes through ATen.
+// rate of a BLAS call, and elsewhere it makes one. It knows no float64: those products go through ATen.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -21,34 +21,12 @@ struct PlainAten {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// brgemm refuses at run time on machines it does not know: ask once, with a product whose result is known.
-inline bool has_brgemm() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  static const bool works = [] {
-    float a[16 * 16], b[16 * 16], c[16 * 16];
-    for (int i = 0; i < 256; ++i) a[i] = 1.0f, b[i] = float(i / 16), c[i] = 0.0f;
-    try {
-      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c);
-      at::native::cpublas::brgemm_release(false);
-    } catch (const std::exception&) {
-      return false;
-    }
-    return c[0] == 120.0f && c[255] == 120.0f;
-  }();
-  return works;
-#else
-  return false;
-#endif
-}
-
 // c [m, n] = a [m, k] b [k, n], or += ; row-major with leading dimensions
 template <typename T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
           bool add) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
-  if constexpr (std::is_same_v<T, float>) {
-    if (has_brgemm()) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
-  }
+  if constexpr (std::is_same_v<T, float>) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
 #endif
   const PlainAten guard;
   const auto dtype = c10::CppTypeToScalarType<T>::value;

@@ -81,7 +81,8 @@ void sum_blocks(const Problem<T>& p, Partial<T>& part, int64_t first, int64_t la
     block.load(index);
     for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
       const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
-      if (!fixed) raise_shift(tile, i0, p, part, top);
+      // e / ||w|| must stay finite too: with e <= exp(86 - ln C) it does, up to this; beyond, e <= 1 after a raise
+      if (!fixed || block.largest_scale > T(7) * T(p.C)) raise_shift(tile, i0, p, part, top);
       p.kernels.lse(tile, {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.top_values.data() + i0 * k,
                            part.top_ids.data() + i0 * k, k});
       for (int64_t i = 0; i < tile.m; ++i) part.sum[i0 + i] += double(sum[i]);
@@ -90,9 +91,6 @@ void sum_blocks(const Problem<T>& p, Partial<T>& part, int64_t first, int64_t la
       gemm(tile.m, p.d, tile.n, e.data(), tile.n, block.w, block.ld, part.a.data() + i0 * p.d, p.d, true);
     }
   }
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  at::native::cpublas::brgemm_release(false);
-#endif
 }
 
 // One row of all threads' partial results, in the order of the threads.
@@ -119,7 +117,7 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t k, bool want_a) {
-  const auto options = p.x_.options();
+  const auto options = p.o.x.options();
   Tensor rest = at::empty({p.B}, options), values = at::empty({p.B, k}, options);
   Tensor ids = at::empty({p.B, k}, options.dtype(at::kLong));
   Tensor a = want_a ? at::empty({p.B, p.d}, options) : at::empty({0}, options);
@@ -172,9 +170,18 @@ std::vector<TopGradient<T>> sort_by_class(const Tensor& ids /* [B, k] */, const 
   return entries;
 }
 
+// What the forward pass left and what came from above.
+struct Saved {
+  Tensor rest;              // [B]
+  Tensor ids;               // [B, k]
+  Tensor a;                 // [B, d], or [0] without dx
+  Tensor d_rest, d_target;  // [B]
+  optional<Tensor> d_topk;  // [B, k]
+};
+
 template <typename T>
 struct Gradients {
-  Tensor dx, dw, db;  // [B, d], [C, d], [C], each empty where not asked for
+  Tensor dx, dw, db;  // [B, d], [C, d], [C], each undefined where not asked for
   std::vector<TopGradient<T>> top;
 };
 
@@ -213,35 +220,50 @@ void backward_classes(const Problem<T>& p, const GradRows<T>& rows, Gradients<T>
       block.load(index);
       gradient_block(block, rows, sums, out);
     }
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-    at::native::cpublas::brgemm_release(false);
-#endif
   });
 }
 
 // dx_i = d_rest_i a_i + sum over (target, the top-k) of their gradient times the class's unit weight
 template <typename T>
-void backward_rows(const Problem<T>& p, const Tensor& a, const GradRows<T>& rows, const Tensor& ids,
-                   const optional<Tensor>& d_topk, Tensor& dx) {
-  const int64_t k = d_topk ? ids.size(1) : 0;
-  const T* grad = d_topk ? d_topk->const_data_ptr<T>() : nullptr;
+void backward_rows(const Problem<T>& p, const Saved& s, const GradRows<T>& rows, Tensor& dx /* [B, d] */) {
+  const int64_t k = s.d_topk ? s.ids.size(1) : 0;
+  const int64_t* id = s.ids.const_data_ptr<int64_t>();
+  const T* grad = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr;
   at::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer(p.d);
     for (int64_t i = begin; i < end; ++i) {
       T* out = dx.data_ptr<T>() + i * p.d;
-      const T* in = a.const_data_ptr<T>() + i * p.d;
+      const T* in = s.a.const_data_ptr<T>() + i * p.d;
       for (int64_t c = 0; c < p.d; ++c) out[c] = rows.d_rest[i] * in[c];
-      const auto add = [&](int64_t id, T g) {
-        if (id < 0) return;
-        const T* w = p.w.row(id, buffer.data());
+      const auto add = [&](int64_t j, T g) {
+        if (j < 0) return;
+        const T* w = p.w.row(j, buffer.data());
         T scale = 1;
         if (p.normalize) p.kernels.inverse_norms(w, p.d, 1, p.d, &scale);
         for (int64_t c = 0; c < p.d; ++c) out[c] += g * scale * w[c];
       };
       add(p.y[i], rows.d_target[i]);
-      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(ids.const_data_ptr<int64_t>()[c], grad[c]);
+      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], grad[c]);
     }
   });
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Operands& o, const Saved& s, bool need_dx, bool need_dw,
+                                            bool need_db) {
+  const Problem<T> p(o);
+  // Where there is no other class, a rest of +huge makes every g of the row 0.
+  std::vector<T> rest(s.rest.const_data_ptr<T>(), s.rest.const_data_ptr<T>() + p.B);
+  std::replace(rest.begin(), rest.end(), -T(INFINITY), -T(kNoShift));
+  const GradRows<T> rows{rest.data(), s.d_rest.const_data_ptr<T>(), s.d_target.const_data_ptr<T>()};
+  const auto options = o.x.options();
+  Gradients<T> out{{}, {}, {}, sort_by_class<T>(s.ids, s.d_topk)};
+  if (need_dx) backward_rows(p, s, rows, out.dx = at::empty_like(o.x));
+  if (need_dw) out.dw = p.B ? fresh<T>(p.C, p.d, options) : at::zeros({p.C, p.d}, options);
+  if (need_db) out.db = at::empty({p.C}, options);
+  if (need_dw || need_db) backward_classes(p, rows, out);
+  const auto given = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, options); };
+  return {given(out.dx), given(out.dw), given(out.db)};
 }
 
 // An option the schema carries for kernels to come; until then it is refused, not ignored.
@@ -253,51 +275,50 @@ void refuse(const optional<Tensor>& bend, int64_t pool, const optional<at::Scala
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                             const optional<Tensor>& bias, const optional<Tensor>& rows,
-                                                             const optional<Tensor>& bend, bool normalize_weight,
-                                                             int64_t pool, int64_t topk,
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,               // [B, d]
+                                                             const Tensor& w,               // [C, d]
+                                                             const Tensor& y,               // [B]
+                                                             const optional<Tensor>& bias,  // [C]
+                                                             const optional<Tensor>& rows,  // [n]
+                                                             const optional<Tensor>& bend,  // [B, 4]
+                                                             bool normalize_weight, int64_t pool, int64_t topk,
                                                              optional<at::ScalarType> compute_dtype, bool want_a) {
   refuse(bend, pool, compute_dtype);
-  check_all(x, w, y, bias, rows, normalize_weight);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
-  const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
-  return dispatch(x.scalar_type(), [&](auto t) {
-    return forward(Problem<decltype(t)>(x, w, y, bias, rows_, normalize_weight), topk, want_a);
-  });
+  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  return dispatch(x.scalar_type(), [&](auto t) { return forward(Problem<decltype(t)>(o), topk, want_a); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                     const optional<Tensor>& bias, const optional<Tensor>& rows,
-                                                     const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
-                                                     optional<at::ScalarType> compute_dtype, const Tensor& rest,
-                                                     const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
-                                                     const Tensor& d_target, const optional<Tensor>& d_topk,
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,               // [B, d]
+                                                     const Tensor& w,               // [C, d]
+                                                     const Tensor& y,               // [B]
+                                                     const optional<Tensor>& bias,  // [C]
+                                                     const optional<Tensor>& rows,  // [n]
+                                                     const optional<Tensor>& bend,  // [B, 4]
+                                                     bool normalize_weight, int64_t pool,
+                                                     optional<at::ScalarType> compute_dtype,
+                                                     const Tensor& rest,              // [B]
+                                                     const Tensor& topk_classes,      // [B, k]
+                                                     const Tensor& a,                 // [B, d], or [0] without dx
+                                                     const Tensor& d_rest,            // [B]
+                                                     const Tensor& d_target,          // [B]
+                                                     const optional<Tensor>& d_topk,  // [B, k]
                                                      bool need_dx, bool need_dw, bool need_db) {
   refuse(bend, pool, compute_dtype);
-  check_all(x, w, y, bias, rows, normalize_weight);
-  TORCH_CHECK_VALUE(!need_dx || a.numel() == x.numel(), "dx needs the a of a forward pass with want_a=True");
-  const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
-  const auto d_topk_ = d_topk ? optional<Tensor>(d_topk->contiguous()) : std::nullopt;
-  const Tensor d_rest_ = d_rest.contiguous(), d_target_ = d_target.contiguous(), ids = topk_classes.contiguous(),
-               a_ = a.contiguous();
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const Problem<T> p(x, w, y, bias, rows_, normalize_weight);
-    // Where there is no other class, a rest of +huge makes every g of the row 0.
-    const Tensor rest_in = rest.contiguous();
-    std::vector<T> rest_(rest_in.const_data_ptr<T>(), rest_in.const_data_ptr<T>() + p.B);
-    std::replace(rest_.begin(), rest_.end(), -T(INFINITY), -T(kNoShift));
-    const GradRows<T> row_grads{rest_.data(), d_rest_.const_data_ptr<T>(), d_target_.const_data_ptr<T>()};
-    Gradients<T> out{need_dx ? at::empty_like(p.x_) : Tensor(), {}, {}, sort_by_class<T>(ids, d_topk_)};
-    const auto options = x.options();
-    if (need_dw) out.dw = p.B ? fresh<T>(p.C, p.d, options) : at::zeros({p.C, p.d}, options);
-    if (need_db) out.db = at::empty({p.C}, options);
-    if (need_dw || need_db) backward_classes(p, row_grads, out);
-    if (need_dx) backward_rows(p, a_, row_grads, ids, d_topk_, out.dx);
-    const auto given = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, options); };
-    return std::make_tuple(given(out.dx), given(out.dw), given(out.db));
-  });
+  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  const int64_t B = x.size(0), k = topk_classes.dim() == 2 ? topk_classes.size(1) : 0;
+  const auto dtype = x.scalar_type();
+  const Saved saved{checked_like("rest", rest, {B}, dtype),
+                    checked_like("topk_classes", topk_classes, {B, k}, at::kLong),
+                    need_dx ? checked_like("a, of a forward pass with want_a=True,", a, x.sizes(), dtype) : a,
+                    checked_like("d_rest", d_rest, {B}, dtype),
+                    checked_like("d_target", d_target, {B}, dtype),
+                    d_topk ? optional(checked_like("d_topk", *d_topk, {B, k}, dtype)) : std::nullopt};
+  const int64_t* id = saved.ids.const_data_ptr<int64_t>();
+  for (int64_t c = 0; c < B * k; ++c)
+    TORCH_CHECK_VALUE(id[c] >= -1 && id[c] < o.classes(), "topk_classes holds ", id[c], ": want [-1, ", o.classes(),
+                      ")");
+  return dispatch(dtype, [&](auto t) { return backward<decltype(t)>(o, saved, need_dx, need_dw, need_db); });
 }
 
 TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {

@@ -37,19 +37,20 @@ struct GradRows {
 template <typename T>
 struct NontargetLseKernels {
   // 1/||w_j||, 0 below 1e-12
-  void (*inverse_norms)(const T* w, int64_t ld, int64_t n, int64_t d, T* out);
+  void (*inverse_norms)(const T* w /* [n, d] */, int64_t ld, int64_t n, int64_t d, T* out /* [n] */);
   // running maximum of the non-target logits of each row
-  void (*row_max)(const Tile<T>&, T* top);
-  // z -> scale * exp(z - shift), 0 at the targets; adds to sum and to the best k
+  void (*row_max)(const Tile<T>&, T* top /* [m] */);
+  // z -> scale * exp(z - shift), 0 at the targets; sets the sums, adds to the best k
   void (*lse)(const Tile<T>&, const LseState<T>&);
   // [n, m] -> [m, n]
   void (*transpose)(const T* in, int64_t n, int64_t m, T* out);
   // z -> g; per class sum_i g and sum_i g z
-  void (*gradient)(const Tile<T>&, const GradRows<T>&, T* sum_g, T* sum_gz);
+  void (*gradient)(const Tile<T>&, const GradRows<T>&, T* sum_g /* [n] */, T* sum_gz /* [n] */);
   // dw_j = scale_j (dw_j - sum_gz_j scale_j w_j)
-  void (*project)(const T* w, int64_t ld, int64_t n, int64_t d, const T* scale, const T* sum_gz, T* dw);
+  void (*project)(const T* w /* [n, d] */, int64_t ld, int64_t n, int64_t d, const T* scale /* [n] */,
+                  const T* sum_gz /* [n] */, T* dw /* [n, d] */);
   // <a, b>
-  T (*dot)(const T* a, const T* b, int64_t d);
+  T (*dot)(const T* a /* [d] */, const T* b /* [d] */, int64_t d);
 };
 
 template <typename T>

@@ -14,35 +14,35 @@ using at::Tensor;
 using std::optional;
 
 template <typename T>
-Tensor dots(const Tensor& x, const ClassRows<T>& classes, const Tensor& y, const T* bias, bool normalize_weight) {
+Tensor dots(const Operands& o) {
   const auto& kernels = nontarget_lse_kernels<T>();
+  const ClassRows<T> classes(o.w, o.rows);
+  const T* bias = o.bias ? o.bias->const_data_ptr<T>() : nullptr;
   const int64_t d = classes.d;
-  Tensor target = at::empty({x.size(0)}, x.options());
-  at::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
+  Tensor target = at::empty({o.x.size(0)}, o.x.options());
+  at::parallel_for(0, o.x.size(0), 64, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer(d);
     for (int64_t i = begin; i < end; ++i) {
       T& out = target.data_ptr<T>()[i] = 0;
-      const int64_t label = y.const_data_ptr<int64_t>()[i];
+      const int64_t label = o.y.const_data_ptr<int64_t>()[i];
       if (label < 0) continue;
       const T* row = classes.row(label, buffer.data());
       T scale = 1;
-      if (normalize_weight) kernels.inverse_norms(row, d, 1, d, &scale);
-      out = kernels.dot(x.const_data_ptr<T>() + i * d, row, d) * scale + (bias ? bias[classes.id(label)] : T(0));
+      if (o.normalize_weight) kernels.inverse_norms(row, d, 1, d, &scale);
+      out = kernels.dot(o.x.const_data_ptr<T>() + i * d, row, d) * scale + (bias ? bias[classes.id(label)] : T(0));
     }
   });
   return target;
 }
 
-Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
-                    const optional<Tensor>& rows, bool normalize_weight) {
-  check_all(x, w, y, bias, rows, normalize_weight);
-  const auto rows_ = rows ? optional<Tensor>(rows->contiguous()) : std::nullopt;
-  const Tensor bias_ = bias ? bias->contiguous() : Tensor();
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    return dots<T>(x.contiguous(), ClassRows<T>(w, rows_), y.contiguous(), bias ? bias_.const_data_ptr<T>() : nullptr,
-                   normalize_weight);
-  });
+Tensor target_logit(const Tensor& x,               // [B, d]
+                    const Tensor& w,               // [C, d]
+                    const Tensor& y,               // [B]
+                    const optional<Tensor>& bias,  // [C]
+                    const optional<Tensor>& rows,  // [n]
+                    bool normalize_weight) {
+  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  return dispatch(x.scalar_type(), [&](auto t) { return dots<decltype(t)>(o); });
 }
 
 }  // namespace
