@@ -25,7 +25,8 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-enable $(ARGS)
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-json .benchmarks/latest.json $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -39,4 +40,4 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info fastmargin/_C*.so

@@ -37,8 +37,9 @@ def four_products(f: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def head(topk: int, backend: str) -> Step:
+    model = MarginHead(1, 1, ArcFace(S, M), topk=topk, backend=backend)
+
     def step(f: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        model = MarginHead(f.shape[1], 1, ArcFace(S, M), topk=topk, backend=backend)
         model.weight = w  # type: ignore[assignment]
         loss = model(f, y).loss
         loss.backward()

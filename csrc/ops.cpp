@@ -1,5 +1,4 @@
-// Op schemas, and the facts of this build. Implementations register themselves: csrc/cpu/<stem>.cpp,
-// csrc/cuda/glue.cpp.
+// Op schemas, and the facts of this build. Implementations register themselves, in csrc/cpu/<stem>.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>

@@ -34,10 +34,16 @@ def load() -> Build:
     except ModuleNotFoundError:
         return Build({}, "not built: no C++ compiler was found at installation")
     except ImportError as error:
-        problem = f"built for another torch than {torch.__version__}, reinstall fastmargin ({error})"
-        warnings.warn(f"fastmargin: native kernels not loaded: {problem}", stacklevel=2)
-        return Build({}, problem)
-    return Build(native.build_facts(), "")
+        return refused(f"it did not load; reinstall fastmargin ({error})")
+    facts = native.build_facts()
+    if facts["torch"] != torch.__version__:
+        return refused(f"built for torch {facts['torch']}, not {torch.__version__}; reinstall fastmargin")
+    return Build(facts, "")
+
+
+def refused(problem: str) -> Build:
+    warnings.warn(f"fastmargin: native kernels not used: {problem}", stacklevel=3)
+    return Build({}, problem)
 
 
 BUILD = load()

@@ -48,6 +48,14 @@ def initial_rows(first: int, last: int, d: int, seed: int) -> Tensor:  # [last -
     return out
 
 
+def check_class_weight(class_weight: Tensor, num_classes: int) -> None:  # [C]
+    if not isinstance(class_weight, Tensor) or class_weight.shape != (num_classes,):
+        given = [*class_weight.shape] if isinstance(class_weight, Tensor) else type(class_weight).__name__
+        raise ValueError(f"class_weight is {given}: want a tensor [{num_classes}]")
+    if not bool((class_weight >= 0).all() and class_weight.isfinite().all()):
+        raise ValueError("class_weight has an entry that is negative or not finite: want finite weights, 0 or more")
+
+
 class MarginHead(nn.Module):
     """A margin-softmax classifier over `num_classes` classes, trained without ever storing the logits.
 
@@ -90,23 +98,24 @@ class MarginHead(nn.Module):
         super().__init__()
         sizes = {"in_features": (in_features, 1), "num_classes": (num_classes, 1), "topk": (topk, 0), "seed": (seed, 0)}
         for name, (size, least) in sizes.items():
-            if not isinstance(size, int) or size < least:
+            if not isinstance(size, int) or isinstance(size, bool) or size < least:
                 raise ValueError(f"{name} = {size!r}: want an int of {least} or more")
         if not isinstance(margin, Margin):
             raise ValueError(f"margin is {margin!r}: want a Margin, such as fastmargin.ArcFace()")
+        if not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index = {ignore_index!r}: want an int")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction = {reduction!r}: want 'mean', 'sum' or 'none'")
         if bias and margin.normalize_weight:
             raise ValueError(f"{type(margin).__name__} normalises the weights: a bias has no meaning beside it")
-        if class_weight is not None and class_weight.shape != (num_classes,):
-            raise ValueError(f"class_weight is {[*class_weight.shape]}: want [{num_classes}]")
+        if class_weight is not None:
+            check_class_weight(class_weight, num_classes)
         margin.check_classes(num_classes)
         self.margin, self.topk, self.reduction, self.seed = margin, topk, reduction, seed
         self.ignore_index, self.check_labels, self.backend = ignore_index, check_labels, backend
         self.weight = nn.Parameter(initial_rows(0, num_classes, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
-        if backend is not None:
-            pick(IMPLS, self.weight, backend)
+        pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
         # count, first row and its label, of the first bad batch since the last check()
         self.register_buffer("bad_label", torch.zeros(3, dtype=torch.int64), persistent=False)
@@ -161,8 +170,8 @@ class MarginHead(nn.Module):
     ) -> Tensor:  # [B] each -> [B], the target's logit with its margin
         if self.margin.plain:
             return target
-        if self.training and type(self.margin).observe is not Margin.observe:  # choosing rows is a host sync
-            self.margin.observe(norms.detach()[valid], cos.detach()[valid])
+        if self.training:
+            self.margin.observe(*(t.detach().masked_fill(~valid, torch.nan) for t in (norms, cos)))
         return r * self.margin(cos, norms, y)
 
     def _rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, d] -> x [B, d], norms [B], r [B]
@@ -172,7 +181,7 @@ class MarginHead(nn.Module):
         if not self.margin.normalize_features:
             return f, norms, r
         unit = f / norms.clamp(min=1e-6)[:, None]
-        unit = torch.where(norms[:, None] > 0, unit, 0.0)  # a zero row has no direction to learn
+        unit = torch.where(norms[:, None] == 0, 0.0, unit)  # a zero row has no direction to learn
         return r[:, None] * unit, norms, r
 
     def _reduce(
@@ -196,20 +205,31 @@ class MarginHead(nn.Module):
         divisor = weight.sum()
         return total / torch.where(divisor == 0, 1.0, divisor)
 
-    def _check_embeddings(self, embeddings: Tensor) -> None:
+    def _check_embeddings(self, embeddings: Tensor) -> None:  # [B, d]
         d = self.in_features
+        if not isinstance(embeddings, Tensor):
+            raise ValueError(f"embeddings are a {type(embeddings).__name__}: want a tensor [B, {d}]")
         if embeddings.ndim != 2 or embeddings.shape[1] != d or not embeddings.is_floating_point():
             raise ValueError(f"want floating embeddings [B, {d}]; got {embeddings.dtype} {[*embeddings.shape]}")
         if embeddings.device != self.weight.device:
             raise ValueError(f"embeddings are on {embeddings.device}, the weight is on {self.weight.device}")
 
-    def _check_labels(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None) -> None:
+    def _check_labels(
+        self,
+        embeddings: Tensor,  # [B, d]
+        labels: Tensor,  # [B]
+        sample_weight: Tensor | None,  # [B]
+    ) -> None:
+        for name, given in (("labels", labels), ("sample_weight", sample_weight)):
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name} are a {type(given).__name__}: want a tensor [{len(embeddings)}]")
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"want int64 labels [{len(embeddings)}]; got {labels.dtype} {[*labels.shape]}")
         if sample_weight is not None and sample_weight.shape != labels.shape:
             raise ValueError(f"want sample_weight [{len(labels)}]; got {[*sample_weight.shape]}")
-        if labels.device != embeddings.device:
-            raise ValueError(f"labels are on {labels.device}, embeddings on {embeddings.device}")
+        for name, given in (("labels", labels), ("sample_weight", sample_weight)):
+            if given is not None and given.device != embeddings.device:
+                raise ValueError(f"{name} are on {given.device}, embeddings on {embeddings.device}")
 
     def _note_bad(self, labels: Tensor, bad: Tensor) -> None:  # [B], [B]
         if len(labels) == 0:
@@ -251,7 +271,12 @@ class MarginHead(nn.Module):
         _, _, scores, classes = self._primitive(x, y, k)
         return (scores if self.margin.plain else scores / r[:, None]), classes
 
-    def _primitive(self, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _primitive(
+        self,
+        x: Tensor,  # [B, d]
+        y: Tensor,  # [B]
+        k: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
         return nontarget_lse(
             x, self.weight, y, bias=self.bias, normalize_weight=self.margin.normalize_weight, topk=k,
             backend=self.backend,
@@ -259,9 +284,10 @@ class MarginHead(nn.Module):
 
     @torch.no_grad()
     def load_full_weight(self, w: Tensor) -> None:  # [C, d]
-        """Sets all class weights."""
-        if w.shape != (self.num_classes, self.in_features):
-            raise ValueError(f"weight is {[*w.shape]}: want [{self.num_classes}, {self.in_features}]")
+        """Sets all class weights, from a tensor of any dtype. ValueError for another shape."""
+        if not isinstance(w, Tensor) or w.shape != self.weight.shape:
+            given = [*w.shape] if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(f"weight is {given}: want a tensor [{self.num_classes}, {self.in_features}]")
         self.weight.copy_(w)
 
     @torch.no_grad()
@@ -273,8 +299,12 @@ class MarginHead(nn.Module):
         """Sets each named class's weight to the mean of its unit embeddings (Doppelganger Mining, section 4).
 
         Where weights are normalised only the direction counts, and the row keeps its norm: its share of a gradient
-        step goes with 1 / ||w||^2, and an imprinted class should learn as fast as the others.
+        step goes with 1 / ||w||^2, and an imprinted class should learn as fast as the others. ValueError for classes
+        outside [0, C), and where the embeddings of a class have no mean direction or are not finite.
         """
+        if not isinstance(classes, Tensor) or classes.dtype != torch.int64:
+            raise ValueError(f"classes are {getattr(classes, 'dtype', type(classes).__name__)}: want an int64 tensor")
+        self._check_embeddings(embeddings)
         if classes.ndim != 1 or embeddings.shape != (len(classes), self.in_features):
             raise ValueError(
                 f"want classes [n] and embeddings [n, {self.in_features}]; "
@@ -286,8 +316,12 @@ class MarginHead(nn.Module):
         ids, place = classes.unique(return_inverse=True)
         unit = F.normalize(embeddings.to(self.weight.dtype), eps=1e-6)
         total = unit.new_zeros(len(ids), self.in_features).index_add_(0, place, unit)
+        lost = ~(total.norm(dim=1) > 1e-6)
+        if lost.any():
+            raise ValueError(f"the embeddings of class {int(ids[lost][0])} add up to nothing, or are not finite")
         if self.margin.normalize_weight:
-            self.weight[ids] = F.normalize(total, eps=1e-6) * self.weight[ids].norm(dim=1, keepdim=True)
+            norm = self.weight[ids].norm(dim=1, keepdim=True)
+            self.weight[ids] = F.normalize(total, eps=1e-6) * torch.where(norm > 0, norm, 1.0)
         else:
             self.weight[ids] = total / place.bincount(minlength=len(ids))[:, None]
 
@@ -302,9 +336,10 @@ class MarginHead(nn.Module):
         C = self.num_classes
         self.margin.check_classes(C + n)
         rows = initial_rows(C, C + n, self.in_features, self.seed).to(self.weight)
-        self.weight = nn.Parameter(torch.cat((self.weight, rows)))
+        self.weight = nn.Parameter(torch.cat((self.weight, rows)), requires_grad=self.weight.requires_grad)
         if self.bias is not None:
-            self.bias = nn.Parameter(torch.cat((self.bias, self.bias.new_zeros(n))))
+            bias = torch.cat((self.bias, self.bias.new_zeros(n)))
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """What an ordinary optimiser trains beside `weight`: learnt scale, learnt margins, bias."""

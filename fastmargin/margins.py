@@ -26,15 +26,16 @@ Angles are radians. B rows, C classes. Sources: SphereFace (Liu 2017), L2-Softma
 
 import math
 from numbers import Real
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Literal, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fastmargin.angles import SafeAcos, Value, add_slope, branch, cos_sin, is_number, sine
+
 Beyond: TypeAlias = Literal["monotone", "none", "linear", "easy", "clip"]
 Slope: TypeAlias = Literal["exact", "detached"]
-Value: TypeAlias = float | Tensor  # as configured a number or [C]; of the rows a number or [B]
 Values: TypeAlias = tuple[Value, Value, Value]  # m1, m2, m3
 
 CLIP = 1e-3  # "clip" keeps phi this far inside (0, pi)
@@ -52,51 +53,6 @@ class Options(TypedDict, total=False):
 def require(ok: bool, name: str, given: object, wanted: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {given!r}; wanted {wanted}")
-
-
-def _is(value: Value, number: float) -> bool:
-    return not isinstance(value, Tensor) and value == number
-
-
-def _cos_sin(angle: Value) -> tuple[Value, Value]:
-    space = torch if isinstance(angle, Tensor) else math
-    return space.cos(angle), space.sin(angle)
-
-
-def _add_slope(value: Tensor, x: Tensor) -> Tensor:  # [B], [B] -> [B]
-    """`value`, to the bit, with the gradient of x added to its own: x - x is exactly 0."""
-    return value + (x - x.detach())
-
-
-class SafeAcos(torch.autograd.Function):
-    """theta of c in [-1, 1]: the value of acos, the slope -1 / max(sin(theta), floor)."""
-
-    @staticmethod
-    def forward(c: Tensor) -> Tensor:  # [B] -> [B]
-        return torch.acos(c)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # [B] -> [B]
-        (c,) = ctx.saved_tensors
-        floor = 1e-7 if c.dtype == torch.float64 else 1e-3
-        return -grad / ((1 - c) * (1 + c)).clamp(min=floor * floor).sqrt()
-
-
-def _sine(c: Tensor, theta: Tensor) -> Tensor:  # [B], [B] -> [B]
-    """sin(theta) from c, which keeps its digits near 0 and pi, with slope -c / max(sin(theta), floor)."""
-    return _add_slope(((1 - c) * (1 + c)).detach().sqrt(), torch.sin(theta))
-
-
-def _branch(theta: Tensor, m1: Value, m2: Value) -> Tensor:  # [B], number or [B] -> [B]
-    """k = floor(phi / pi). Neighbouring branches agree in value and slope at phi = k pi, so rounding there
-    is harmless; not so at the ends of theta, where k must be that of the angles inside."""
-    end = 8 * torch.finfo(theta.dtype).eps
-    phi = m1 * theta.clamp(end, math.pi - end) + m2
-    return (phi.detach() / math.pi).floor()
 
 
 class Margin(nn.Module):
@@ -155,6 +111,14 @@ class Margin(nn.Module):
                 self.register_buffer(name, value.detach().clone())
         self._held += tuple(margins)
 
+    def extra_repr(self) -> str:
+        def shown(value: Value) -> float | str:
+            if not isinstance(value, Tensor):
+                return value
+            return f"[{len(value)}]" if value.ndim else value.item()
+
+        return ", ".join(f"{name}={shown(getattr(self, name))}" for name in ("s", *self._held)) + f", {self.beyond}"
+
     def check_classes(self, num_classes: int) -> None:
         """Raises ValueError if a per-class margin has not one entry for each class of the head."""
         for name in self._held:
@@ -168,7 +132,10 @@ class Margin(nn.Module):
         return value[labels.clamp(0, len(value) - 1)] if isinstance(value, Tensor) else value
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each -> number or [B]
-        """(m1, m2, m3) of the rows. The hook of subclasses."""
+        """(m1, m2, m3) of the rows, each a number or [B], in radians but for m3: the hook of subclasses.
+
+        psi is cos(m1 theta + m2) - m3, as the module has it. norms are those of the features before scaling.
+        """
         return 1.0, 0.0, 0.0
 
     def scale(self, norms: Tensor) -> Tensor:  # [B] -> [B]
@@ -185,25 +152,26 @@ class Margin(nn.Module):
         """psi [B], in the dtype of cos. Raises ValueError for a plain layer."""
         require(not self.plain, "margin", type(self).__name__, "one with a cosine: a plain layer has no psi")
         if self.slope == "detached":
-            return _add_slope(self._psi(cos.detach(), norms, labels), cos)
+            return add_slope(self._psi(cos.detach(), norms, labels), cos)
         return self._psi(cos, norms, labels)
 
     def _psi(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Tensor:  # [B] each -> [B]
         margins = self.row_margins(cos, norms, labels)
+        require(isinstance(margins, tuple) and len(margins) == 3, "row_margins", margins, "(m1, m2, m3)")
         m1, m2, m3 = (m.to(cos.dtype) if isinstance(m, Tensor) else m for m in margins)
-        c = _add_slope(cos.detach().clamp(-1, 1), cos)
+        c = add_slope(cos.detach().clamp(-1, 1), cos)
         return (self._bent(c, m1, m2) + self.lam * c) / (1 + self.lam) - m3
 
     def _bent(self, c: Tensor, m1: Value, m2: Value) -> Tensor:  # [B] in [-1, 1], number or [B] -> [B]
         """P(phi), as the module's table has it."""
-        if _is(m1, 1) and _is(m2, 0):
+        if is_number(m1, 1) and is_number(m2, 0):
             return c  # phi = theta is never outside [0, pi]
         theta = SafeAcos.apply(c)
         phi = m1 * theta + m2
-        cos_m2, sin_m2 = _cos_sin(m2)
-        cos_phi = c * cos_m2 - _sine(c, theta) * sin_m2 if _is(m1, 1) else torch.cos(phi)
+        cos_m2, sin_m2 = cos_sin(m2)
+        cos_phi = c * cos_m2 - sine(c, theta) * sin_m2 if is_number(m1, 1) else torch.cos(phi)
         if self.beyond == "monotone":
-            k = _branch(theta, m1, m2)
+            k = branch(theta, m1, m2)
             return (1 - 2 * k.remainder(2)) * cos_phi - 2 * k
         if self.beyond == "linear":
             return torch.where(phi > math.pi, c - m2 * sin_m2, cos_phi)
@@ -215,7 +183,7 @@ class Margin(nn.Module):
         return cos_phi
 
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
-        """Takes the statistics of the global batch's valid rows: in training, before forward, detached."""
+        """Takes statistics of the global batch: in training, before forward, detached, NaN on ignored rows."""
 
     def penalty(self, norms: Tensor) -> Tensor | None:  # [B] -> [B]
         """A term of each row, to be added to its loss."""
@@ -300,7 +268,7 @@ class CombinedMargin(Margin):
         self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        super().__init__(s, lam=lam, m2=m2 if _is(m1, 1) else 0.0, **options)
+        super().__init__(s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
         self._hold(m1=m1, m2=m2, m3=m3)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
@@ -336,10 +304,12 @@ class AdaFace(Margin):
 
     @torch.no_grad()
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
-        if len(all_norms) > 1:  # one row has no spread
-            sd, mu = torch.std_mean(all_norms)
-            self.mu.lerp_(mu.to(self.mu), self.momentum)
-            self.sd.lerp_(sd.to(self.sd), self.momentum)
+        n = (~all_norms.isnan()).sum()
+        mu = all_norms.nansum() / n
+        sd = ((all_norms - mu).square().nansum() / (n - 1)).sqrt()
+        for running, now in ((self.mu, mu), (self.sd, sd)):
+            moved = running.lerp(now.to(running), self.momentum)
+            running.copy_(torch.where(n > 1, moved, running))  # one row has no spread
 
 
 class MagFace(Margin):
@@ -355,7 +325,7 @@ class MagFace(Margin):
     ) -> None:  # fmt: skip
         super().__init__(s, m2=l_m, **options)
         require(0 < l_a < u_a, "(l_a, u_a)", (l_a, u_a), "0 < l_a < u_a")
-        require(l_m <= u_m, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m")
+        require(l_m <= u_m < math.inf, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m, finite")
         require(lambda_g >= 0, "lambda_g", lambda_g, "a number >= 0")
         self.l_m, self.u_m, self.l_a, self.u_a, self.lambda_g = l_m, u_m, l_a, u_a, lambda_g
 
@@ -380,7 +350,7 @@ class ElasticFace(Margin):
         form: Literal["arc", "cos"] = "arc", plus: bool = False, **options: Unpack[Options],
     ) -> None:  # fmt: skip
         require(form in ("arc", "cos"), "form", form, "'arc' or 'cos'")
-        require(sigma >= 0, "sigma", sigma, "a number >= 0")
+        require(0 <= sigma < math.inf, "sigma", sigma, "a finite number >= 0")
         m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m
         super().__init__(s, m2=m if form == "arc" else 0.0, **options)
         self._hold(m=m)

@@ -264,6 +264,8 @@ def _check_rows(
     shapes, dtypes = [list(t.shape) for t in rows], [t.dtype for t in rows]
     if hard_classes.ndim != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[1][:1]:
         raise ValueError(f"labels, hard_classes, hard_scores are {shapes}; wanted [B], [B, k], [B, k]")
+    if hard_classes.shape[1] == 0:
+        raise ValueError("hard_classes is [B, 0]: nothing was mined; give the head topk=1 or more")
     if not (_is_integer(labels) and _is_integer(hard_classes) and hard_scores.is_floating_point()):
         raise ValueError(f"labels, hard_classes, hard_scores are {dtypes}; wanted integers but for scores")
 

@@ -118,14 +118,33 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
     theirs = replace(TrainConfig(), seed=3, optim=OptimConfig(lr=0.2))
     folder.claim(str(tmp_path), theirs)
     before = (tmp_path / folder.CONFIG).read_bytes()
-    assert "optim.lr, seed differ" in mistake(capsys, "train", "--out", str(tmp_path))
+    said = mistake(capsys, "train", "--out", str(tmp_path))
+    assert "optim.lr 0.2 there, 0.1 here, seed 3 there, 0 here" in said
+    assert f"train --config {tmp_path / folder.CONFIG} --out {tmp_path}" in said
     assert (tmp_path / folder.CONFIG).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"optim": 3}', '{"optim": {"stepz": 3}}', '{"dim": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"optim": 3}',
+        '{"optim": null}',
+        '{"head": {"margin": "ArcFac"}}',
+        '{"optim": {"stepz": 3}}',
+        '{"dim": 0}',
+    ],
+)
 def test_a_spoilt_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / folder.CONFIG).write_text(text)
     assert folder.CONFIG in mistake(capsys, "evaluate", str(tmp_path))
+
+
+def test_metrics_of_nothing_are_no_finished_run(tmp_path: Path) -> None:
+    folder.claim(str(tmp_path), TrainConfig())
+    folder.write_json(tmp_path / folder.METRICS, {})
+    assert not folder.finished(tmp_path)
 
 
 def test_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,7 @@ def test_load_full_weight():
     storage, w = head.weight.data_ptr(), torch.randn(50, 16, dtype=F64)
     head.load_full_weight(w)
     assert torch.equal(head.weight, w.float()) and head.weight.data_ptr() == storage and head.weight.requires_grad
-    with pytest.raises(ValueError, match=r"weight is \[16, 50\]: want \[50, 16\]"):
+    with pytest.raises(ValueError, match=r"weight is \[16, 50\]: want a tensor \[50, 16\]"):
         head.load_full_weight(w.T)
 
 
@@ -273,7 +273,7 @@ def test_training_reaches_every_row():
         ({"margin": fm.ArcFace(m=torch.ones(4))}, "length of m is 4; wanted 5"),
         ({"reduction": "avg"}, "reduction = 'avg': want 'mean', 'sum' or 'none'"),
         ({"bias": True}, "ArcFace normalises the weights"),
-        ({"class_weight": torch.ones(4)}, r"class_weight is \[4\]: want \[5\]"),
+        ({"class_weight": torch.ones(4)}, r"class_weight is \[4\]: want a tensor \[5\]"),
         ({"topk": -1}, "topk = -1: want an int of 0 or more"),
         ({"topk": 1.5}, "topk = 1.5: want an int of 0 or more"),
         ({"backend": "cuda9"}, "unknown backend 'cuda9'"),
@@ -314,3 +314,68 @@ def test_mistakes_of_an_inference(wrong):
     for call in (head.get_logits, lambda f: head.nearest(f, 1)):
         with pytest.raises(ValueError, match="want "):
             call(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------ not a number
+
+
+def test_not_a_number_is_not_hidden(backend):
+    head, f, y = problem(topk=1, backend=backend)
+    f[3, 5] = torch.nan
+    out = head(f, y)
+    assert out.loss.isnan() and out.target_score.isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("embeddings", [torch.zeros(2, 16), torch.full((2, 16), torch.nan)])
+def test_imprint_wants_a_direction(embeddings):
+    head, *_ = problem()
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match="class 9"):
+        head.imprint(torch.tensor([9, 9]), embeddings)
+    assert torch.equal(head.weight, before)
+
+
+def test_imprint_gives_a_zero_row_a_norm():
+    head, f, _ = problem()
+    with torch.no_grad():
+        head.weight[9] = 0
+    head.imprint(torch.tensor([9]), f[:1])
+    torch.testing.assert_close(head.weight[9], F.normalize(f[0], dim=0))
+
+
+def test_extend_keeps_what_was_frozen():
+    head, *_ = problem()
+    head.weight.requires_grad_(False)
+    head.extend(2)
+    assert not head.weight.requires_grad
+
+
+def test_statistics_compile():
+    """AdaFace's statistics skip ignored rows without choosing them: no host sync, no change of shape."""
+    torch._dynamo.reset()
+    head, f, y = problem(fm.AdaFace(momentum=0.5))
+    y[2] = -100
+    twin = copy.deepcopy(head)
+    torch.compile(head, fullgraph=True, backend="aot_eager")(f, y)
+    twin(f, y)
+    norms = f.norm(dim=1)[y >= 0]
+    torch.testing.assert_close(head.margin.mu, 10 + 0.5 * norms.mean())
+    torch.testing.assert_close(head.margin.sd, 50 + 0.5 * norms.std())
+    torch.testing.assert_close(head.margin.mu, twin.margin.mu)
+
+
+@pytest.mark.parametrize("given", [[1.0] * 50, -torch.ones(50), torch.full((50,), torch.nan)], ids=str)
+def test_class_weights_are_weights(given):
+    with pytest.raises(ValueError, match="class_weight"):
+        problem(class_weight=given)
+
+
+def test_arguments_that_are_no_tensors():
+    head, f, y = problem()
+    for given in ((f.numpy(), y), (f, y.tolist()), (f, y.numpy())):
+        with pytest.raises(ValueError, match="want a tensor"):
+            head(*given)
+    with pytest.raises(ValueError, match="sample_weight"):
+        head(f, y, sample_weight=[1.0] * 12)
+    with pytest.raises(ValueError, match="int64 tensor"):
+        head.imprint([1], f[:1])

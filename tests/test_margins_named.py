@@ -277,3 +277,17 @@ def test_plain_layers_have_no_psi(form: type[fm.Margin]) -> None:
 def test_mistakes_say_what_was_given_and_what_is_wanted(mistake: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mistake()
+
+
+def test_row_margins_that_are_not_three():
+    class Wrong(fm.Margin):
+        def row_margins(self, cos, norms, labels):
+            return cos
+
+    with pytest.raises(ValueError, match=r"row_margins is .*wanted \(m1, m2, m3\)"):
+        Wrong()(torch.zeros(4), torch.ones(4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_margin_shows_its_values():
+    assert repr(fm.ArcFace(30.0, 0.4)) == "ArcFace(s=30.0, m=0.4, monotone)"
+    assert "m1=[7]" in repr(fm.CombinedMargin(m1=torch.ones(7))) and "s=16.0" in repr(fm.L2Softmax())

@@ -114,3 +114,8 @@ def test_table_state():
     for wrong in ((0, 1), (3, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             DoppelgangerTable(*wrong)
+
+
+def test_a_head_that_mines_nothing_is_said():
+    with pytest.raises(ValueError, match="topk=1"):
+        DoppelgangerTable(5).update(torch.tensor([1, 2]), torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0))

@@ -153,6 +153,36 @@ def test_rows_are_the_whole_of_a_smaller_problem(backend, plain):
         assert error(a, b) < 1e-12
 
 
+def test_rows_labels_and_bias_of_any_strides(backend):
+    x, w, _, bias, upstream = problem(6, 5, 40, 2, plain=True)
+    rows = torch.tensor([0, 39, 5, 38, 7, 37, 9, 36])[::2]
+    y = torch.tensor([0, 9, 3, 9, -1, 9, 2, 9, 1, 9, 0, 9])[::2]
+    spread = torch.stack((bias, bias + 1), 1)[:, 0]
+    options = dict(normalize_weight=False, topk=2)
+    got, classes = run(nontarget_lse, x, w, y, spread, upstream, rows=rows, backend=backend, **options)
+    truth, order = run(dense, x, w, y, bias, upstream, rows=rows.clone(), **options)
+    assert torch.equal(classes, order)
+    for a, b in zip(got, truth, strict=True):
+        assert error(a, b) < 1e-12
+    with pytest.raises(ValueError, match=r"rows\[2\] = 1000000"):
+        nontarget_lse(x, w, y, rows=torch.tensor([0, 1, 2, 3, 10**6, 10**6])[::2], backend=backend)
+
+
+def test_a_tiny_weight_beside_long_rows(backend):
+    """1/||w|| multiplies exp(z): the product must not overflow where the gradient itself is small."""
+    x, w = leaves(torch.randn(4, 8), torch.randn(50, 8))
+    with torch.no_grad():
+        x.mul_(80 / x.norm(dim=1, keepdim=True))
+        w[7] = 1e-9 * x[0]
+    y = torch.zeros(4, dtype=torch.int64)
+    rest, target, *_ = nontarget_lse(x, w, y, backend=backend)
+    (dx,) = torch.autograd.grad((rest - target).sum(), x)
+    truth = x.detach().double().requires_grad_()
+    want, own, *_ = dense(truth, w.double(), y)
+    assert error(rest, want) < 1e-6
+    assert error(dx, torch.autograd.grad((want - own).sum(), truth)[0]) < 1e-5
+
+
 def test_gradients_over_rows_are_sparse(backend):
     x, w, bias = leaves(torch.randn(3, 4), torch.randn(9, 4), torch.randn(9))
     rows = torch.tensor([1, 4, 8])
@@ -230,6 +260,8 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64
         ((X, W, Y), {"bias": torch.zeros(9)}, "normalize_weight=False"),
         ((X, W, Y), {"bias": torch.zeros(8), "normalize_weight": False}, r"bias \[C\]"),
         ((X, W, Y), {"rows": torch.zeros(2)}, r"rows \[n\] int64"),
+        ((X, W, Y), {"compute_dtype": torch.bfloat16}, "compute_dtype"),
+        ((X, W, Y), {"topk": True}, "topk = True"),
     ],
 )
 def test_bad_arguments(args, options, says):

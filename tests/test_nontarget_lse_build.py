@@ -124,8 +124,34 @@ print(float((grads["native"] - grads["reference"]).abs().max()))
 
 
 @native_only
-def test_where_brgemm_cannot_run():
-    """An older instruction set for oneDNN: the products go through ATen, whose threads must not see autocast."""
+@pytest.mark.parametrize("short", ["rest", "topk_classes", "a", "d_rest", "d_target", "d_topk"])
+def test_the_raw_backward_op_reads_nothing_it_was_not_given(short):
+    x, w, y = torch.randn(6, 5), torch.randn(20, 5), torch.randint(0, 20, (6,))
+    ops = torch.ops.fastmargin
+    rest, _, classes, a = ops.nontarget_lse_fwd(x, w, y, None, None, None, True, 1, 2, None, True)
+    saved = dict(rest=rest, topk_classes=classes, a=a, d_rest=rest, d_target=rest, d_topk=torch.randn(6, 2))
+    given = (x, w, y, None, None, None, True, 1, None)
+    with pytest.raises(ValueError, match=short):
+        ops.nontarget_lse_bwd(*given, *(saved | {short: saved[short][:1]}).values(), True, True, False)
+    with pytest.raises(ValueError, match="topk_classes holds 1000000"):
+        ops.nontarget_lse_bwd(
+            *given, *(saved | {"topk_classes": classes + 10**6 - classes}).values(), True, True, False
+        )
+
+
+@native_only
+def test_lines_far_apart():
+    """Row strides beyond what a matrix product takes as its leading dimension."""
+    w = torch.empty(2**28 * 2 + 16).as_strided((3, 16), (2**28, 1))
+    w.copy_(torch.randn(3, 16))
+    x, y = torch.randn(4, 16), torch.tensor([0, 1, 2, 2])
+    rest, *_ = nontarget_lse(x, w, y, backend="native")
+    assert error(rest, nontarget_lse(x, w.clone(), y, backend="reference")[0]) < 1e-6
+
+
+@native_only
+def test_an_older_instruction_set():
+    """oneDNN's kernel then is a BLAS call, made by every thread for itself."""
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41"}
     child = subprocess.run([sys.executable, "-c", PLAIN_BLAS], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        print("fastmargin: interrupted; the last checkpoint is kept", file=sys.stderr)
+        print("fastmargin: interrupted; checkpoints made so far are kept", file=sys.stderr)
         return INTERRUPTED
     return 0
 

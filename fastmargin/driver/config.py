@@ -7,7 +7,7 @@ Every default, its help text and its range live here and nowhere else. This modu
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
@@ -38,6 +38,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.faces >= 2, "data.faces", self.faces, "at least 2")
         require(self.size >= 16, "data.size", self.size, "at least 16 pixels")
+        require(0 <= self.split_seed < 2**63, "data.split_seed", self.split_seed, "0 or more, below 2**63")
         require(0 < self.holdout < 1, "data.holdout", self.holdout, "a share between 0 and 1, both excluded")
 
 
@@ -119,7 +120,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.dim >= 1, "dim", self.dim, "at least 1")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1 step")
 
@@ -136,10 +137,21 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     def value(name: str, given: Any) -> Any:
         if is_dataclass(hints[name]):
+            require(isinstance(given, Mapping), name, given, "options of its own")
             return from_dict(hints[name], given)
         return tuple(given) if isinstance(given, list) else given
 
+    for name, given in values.items():
+        admitted = choices(hints[name])
+        require(not admitted or given in admitted, name, given, f"one of {admitted}")
     return kind(**{name: value(name, given) for name, given in values.items()})
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """What a Literal admits, or a Literal or None; nothing for other types."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    none = (None,) if literals and type(None) in get_args(hint) else ()
+    return tuple(choice for literal in literals for choice in get_args(literal)) + none
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

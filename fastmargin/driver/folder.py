@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastmargin.driver.config import TrainConfig, differing, from_dict
+from fastmargin.driver.config import TrainConfig, differing, flatten, from_dict
 
 RUNS = Path("runs")
 CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
@@ -30,8 +30,12 @@ def check(where: Path, config: TrainConfig) -> None:
     """ValueError if the folder holds anything but a run of this configuration; OSError for a file."""
     if not where.exists() or not any(where.iterdir()):
         return
-    if names := differing(config, read_config(where)):
-        raise ValueError(f"{where} holds a run of another configuration: {', '.join(names)} differ")
+    theirs = read_config(where)
+    if names := differing(config, theirs):
+        there, here = flatten(theirs), flatten(config)
+        changes = ", ".join(f"{name} {there[name]} there, {here[name]} here" for name in names)
+        again = f"fastmargin train --config {where / CONFIG} --out {where}"
+        raise ValueError(f"{where} holds a run of another configuration: {changes}. To resume that run: {again}")
 
 
 def claim(out: str | None, config: TrainConfig) -> Path:
@@ -60,7 +64,9 @@ def read_config(where: Path) -> TrainConfig:
     """ValueError if the folder is not one that `fastmargin train` wrote."""
     file = where / CONFIG
     if not file.is_file():
-        raise ValueError(f"{where} is not the folder of a run: it has no {CONFIG}")
+        raise ValueError(
+            f"{where} is not the folder of a run: it has no {CONFIG}; give a new or an empty folder to train"
+        )
     try:
         return from_dict(TrainConfig, json.loads(file.read_bytes()))
     except (TypeError, AttributeError, ValueError) as error:
@@ -70,7 +76,7 @@ def read_config(where: Path) -> TrainConfig:
 def finished(where: Path) -> bool:
     """Whether the run has made its last step and was evaluated after it."""
     file = where / METRICS
-    return file.is_file() and json.loads(file.read_bytes())["step"] == read_config(where).optim.steps
+    return file.is_file() and json.loads(file.read_bytes()).get("step") == read_config(where).optim.steps
 
 
 def append_record(where: Path, record: Mapping[str, Any]) -> None:

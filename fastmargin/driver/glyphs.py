@@ -93,6 +93,8 @@ def find_fonts(folder: str | None) -> list[Path]:
         import matplotlib
 
         folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder of fonts: there is no such folder")
     files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
     fonts = sorted(path for path in files if path.is_file() and not NO_TEXT.match(path.name))
     if not fonts:

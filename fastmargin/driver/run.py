@@ -53,6 +53,10 @@ def build(config: TrainConfig, log: Log) -> Run:
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
         raise ValueError(f"{split}; wanted at least 2 of each: more fonts, or another data.holdout")
+    if config.head.topk >= train.num_classes:
+        raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
+    if config.optim.batch_size > len(train.images):
+        raise ValueError(f"optim.batch_size is {config.optim.batch_size}; there are {len(train.images)} images")
     torch.manual_seed(config.seed)
     model = build_model(config.dim, config.data.size)
     head = build_head(config, train.num_classes)

@@ -15,6 +15,9 @@ def check_operands(
     normalize_weight: bool,
 ) -> None:
     """Shapes, dtypes and devices; no look at the data. Raises ValueError."""
+    for name, given in {"x": x, "w": w, "y": y, "bias": bias, "rows": rows}.items():
+        if not isinstance(given, Tensor) and (given is not None or name in "xwy"):
+            raise ValueError(f"{name} is a {type(given).__name__}: want a tensor")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or y.shape != x.shape[:1]:
         raise ValueError(f"want x [B, d], w [C, d], y [B]; got {[*x.shape]}, {[*w.shape]}, {[*y.shape]}")
     if x.shape[1] == 0:

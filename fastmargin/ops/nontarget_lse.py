@@ -32,6 +32,7 @@ from fastmargin.ops.checks import check_operands
 class Options:
     normalize_weight: bool
     topk: int
+    compute_dtype: torch.dtype | None
     backend: str
     want_a: bool
 
@@ -50,7 +51,7 @@ class NontargetLSE(torch.autograd.Function):
         o = options
         fwd = IMPLS[o.backend].functions["fwd"]
         rest, topk_values, topk_classes, a = fwd(
-            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, None, o.want_a
+            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.want_a
         )
         target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, rows, o.normalize_weight)
         ctx.save_for_backward(x, w, y, bias, rows, rest, topk_classes, a)
@@ -61,13 +62,19 @@ class NontargetLSE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rest: Tensor, d_target: Tensor, d_topk: Tensor, _: None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any,
+        d_rest: Tensor,  # [B]
+        d_target: Tensor,  # [B]
+        d_topk: Tensor,  # [B, k]
+        _: None,
+    ) -> tuple[Any, ...]:
         x, w, y, bias, rows, rest, topk_classes, a = ctx.saved_tensors
         need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
         d_rest = torch.zeros_like(rest) if d_rest is None else d_rest
         d_target = torch.zeros_like(rest) if d_target is None else d_target
         dx, dw, db = IMPLS[ctx.options.backend].functions["bwd"](
-            x, w, y, bias, rows, None, ctx.options.normalize_weight, 1, None,
+            x, w, y, bias, rows, None, ctx.options.normalize_weight, 1, ctx.options.compute_dtype,
             rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
         )  # fmt: skip
         dw = scatter(dw, rows, w) if need_dw else None
@@ -75,7 +82,11 @@ class NontargetLSE(torch.autograd.Function):
         return dx if need_dx else None, dw, None, db, None, None
 
 
-def scatter(gradient: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+def scatter(
+    gradient: Tensor,  # [n, ...]
+    rows: Tensor | None,  # [n]
+    like: Tensor,  # [C, ...]
+) -> Tensor:  # [C, ...]
     """A gradient over the selected classes as a sparse COO tensor of the whole's shape."""
     if rows is None:
         return gradient
@@ -91,6 +102,7 @@ def nontarget_lse(
     rows: Tensor | None = None,  # [n] int64, sorted and unique
     normalize_weight: bool = True,
     topk: int = 0,
+    compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
     """Log-sum-exp over the classes that are not the row's own, the own class's logit, and the k nearest others.
@@ -105,7 +117,9 @@ def nontarget_lse(
         bias: only with normalize_weight=False.
         rows: restricts the classes to w[rows], gathered a tile at a time. y and topk_classes then are places in
             `rows`, and the gradients of w and bias are sparse COO tensors over `rows`.
-        topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf.
+        topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf. Costs nothing
+            to speak of up to about 10; more where classes happen to be sorted by rising similarity.
+        compute_dtype: of the operands of the products. No backend supports another than x's yet: want None.
         backend: "native", "stream" or "reference"; None: the first that runs on x's device and dtype.
 
     Raises:
@@ -113,10 +127,10 @@ def nontarget_lse(
             unique (on the CPU), topk < 0, a bias with normalised weights, a backend that cannot run.
     """
     check_operands(x, w, y, bias, rows, normalize_weight)
-    if not isinstance(topk, int) or topk < 0:
+    if not isinstance(topk, int) or isinstance(topk, bool) or topk < 0:
         raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
     want_a = x.requires_grad and torch.is_grad_enabled()
-    options = Options(normalize_weight, topk, pick(IMPLS, x, backend), want_a)
+    options = Options(normalize_weight, topk, compute_dtype, pick(IMPLS, x, backend), want_a)
     return NontargetLSE.apply(x, w, y, bias, rows, options)
 
 

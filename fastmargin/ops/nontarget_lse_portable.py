@@ -66,7 +66,7 @@ def block_of(
     return Block(first, w, scale, z)
 
 
-def count(w: Tensor, rows: Tensor | None) -> int:
+def count(w: Tensor, rows: Tensor | None) -> int:  # [C, d], [n]
     return len(w) if rows is None else len(rows)
 
 
@@ -93,7 +93,11 @@ def put_(
     return z.scatter_(1, place, torch.where(inside, value, z.gather(1, place)))
 
 
-def padded(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def padded(
+    values: Tensor,  # [B, n]
+    classes: Tensor,  # [B, n]
+    k: int,
+) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
     """The first k columns, with (-inf, -1) where there are fewer or where a value is -inf."""
     missing = max(k - values.shape[1], 0)
     values = torch.nn.functional.pad(values[:, :k], (0, missing), value=-INF)
@@ -123,9 +127,18 @@ def best(
 
 @portable
 def stream_fwd(
-    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, bend: Tensor | None,
-    normalize_weight: bool, pool: int, topk: int, compute_dtype: torch.dtype | None, want_a: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    topk: int,
+    compute_dtype: torch.dtype | None,
+    want_a: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
     refuse(bend, pool, compute_dtype)
     check_ids(y, rows, len(w))
     shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
@@ -151,10 +164,25 @@ def stream_fwd(
 
 @portable
 def stream_bwd(
-    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, bend: Tensor | None,
-    normalize_weight: bool, pool: int, compute_dtype: torch.dtype | None, rest: Tensor, topk_classes: Tensor, a: Tensor,
-    d_rest: Tensor, d_target: Tensor, d_topk: Tensor | None, need_dx: bool, need_dw: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    compute_dtype: torch.dtype | None,
+    rest: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    a: Tensor,  # [B, d], or [0] without dx
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     refuse(bend, pool, compute_dtype)
     dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
     if need_dx:
@@ -175,7 +203,12 @@ def stream_bwd(
     return dx, dw, db
 
 
-def empty_gradients(x: Tensor, w: Tensor, rows: Tensor | None, *need: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    rows: Tensor | None,  # [n]
+    *need: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n = count(w, rows)
     shapes = (x.shape, (n, x.shape[1]), (n,))
     dx, dw, db = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, need, strict=True))
@@ -209,9 +242,18 @@ def weight_gradient(block: Block, g: Tensor, x: Tensor) -> Tensor:  # [B, n], [B
 
 @portable
 def reference_fwd(
-    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, bend: Tensor | None,
-    normalize_weight: bool, pool: int, topk: int, compute_dtype: torch.dtype | None, want_a: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    topk: int,
+    compute_dtype: torch.dtype | None,
+    want_a: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
     refuse(bend, pool, compute_dtype)
     check_ids(y, rows, len(w))
     _, unit, _, z = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
@@ -223,10 +265,25 @@ def reference_fwd(
 
 @portable
 def reference_bwd(
-    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None, bend: Tensor | None,
-    normalize_weight: bool, pool: int, compute_dtype: torch.dtype | None, rest: Tensor, topk_classes: Tensor, a: Tensor,
-    d_rest: Tensor, d_target: Tensor, d_topk: Tensor | None, need_dx: bool, need_dw: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    compute_dtype: torch.dtype | None,
+    rest: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    a: Tensor,  # [B, d], or [0] without dx
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     refuse(bend, pool, compute_dtype)
     block = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
     g = d_rest[:, None] * weight(block.z, rest[:, None])
