@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 
 #include <algorithm>
@@ -22,34 +23,51 @@ using std::optional;
 constexpr int64_t kBlock = 256;    // classes of a tile
 constexpr int64_t kRowTile = 256;  // rows of a tile, at most
 
-// What both passes read: the operands, and x packed for the products.
+constexpr int64_t kPad = 16;  // rows come in multiples of this
+
+// t with rows of `fill` after its own, B in all.
+inline Tensor padded(const Tensor& t /* [given, ...] */, int64_t B, double fill) {
+  if (t.size(0) == B) return t;
+  auto sizes = t.sizes().vec();
+  sizes[0] = B;
+  Tensor out = at::full(sizes, fill, t.options());
+  out.narrow(0, 0, t.size(0)).copy_(t);
+  return out;
+}
+
+// What both passes read: the operands, and x packed for the products. oneDNN compiles a kernel for every shape it meets
+// and keeps it: zero rows of no class are added up to a multiple of kPad, so that shapes are few whatever the batches.
 template <typename T>
 struct Problem {
-  Operands o;             // owns what the pointers below point to
-  Tensor bias_, packed_;  // of the classes in use [C]; row tiles of x^T, one after the other
+  Operands o;                     // owns w and rows
+  int64_t given, B, d, C;         // rows of the caller, with padding; features; classes
+  Tensor x_, y_, bias_, packed_;  // own what the pointers below point to
   ClassRows<T> w;
-  const T *x, *bias, *packed;  // [B, d], [C] or null, [B, d]
+  const T *x, *bias, *packed;  // [B, d], [C] or null, row tiles of x^T one after the other
   const int64_t* y;            // [B]
-  int64_t B, d, C, tile;
+  int64_t tile;
   bool normalize;
   const NontargetLseKernels<T>& kernels = nontarget_lse_kernels<T>();
 
   explicit Problem(const Operands& operands)
       : o(operands),
-        w(o.w, o.rows),
-        x(o.x.template const_data_ptr<T>()),
-        bias(nullptr),
-        y(o.y.template const_data_ptr<int64_t>()),
-        B(o.x.size(0)),
+        given(o.x.size(0)),
+        B(at::divup(given, kPad) * kPad),
         d(o.x.size(1)),
         C(o.classes()),
+        x_(padded(o.x, B, 0)),
+        y_(padded(o.y, B, -1)),
+        w(o.w, o.rows),
+        x(x_.template const_data_ptr<T>()),
+        bias(nullptr),
+        y(y_.template const_data_ptr<int64_t>()),
         normalize(o.normalize_weight) {
     if (o.bias) {
       bias_ = o.rows ? at::index_select(*o.bias, 0, *o.rows) : *o.bias;
       bias = bias_.template const_data_ptr<T>();
     }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
-    tile = std::max<int64_t>(1, at::divup(B, tiles));
+    tile = std::max<int64_t>(kPad, at::divup(at::divup(B, tiles), kPad) * kPad);
     pack();
   }
 

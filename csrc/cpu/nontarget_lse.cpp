@@ -118,9 +118,9 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t k, bool want_a) {
   const auto options = p.o.x.options();
-  Tensor rest = at::empty({p.B}, options), values = at::empty({p.B, k}, options);
-  Tensor ids = at::empty({p.B, k}, options.dtype(at::kLong));
-  Tensor a = want_a ? at::empty({p.B, p.d}, options) : at::empty({0}, options);
+  Tensor rest = at::empty({p.given}, options), values = at::empty({p.given, k}, options);
+  Tensor ids = at::empty({p.given, k}, options.dtype(at::kLong));
+  Tensor a = want_a ? at::empty({p.given, p.d}, options) : at::empty({0}, options);
   T offset;
   const bool fixed = fixed_offset(p, offset);
   std::vector<Partial<T>> parts(thread_count(p.blocks()));
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t 
     parts[t].reset(p, fixed ? offset : T(kNoShift), k, want_a);
     sum_blocks(p, parts[t], first, last, k, fixed);
   });
-  at::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, p.given, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       merge_row(i, parts, k, p.d, rest.data_ptr<T>() + i, values.data_ptr<T>() + i * k, ids.data_ptr<int64_t>() + i * k,
                 want_a ? a.data_ptr<T>() + i * p.d : nullptr);
@@ -229,7 +229,7 @@ void backward_rows(const Problem<T>& p, const Saved& s, const GradRows<T>& rows,
   const int64_t k = s.d_topk ? s.ids.size(1) : 0;
   const int64_t* id = s.ids.const_data_ptr<int64_t>();
   const T* grad = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr;
-  at::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, p.given, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer(p.d);
     for (int64_t i = begin; i < end; ++i) {
       T* out = dx.data_ptr<T>() + i * p.d;
@@ -253,9 +253,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Operands& o, const Saved& s, b
                                             bool need_db) {
   const Problem<T> p(o);
   // Where there is no other class, a rest of +huge makes every g of the row 0.
-  std::vector<T> rest(s.rest.const_data_ptr<T>(), s.rest.const_data_ptr<T>() + p.B);
+  std::vector<T> rest(s.rest.const_data_ptr<T>(), s.rest.const_data_ptr<T>() + p.given);
   std::replace(rest.begin(), rest.end(), -T(INFINITY), -T(kNoShift));
-  const GradRows<T> rows{rest.data(), s.d_rest.const_data_ptr<T>(), s.d_target.const_data_ptr<T>()};
+  rest.resize(p.B, -T(kNoShift));
+  const Tensor d_rest = padded(s.d_rest, p.B, 0), d_target = padded(s.d_target, p.B, 0);
+  const GradRows<T> rows{rest.data(), d_rest.const_data_ptr<T>(), d_target.const_data_ptr<T>()};
   const auto options = o.x.options();
   Gradients<T> out{{}, {}, {}, sort_by_class<T>(s.ids, s.d_topk)};
   if (need_dx) backward_rows(p, s, rows, out.dx = at::empty_like(o.x));
