@@ -25,6 +25,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
+	$(PIP) install --quiet --constraint constraints.txt pytorch-metric-learning
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-json .benchmarks/latest.json $(ARGS)
 
