@@ -1,11 +1,12 @@
 """Which implementation of an op runs, and what the compiled extension offers.
 
-Each op file holds a dict of its implementations in order of preference: `native` (csrc), `stream` (portable PyTorch,
-blocked over classes), `reference` (stores B x C; the tests' truth). A backend that is named, by argument or by
-FASTMARGIN_BACKEND, runs or raises; only silence falls back, and never to `reference`.
+Each op file holds a dict of its implementations in order of preference: `native` (csrc), `triton` (kernels), `stream`
+(portable PyTorch, blocked over classes), `reference` (stores B x C; the tests' truth). A backend that is named, by
+argument or by FASTMARGIN_BACKEND, runs or raises; only silence falls back, to `native` or `stream`.
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -48,10 +49,21 @@ def refused(problem: str) -> Build:
 
 BUILD = load()
 NATIVE_DEVICES = BUILD.facts.get("devices", "").split(",")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def native_can_run(x: Tensor) -> bool:
     return x.device.type in NATIVE_DEVICES and x.dtype in (torch.float32, torch.float64)
+
+
+def triton_can_run(x: Tensor) -> bool:
+    """Compiled on a GPU; on the CPU only in Triton's interpreter, which TRITON_INTERPRET=1 turns on."""
+    place = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return HAS_TRITON and place and x.dtype == torch.float32
+
+
+# Run only when named: the truth of the tests, and kernels that have not yet been measured on a GPU.
+NAMED_ONLY = ("triton", "reference")
 
 
 def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
@@ -61,9 +73,11 @@ def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
     """
     name = name or os.environ.get("FASTMARGIN_BACKEND") or None
     if name is None:
-        return next(n for n, impl in impls.items() if n != "reference" and impl.can_run(x))
+        return next(n for n, impl in impls.items() if n not in NAMED_ONLY and impl.can_run(x))
     if name == "native" and BUILD.problem:
         raise ValueError(f"backend 'native' cannot run: {BUILD.problem}")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' cannot run: triton is not installed")
     if name not in impls:
         raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
     if not impls[name].can_run(x):
@@ -75,11 +89,14 @@ def describe() -> str:
     """What `fastmargin info` prints: versions, what was built, what can run, and what never ran."""
     facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
-    gpu = "stream backend only, never run" if torch.cuda.is_available() else "no CUDA device here"
+    gpu = "triton and stream backends, never run" if torch.cuda.is_available() else "no CUDA device here"
+    compiled = "interpreted in tests, compiled ahead of time for sm_80 and sm_90, never run on a GPU"
+    triton = compiled if HAS_TRITON else "triton not installed"
     return "\n".join(
         (
             f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
             f"native     {native}",
+            f"triton     {triton}",
             "stream     portable PyTorch, any device",
             "reference  portable PyTorch, stores the logits; for tests",
             f"CUDA       no native kernels yet ({gpu})",

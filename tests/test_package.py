@@ -209,13 +209,14 @@ def test_without_the_extension_the_package_works_and_says_why(exception, why):
 def test_a_backend_that_is_named_runs_or_raises(monkeypatch):
     x, w, y = torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64)
     monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
-    assert pick(IMPLS, x) == next(iter(IMPLS)) != "reference"
-    for name in IMPLS:
+    silent = "native" if "native" in IMPLS else "stream"
+    assert pick(IMPLS, x) == silent
+    for name in IMPLS.keys() - {"triton"}:  # that one needs a GPU, or its interpreter: test_triton.py
         monkeypatch.setenv("FASTMARGIN_BACKEND", name)
         assert pick(IMPLS, x) == name
         assert pick(IMPLS, x, "stream") == "stream"
     monkeypatch.setenv("FASTMARGIN_BACKEND", "")
-    assert pick(IMPLS, x) == next(iter(IMPLS))
+    assert pick(IMPLS, x) == silent
     monkeypatch.setenv("FASTMARGIN_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"unknown backend 'abacus': want one of .*stream, reference"):
         nontarget_lse(x, w, y)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import BUILD, Impl, native_can_run, pick
+from fastmargin.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops import nontarget_lse_portable as portable
 from fastmargin.ops import target_logit
-from fastmargin.ops.checks import check_operands
+from fastmargin.ops.checks import check_ids, check_operands
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def nontarget_lse(
         topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf. Costs nothing
             to speak of up to about 10; more where classes happen to be sorted by rising similarity.
         compute_dtype: of the operands of the products. No backend supports another than x's yet: want None.
-        backend: "native", "stream" or "reference"; None: the first that runs on x's device and dtype.
+        backend: "native", "triton", "stream" or "reference"; None: the first that runs on x's device and dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
@@ -132,6 +132,34 @@ def nontarget_lse(
     want_a = x.requires_grad and torch.is_grad_enabled()
     options = Options(normalize_weight, topk, compute_dtype, pick(IMPLS, x, backend), want_a)
     return NontargetLSE.apply(x, w, y, bias, rows, options)
+
+
+@portable.portable
+def triton_fwd(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    topk: int,
+    compute_dtype: torch.dtype | None,
+    want_a: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
+    from fastmargin.kernels import nontarget_lse as kernels  # needs triton
+
+    portable.refuse(bend, pool, compute_dtype)
+    check_ids(y, rows, len(w))
+    return kernels.forward(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a)
+
+
+@portable.portable
+def triton_bwd(x: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:  # [B, d] -> dx [B, d], dw [n, d], db [n]
+    from fastmargin.kernels import nontarget_lse as kernels
+
+    return kernels.backward(x, *saved)
 
 
 IMPLS: dict[str, Impl] = {}
@@ -160,5 +188,6 @@ if BUILD.facts:
         )
 
 
+IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run)
 IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True)
 IMPLS["reference"] = Impl({"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True)

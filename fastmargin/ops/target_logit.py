@@ -9,7 +9,7 @@ An op of its own, without autograd: `nontarget_lse` differentiates it. Letters: 
 import torch
 from torch import Tensor
 
-from fastmargin.backends import BUILD, Impl, native_can_run
+from fastmargin.backends import BUILD, Impl, native_can_run, triton_can_run
 from fastmargin.ops.checks import check_ids
 
 
@@ -49,4 +49,5 @@ if BUILD.facts:
         return x.new_empty(x.shape[0])
 
 
+IMPLS["triton"] = Impl({"fwd": target_logit}, triton_can_run)
 IMPLS["stream"] = IMPLS["reference"] = Impl({"fwd": target_logit}, lambda x: True)
