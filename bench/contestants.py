@@ -151,6 +151,10 @@ def inputs(
     return f.requires_grad_(), torch.nn.Parameter(w), y
 
 
-def step_of(name: str, f: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def clear(f: Tensor, w: Tensor, y: Tensor) -> None:
     f.grad = w.grad = None
+
+
+def step_of(name: str, f: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    clear(f, w, y)
     return CONTESTANTS[name](f, w, y)

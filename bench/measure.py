@@ -11,13 +11,18 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; one round runs all of them, so that a slow minute of the machine slows all."""
+def interleaved(steps: dict[str, Callable[[], object]], before: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Median seconds of each; one round runs all of them, so that a slow minute of the machine slows all.
+
+    `before` is called, untimed, ahead of every step: nobody pays for freeing what another left.
+    """
     for step in steps.values():
+        before()
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            before()
             begin = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begin)
