@@ -6,24 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from embeddings import unit
 
 from fastmargin.evaluation import (
     sample_pairs,
     verification_accuracy,
 )
-
-
-def blobs(images, identities, d=16, noise=1.0, seed=0):
-    """Embeddings around random centres, every identity at least twice."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(images - 2 * identities) % (identities - 1)
-    labels = rng.permutation(np.concatenate([labels, np.arange(2 * identities) % identities]))
-    return rng.normal(size=(identities, d))[labels] + noise * rng.normal(size=(images, d)), labels
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
 
 # ---- ten folds ----
 
