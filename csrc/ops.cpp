@@ -6,9 +6,7 @@
 #include <map>
 #include <string>
 
-namespace fastmargin {
-std::string cpu_kernels();  // which capability's objects run here
-}
+#include "cpu/capability.h"
 
 TORCH_LIBRARY(fastmargin, m) {
   m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, bool normalize_weight) -> Tensor");
@@ -28,6 +26,10 @@ TORCH_LIBRARY(fastmargin, m) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_facts", [] {
     return std::map<std::string, std::string>{
-        {"torch", FASTMARGIN_TORCH_VERSION}, {"devices", "cpu"}, {"cpu", fastmargin::cpu_kernels()}};
+        {"torch", FASTMARGIN_TORCH_VERSION},
+        {"devices", "cpu"},
+        {"cpu", fastmargin::cpu_kernels()},
+        {"compute", fastmargin::cpu_computes_bfloat16() ? "bfloat16" : ""},  // operand types below float32
+    };
   });
 }

@@ -49,6 +49,17 @@ FM_INLINE float exp_(float x) {
 
 FM_INLINE double exp_(double x) { return ::exp(x); }
 
+// A bfloat16 number: the upper half of a float32.
+enum class Bf16 : uint16_t {};
+
+// x rounded to bfloat16, to the nearest, ties to even: still a float, with zeros below. Not a number stays one.
+FM_INLINE uint32_t bf16_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return x == x ? rounded : 0x7fc00000u;
+}
+
 // Multiplies a sum that was taken at shift `from` so that it stands at shift `to`.
 template <typename T>
 FM_INLINE T rescale(T from, T to) {

@@ -5,6 +5,7 @@ Each op file holds a dict of its implementations in order of preference: `native
 argument or by FASTMARGIN_BACKEND, runs or raises; only silence falls back, to `native` or `stream`.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -21,10 +22,11 @@ class Impl(NamedTuple):
 
     functions: Mapping[str, Callable[..., Any]]
     can_run: Callable[[Tensor], bool]
+    compute: tuple[torch.dtype, ...] = ()  # what float32 operands of products may be rounded to
 
 
 class Build(NamedTuple):
-    facts: dict[str, str]  # torch version, devices and CPU capability of the extension; empty where it did not load
+    facts: dict[str, str]  # torch version, devices, CPU capability, compute dtypes; empty where it did not load
     problem: str  # why it did not load; empty where it did
 
 
@@ -49,6 +51,8 @@ def refused(problem: str) -> Build:
 
 BUILD = load()
 NATIVE_DEVICES = BUILD.facts.get("devices", "").split(",")
+NATIVE_COMPUTE = tuple(getattr(torch, name) for name in BUILD.facts.get("compute", "").split())
+HALVES = (torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -85,10 +89,38 @@ def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
     return name
 
 
+def pick_compute(
+    impls: Mapping[str, Impl], name: str, x: Tensor, compute_dtype: torch.dtype | None
+) -> torch.dtype | None:
+    """What implementation `name` rounds the operands of its products to: `compute_dtype`, or None for x's own.
+
+    Where this machine's kernels do not take it, one warning is given and float32 runs. Raises ValueError for what is
+    no operand type of x's dtype.
+    """
+    if compute_dtype in (None, x.dtype):
+        return None
+    if compute_dtype not in HALVES or x.dtype != torch.float32:
+        raise ValueError(
+            f"compute_dtype = {compute_dtype} for {x.dtype} rows: want None, or torch.bfloat16 or torch.float16 for "
+            "float32 rows"
+        )
+    if compute_dtype in impls[name].compute:
+        return compute_dtype
+    if not torch.compiler.is_compiling():
+        warn_of_float32(name, compute_dtype)
+    return None
+
+
+@functools.cache
+def warn_of_float32(name: str, compute_dtype: torch.dtype) -> None:
+    warnings.warn(f"fastmargin: no {compute_dtype} in the {name} kernels of this machine; using float32", stacklevel=4)
+
+
 def describe() -> str:
     """What `fastmargin info` prints: versions, what was built, what can run, and what never ran."""
     facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
+    compute = ", ".join(("float64", "float32", *facts["compute"].split())) if facts else ""
     gpu = "triton and stream backends, never run" if torch.cuda.is_available() else "no CUDA device here"
     compiled = "interpreted in tests, compiled ahead of time for sm_80 and sm_90, never run on a GPU"
     triton = compiled if HAS_TRITON else "triton not installed"
@@ -96,6 +128,7 @@ def describe() -> str:
         (
             f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
             f"native     {native}",
+            *([f"           operands of products: {compute}"] if facts else ()),
             f"triton     {triton}",
             "stream     portable PyTorch, any device",
             "reference  portable PyTorch, stores the logits; for tests",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmargin.backends import pick
+from fastmargin.backends import pick, pick_compute
 from fastmargin.margins import Margin
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
@@ -65,6 +65,8 @@ class MarginHead(nn.Module):
         margin: what happens to the target's cosine: `ArcFace()`, `CosFace()`, ...
         bias: a bias per class; only for margins with plain weights (Softmax, L2Softmax).
         topk: k, how many nearest wrong classes each row reports.
+        compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
+            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding.
         reduction: "mean" over the valid rows, "sum", or "none".
         ignore_index: rows with this label have no loss and no gradient.
         class_weight: [C], a factor per class; the mean divides by their sum, as F.cross_entropy does.
@@ -88,6 +90,7 @@ class MarginHead(nn.Module):
         *,
         bias: bool = False,
         topk: int = 0,
+        compute_dtype: torch.dtype | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = -100,
         class_weight: Tensor | None = None,  # [C]
@@ -112,10 +115,12 @@ class MarginHead(nn.Module):
             check_class_weight(class_weight, num_classes)
         margin.check_classes(num_classes)
         self.margin, self.topk, self.reduction, self.seed = margin, topk, reduction, seed
-        self.ignore_index, self.check_labels, self.backend = ignore_index, check_labels, backend
+        self.ignore_index, self.check_labels = ignore_index, check_labels
+        self.compute_dtype, self.backend = compute_dtype, backend
         self.weight = nn.Parameter(initial_rows(0, num_classes, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
-        pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
+        name = pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
+        pick_compute(IMPLS, name, self.weight, compute_dtype)
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
         # count, first row and its label, of the first bad batch since the last check()
         self.register_buffer("bad_label", torch.zeros(3, dtype=torch.int64), persistent=False)
@@ -279,7 +284,7 @@ class MarginHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
         return nontarget_lse(
             x, self.weight, y, bias=self.bias, normalize_weight=self.margin.normalize_weight, topk=k,
-            backend=self.backend,
+            compute_dtype=self.compute_dtype, backend=self.backend,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -48,5 +48,19 @@ def problem(B, d, C, k=0, s=16.0, cosine=None, plain=False):
     return s * f, w, y, bias, upstream
 
 
+def seen(dtype, x, w, normalize_weight=True):
+    """The operands that products of `dtype` see, in float64: x, and w as unit rows where weights are normalised."""
+    if not normalize_weight:
+        return x.to(dtype).double(), w.to(dtype).double()
+    norm = w.double().norm(dim=1, keepdim=True)
+    power = norm.log2().round().exp2()  # float16 has few exponents; a power of two changes no other bit
+    return x.to(dtype).double(), (w.double() / power).to(dtype).double() * power / norm
+
+
+def without_topk(upstream):
+    """Which classes are the k best is settled by rounded logits: their gradients are left out of comparisons."""
+    return *upstream[:2], torch.zeros_like(upstream[2])
+
+
 def cast(dtype, *tensors):
     return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]

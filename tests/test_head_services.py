@@ -277,6 +277,10 @@ def test_training_reaches_every_row():
         ({"topk": -1}, "topk = -1: want an int of 0 or more"),
         ({"topk": 1.5}, "topk = 1.5: want an int of 0 or more"),
         ({"backend": "cuda9"}, "unknown backend 'cuda9'"),
+        (
+            {"compute_dtype": "bfloat16"},
+            "compute_dtype = bfloat16 for torch.float32 rows: want None, or torch.bfloat16",
+        ),
     ],
 )
 def test_mistakes_of_the_constructor(options, message):

@@ -236,8 +236,6 @@ def test_options_to_come_are_refused(backend):
         fwd(x, w, y, None, None, torch.zeros(2, 4), True, 1, 0, None, False)
     with pytest.raises(ValueError, match="pool"):
         fwd(x, w, y, None, None, None, True, 3, 0, None, False)
-    with pytest.raises(ValueError, match="compute_dtype"):
-        fwd(x, w, y, None, None, None, True, 1, 0, torch.bfloat16, False)
 
 
 X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64)
@@ -260,7 +258,9 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64
         ((X, W, Y), {"bias": torch.zeros(9)}, "normalize_weight=False"),
         ((X, W, Y), {"bias": torch.zeros(8), "normalize_weight": False}, r"bias \[C\]"),
         ((X, W, Y), {"rows": torch.zeros(2)}, r"rows \[n\] int64"),
-        ((X, W, Y), {"compute_dtype": torch.bfloat16}, "compute_dtype"),
+        ((X, W, Y), {"compute_dtype": torch.int8}, "compute_dtype = torch.int8 for torch.float32 rows"),
+        ((X, W, Y), {"compute_dtype": F64}, "compute_dtype = torch.float64 for torch.float32 rows"),
+        ((X.double(), W.double(), Y), {"compute_dtype": torch.bfloat16}, "for torch.float64 rows: want None"),
         ((X, W, Y), {"topk": True}, "topk = True"),
     ],
 )

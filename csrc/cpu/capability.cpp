@@ -1,10 +1,12 @@
 // Which of the kernel objects runs on this machine: the one ATen chose for itself (ATEN_CPU_CAPABILITY lowers it).
+#include "capability.h"
+
 #include <ATen/Version.h>
 #include <c10/util/Exception.h>
 
-#include <string>
 #include <type_traits>
 
+#include "gemm.h"
 #include "nontarget_lse_kernel.h"
 
 namespace fastmargin {
@@ -16,6 +18,7 @@ FM_TABLES(DEFAULT)
 #ifdef FASTMARGIN_X86
 FM_TABLES(AVX2)
 FM_TABLES(AVX512)
+extern const NontargetLseKernels<Bf16> nontarget_lse_bfloat16_AVX512;
 #endif
 
 std::string cpu_kernels() {
@@ -26,15 +29,50 @@ std::string cpu_kernels() {
   return "DEFAULT";
 }
 
-template <typename T>
-const NontargetLseKernels<T>& nontarget_lse_kernels() {
+namespace {
+
+// oneDNN may have been told to use less than the chip has: one small product tells.
+bool multiplies_bfloat16() {
+  constexpr int64_t n = 16, k = 2;
+  const Bf16 one = Bf16(bf16_bits(1.f) >> 16), three = Bf16(bf16_bits(3.f) >> 16);
+  Bf16 a[n * k], b[n * k];
+  float c[n * n];
+  for (int64_t i = 0; i < n; ++i) {
+    a[i * k] = b[i * k + 1] = one;
+    a[i * k + 1] = b[i * k] = three;
+  }
+  try {
+    gemm(n, n, k, a, k, reinterpret_cast<const uint32_t*>(b), n, c, n, false);
+    release<Bf16>();
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (float value : c)
+    if (value != 6.f) return false;
+  return true;
+}
+
+}  // namespace
+
+bool cpu_computes_bfloat16() {
+#ifdef FASTMARGIN_X86
+  static const bool answer = cpu_kernels() == "AVX512" && __builtin_cpu_supports("avx512bf16") && multiplies_bfloat16();
+  return answer;
+#else
+  return false;
+#endif
+}
+
+template <typename O>
+const NontargetLseKernels<O>& nontarget_lse_kernels() {
   static const std::string capability = cpu_kernels();
 #define FM_PICK(CAPABILITY)                                                            \
   if (capability == #CAPABILITY) {                                                     \
-    if constexpr (std::is_same_v<T, float>) return nontarget_lse_float_##CAPABILITY;   \
-    if constexpr (std::is_same_v<T, double>) return nontarget_lse_double_##CAPABILITY; \
+    if constexpr (std::is_same_v<O, float>) return nontarget_lse_float_##CAPABILITY;   \
+    if constexpr (std::is_same_v<O, double>) return nontarget_lse_double_##CAPABILITY; \
   }
 #ifdef FASTMARGIN_X86
+  if constexpr (std::is_same_v<O, Bf16>) return nontarget_lse_bfloat16_AVX512;
   FM_PICK(AVX512)
   FM_PICK(AVX2)
 #endif
@@ -44,5 +82,6 @@ const NontargetLseKernels<T>& nontarget_lse_kernels() {
 
 template const NontargetLseKernels<float>& nontarget_lse_kernels<float>();
 template const NontargetLseKernels<double>& nontarget_lse_kernels<double>();
+template const NontargetLseKernels<Bf16>& nontarget_lse_kernels<Bf16>();
 
 }  // namespace fastmargin

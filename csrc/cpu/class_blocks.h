@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 
@@ -35,19 +34,54 @@ inline Tensor padded(const Tensor& t /* [given, ...] */, int64_t B, double fill)
   return out;
 }
 
+// Lines of numbers as operands of products: exact types serve as they are given, others are rounded first.
+template <typename O>
+struct Lines {
+  using T = Sum<O>;
+  static constexpr int64_t lanes = Operand<O>::lanes;
+  std::vector<O> rounded_;
+  std::vector<Word<O>> joined_;
+  const O* left = nullptr;         // [n, ld], zeros after the d numbers of a line
+  const Word<O>* right = nullptr;  // [n / lanes, ld_right]
+  int64_t ld = 0, ld_right = 0;
+
+  static int64_t whole(int64_t size) { return at::divup(size, lanes) * lanes; }  // in full words
+
+  void set(const T* in, int64_t ld_in, int64_t n, int64_t d, bool want_right) {
+    if constexpr (lanes == 1) {
+      left = right = in;
+      ld = ld_right = ld_in;
+    } else {
+      const auto& kernels = nontarget_lse_kernels<O>();
+      ld = whole(d), ld_right = d;
+      rounded_.resize(n * ld);
+      kernels.round(in, ld_in, n, d, rounded_.data(), ld);
+      left = rounded_.data();
+      if (!want_right) return;
+      joined_.resize(whole(n) / lanes * d);
+      kernels.join(left, ld, n, d, joined_.data());
+      right = joined_.data();
+    }
+  }
+};
+
 // What both passes read: the operands, and x packed for the products. oneDNN compiles a kernel for every shape it meets
 // and keeps it: zero rows of no class are added up to a multiple of kPad, so that shapes are few whatever the batches.
-template <typename T>
+template <typename O>
 struct Problem {
-  Operands o;                     // owns w and rows
-  int64_t given, B, d, C;         // rows of the caller, with padding; features; classes
-  Tensor x_, y_, bias_, packed_;  // own what the pointers below point to
+  using T = Sum<O>;
+  static constexpr int64_t lanes = Operand<O>::lanes;
+  Operands o;              // owns w and rows
+  int64_t given, B, d, C;  // rows of the caller, with padding; features; classes
+  Tensor x_, y_, bias_;    // own what the pointers below point to
   ClassRows<T> w;
-  const T *x, *bias, *packed;  // [B, d], [C] or null, row tiles of x^T one after the other
-  const int64_t* y;            // [B]
+  const T *x, *bias;  // [B, d], [C] or null
+  const int64_t* y;   // [B]
   int64_t tile;
   bool normalize;
-  const NontargetLseKernels<T>& kernels = nontarget_lse_kernels<T>();
+  const NontargetLseKernels<O>& kernels = nontarget_lse_kernels<O>();
+  Lines<O> features;             // x as operand
+  std::vector<Word<O>> packed_;  // row tiles of x^T, one after the other
 
   explicit Problem(const Operands& operands)
       : o(operands),
@@ -68,52 +102,68 @@ struct Problem {
     }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
     tile = std::max<int64_t>(kPad, at::divup(at::divup(B, tiles), kPad) * kPad);
+    features.set(x, d, B, d, true);
     pack();
   }
 
   void pack() {
-    packed_ = at::empty({B, d}, o.x.options());
-    T* out = packed_.template data_ptr<T>();
-    for (int64_t i0 = 0; i0 < B; i0 += tile) kernels.transpose(x + i0 * d, std::min(tile, B - i0), d, out + i0 * d);
-    packed = out;
+    packed_.resize(B * width());
+    for (int64_t i0 = 0; i0 < B; i0 += tile)
+      kernels.transpose(reinterpret_cast<const Word<O>*>(features.left + i0 * features.ld), std::min(tile, B - i0),
+                        width(), packed_.data() + i0 * width());
   }
 
+  int64_t width() const { return at::divup(d, lanes); }                              // words of a row
+  const Word<O>* packed(int64_t i0) const { return packed_.data() + i0 * width(); }  // [width, m], from row i0
+  const Word<O>* lines(int64_t i0) const { return features.right + i0 / lanes * features.ld_right; }  // [m / lanes, d]
   int64_t blocks() const { return at::divup(C, kBlock); }
 };
 
 // A thread's room for one block of classes and one tile of logits.
-template <typename T>
+template <typename O>
 struct Block {
-  const Problem<T>& p;
+  using T = Sum<O>;
+  const Problem<O>& p;
   std::vector<T> scale_, z_, copy_;
+  std::vector<Word<O>> factors_;
   std::vector<int32_t> target_;
+  Lines<O> classes;  // w as operand
   int64_t first = 0, n = 0, ld = 0;
   const T* w = nullptr;
   T largest_scale = 1;
 
-  explicit Block(const Problem<T>& problem)
+  explicit Block(const Problem<O>& problem)
       : p(problem),
         scale_(kBlock, T(1)),
         z_(kBlock * p.tile),
         copy_(p.w.copies() ? kBlock * p.d : 0),
+        factors_(p.lanes > 1 ? kBlock / p.lanes * p.tile : 0),
         target_(p.tile) {}
+  ~Block() { release<O>(); }
 
-  void load(int64_t index) {
+  void load(int64_t index, bool want_right) {
     first = index * kBlock;
     n = std::min(kBlock, p.C - first);
     w = p.w.block(first, n, copy_.data(), ld);
     if (p.normalize) p.kernels.inverse_norms(w, ld, n, p.d, scale_.data());
     largest_scale = *std::max_element(scale_.begin(), scale_.begin() + n);
+    classes.set(w, ld, n, p.d, want_right);
   }
 
   // The products of this block with rows i0 .. i0 + m.
   Tile<T> products(int64_t i0, int64_t m) {
-    gemm(n, m, p.d, w, ld, p.packed + i0 * p.d, m, z_.data(), m, false);
+    gemm(n, m, p.width() * p.lanes, classes.left, classes.ld, p.packed(i0), m, z_.data(), m, false);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t line = p.y[i0 + i] - first;
       target_[i] = line >= 0 && line < n ? int32_t(line) : -1;
     }
     return {z_.data(), n, m, first, scale_.data(), p.bias ? p.bias + first : nullptr, target_.data()};
+  }
+
+  // Where the tile's e or g goes, as operand of the next product: exact types take the place of z.
+  Word<O>* factors() {
+    if constexpr (Problem<O>::lanes == 1) return z_.data();
+    return factors_.data();
   }
 };
 

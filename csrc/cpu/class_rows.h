@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 namespace fastmargin {
@@ -28,7 +29,12 @@ class ClassRows {
     if (!copies()) return data_ + first * stride_;
     for (int64_t j = 0; j < n; ++j) {
       const T* in = source(first + j);
-      for (int64_t c = 0; c < d; ++c) buffer[j * d + c] = in[c * column_];
+      T* out = buffer + j * d;
+      if (column_ == 1) {
+        std::copy_n(in, d, out);
+      } else {
+        for (int64_t c = 0; c < d; ++c) out[c] = in[c * column_];
+      }
     }
     return buffer;
   }

@@ -11,7 +11,11 @@
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <type_traits>
+#include "nontarget_lse_kernel.h"
+
+#if !defined(CPUBLAS_BRGEMM_F32F32F32) || !defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#error "fastmargin wants a torch whose ATen/native/CPUBlas.h has brgemm for float32 and bfloat16 (2.11 or later)"
+#endif
 
 namespace fastmargin {
 
@@ -21,23 +25,35 @@ struct PlainAten {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// c [m, n] = a [m, k] b [k, n], or += ; row-major with leading dimensions
-template <typename T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-          bool add) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if constexpr (std::is_same_v<T, float>) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
-#endif
+// c [m, n] = a [m, k] b [k, n], or += ; row-major with leading dimensions. b of bfloat16 is in words: [k / 2, n].
+inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                 int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
+}
+
+inline void gemm(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
+                 int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
+}
+
+inline void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
+                 int64_t ldc, bool add) {
   const PlainAten guard;
-  const auto dtype = c10::CppTypeToScalarType<T>::value;
-  const auto A = at::from_blob(const_cast<T*>(a), {m, k}, {lda, 1}, dtype);
-  const auto B = at::from_blob(const_cast<T*>(b), {k, n}, {ldb, 1}, dtype);
-  auto C = at::from_blob(c, {m, n}, {ldc, 1}, dtype);
+  const auto A = at::from_blob(const_cast<double*>(a), {m, k}, {lda, 1}, at::kDouble);
+  const auto B = at::from_blob(const_cast<double*>(b), {k, n}, {ldb, 1}, at::kDouble);
+  auto C = at::from_blob(c, {m, n}, {ldc, 1}, at::kDouble);
   if (add) {
     at::addmm_out(C, C, A, B);
   } else {
     at::mm_out(C, A, B);
   }
+}
+
+// Ends a thread's products: where bfloat16 ones use a matrix unit (AMX), it is in their state until then.
+template <typename O>
+void release() {
+  if constexpr (Operand<O>::lanes > 1) at::native::cpublas::brgemm_release();
 }
 
 }  // namespace fastmargin

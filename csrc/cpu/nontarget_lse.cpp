@@ -1,9 +1,12 @@
 // nontarget_lse on the CPU. The formulas are in fastmargin/ops/nontarget_lse.py.
 //
 //   forward   per block of classes: z = w x^T;  e = exp(z - shift), summed and searched for the k best;  a += e^T w
-//   backward  per block of classes: z again;  g = d_rest exp(z - rest), d_target at the target;  dw = g x, projected
+//   backward  per block of classes: z again;  g = d_rest exp(z - rest), 0 at the targets;  dw = g x;
+//             then the targets and the top-k, row by row, and the projection
 //
 // dx needs no sweep: dx_i = d_rest_i a_i + d_target_i w_y + the top-k terms, and a was summed in the forward pass.
+// With compute_dtype bfloat16 the operands of the products (x, w, e, g) are rounded to it, and nothing else is: z, all
+// sums, the targets and the top-k terms are float32.
 // One parallel region each. Thread t owns a fixed range of blocks and private sums, merged in the order of t, so the
 // result depends on the thread count and on nothing else. Tiles are kBlock classes x kRowTile rows.
 #include <ATen/ops/empty.h>
@@ -22,6 +25,7 @@
 
 #include "../check.h"
 #include "../tile.h"
+#include "capability.h"
 #include "class_blocks.h"
 
 namespace fastmargin {
@@ -30,8 +34,8 @@ namespace {
 
 // A fixed exponent offset needs no running maximum. With o = ln(C) / 2 the sum of C terms exp(z - o), |z| <= ||x||,
 // neither overflows nor vanishes while ||x|| <= 86 - o (float32; the exponent range of float64 allows 700).
-template <typename T>
-bool fixed_offset(const Problem<T>& p, T& offset) {
+template <typename O, typename T = Sum<O>>
+bool fixed_offset(const Problem<O>& p, T& offset) {
   offset = T(0.5 * std::log(double(std::max<int64_t>(p.C, 1))));
   const T limit = T(std::is_same_v<T, float> ? 86 : 700) - offset;
   if (!p.normalize) return false;
@@ -47,18 +51,18 @@ struct Partial {
   std::vector<double> sum;
   std::vector<int64_t> top_ids;
 
-  void reset(const Problem<T>& p, T start, int64_t k, bool want_a) {
-    shift.assign(p.B, start);
-    sum.assign(p.B, 0.0);
-    top_values.assign(p.B * k, -INFINITY);
-    top_ids.assign(p.B * k, -1);
-    if (want_a) a.assign(p.B * p.d, T(0));
+  void reset(int64_t B, int64_t d, T start, int64_t k, bool want_a) {
+    shift.assign(B, start);
+    sum.assign(B, 0.0);
+    top_values.assign(B * k, -INFINITY);
+    top_ids.assign(B * k, -1);
+    if (want_a) a.assign(B * d, T(0));
   }
 };
 
 // Raises the shifts of rows i0 .. i0 + m to the maximum seen so far, and rescales what was summed at the old ones.
-template <typename T>
-void raise_shift(const Tile<T>& tile, int64_t i0, const Problem<T>& p, Partial<T>& part, std::vector<T>& top) {
+template <typename O, typename T = Sum<O>>
+void raise_shift(const Tile<T>& tile, int64_t i0, const Problem<O>& p, Partial<T>& part, std::vector<T>& top) {
   top.assign(part.shift.begin() + i0, part.shift.begin() + i0 + tile.m);
   p.kernels.row_max(tile, top.data());
   for (int64_t i = 0; i < tile.m; ++i) {
@@ -72,23 +76,33 @@ void raise_shift(const Tile<T>& tile, int64_t i0, const Problem<T>& p, Partial<T
   }
 }
 
-template <typename T>
-void sum_blocks(const Problem<T>& p, Partial<T>& part, int64_t first, int64_t last, int64_t k, bool fixed) {
+// a += e^T w
+template <typename O, typename T = Sum<O>>
+void add_attention(Block<O>& block, int64_t m, Word<O>* turned /* [m, n / lanes] */, T* a /* [m, d] */) {
+  const Problem<O>& p = block.p;
+  const int64_t words = at::divup(block.n, p.lanes), n = words * p.lanes;
+  p.kernels.transpose(block.factors(), words, m, turned);
+  gemm(m, p.d, n, reinterpret_cast<const O*>(turned), n, block.classes.right, block.classes.ld_right, a, p.d, true);
+}
+
+template <typename O, typename T = Sum<O>>
+void sum_blocks(const Problem<O>& p, Partial<T>& part, int64_t first, int64_t last, int64_t k, bool fixed) {
   const bool want_a = !part.a.empty();
-  Block<T> block(p);
-  std::vector<T> top, sum(p.tile), threshold(p.B, k ? -INFINITY : INFINITY), e(want_a ? kBlock * p.tile : 0);
+  Block<O> block(p);
+  std::vector<T> top, sum(p.tile), threshold(p.B, k ? -INFINITY : INFINITY);
+  std::vector<Word<O>> turned(want_a ? kBlock / p.lanes * p.tile : 0);
   for (int64_t index = first; index < last; ++index) {
-    block.load(index);
+    block.load(index, want_a);
     for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
       const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
       // e / ||w|| must stay finite too: with e <= exp(86 - ln C) it does, up to this; beyond, e <= 1 after a raise
       if (!fixed || block.largest_scale > T(7) * T(p.C)) raise_shift(tile, i0, p, part, top);
-      p.kernels.lse(tile, {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.top_values.data() + i0 * k,
-                           part.top_ids.data() + i0 * k, k});
+      p.kernels.lse(tile,
+                    {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.top_values.data() + i0 * k,
+                     part.top_ids.data() + i0 * k, k},
+                    block.factors());
       for (int64_t i = 0; i < tile.m; ++i) part.sum[i0 + i] += double(sum[i]);
-      if (!want_a) continue;
-      p.kernels.transpose(tile.z, tile.n, tile.m, e.data());
-      gemm(tile.m, p.d, tile.n, e.data(), tile.n, block.w, block.ld, part.a.data() + i0 * p.d, p.d, true);
+      if (want_a) add_attention(block, tile.m, turned.data(), part.a.data() + i0 * p.d);
     }
   }
 }
@@ -115,8 +129,9 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
   }
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t k, bool want_a) {
+template <typename O>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t k, bool want_a) {
+  using T = Sum<O>;
   const auto options = p.o.x.options();
   Tensor rest = at::empty({p.given}, options), values = at::empty({p.given, k}, options);
   Tensor ids = at::empty({p.given, k}, options.dtype(at::kLong));
@@ -125,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<T>& p, int64_t 
   const bool fixed = fixed_offset(p, offset);
   std::vector<Partial<T>> parts(thread_count(p.blocks()));
   share_blocks(p.blocks(), parts.size(), [&](int64_t t, int64_t first, int64_t last) {
-    parts[t].reset(p, fixed ? offset : T(kNoShift), k, want_a);
+    parts[t].reset(p.B, p.d, fixed ? offset : T(kNoShift), k, want_a);
     sum_blocks(p, parts[t], first, last, k, fixed);
   });
   at::parallel_for(0, p.given, 16, [&](int64_t begin, int64_t end) {
@@ -149,26 +164,12 @@ Tensor fresh(int64_t n, int64_t d, const at::TensorOptions& options) {
   return t;
 }
 
-// d_topk, by class: the entries of a block lie together.
+// One row's gradient at one class, apart from the sum over all: of its target, or of one of its k best.
 template <typename T>
-struct TopGradient {
+struct Entry {
   int64_t id, row;
   T value;
 };
-
-template <typename T>
-std::vector<TopGradient<T>> sort_by_class(const Tensor& ids /* [B, k] */, const optional<Tensor>& d_topk /* [B, k] */) {
-  std::vector<TopGradient<T>> entries;
-  if (!d_topk) return entries;
-  const int64_t k = ids.size(1);
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  const T* value = d_topk->const_data_ptr<T>();
-  for (int64_t c = 0; c < ids.numel(); ++c)
-    if (id[c] >= 0) entries.push_back({id[c], c / k, value[c]});
-  std::sort(entries.begin(), entries.end(),
-            [](const auto& u, const auto& v) { return std::tie(u.id, u.row) < std::tie(v.id, v.row); });
-  return entries;
-}
 
 // What the forward pass left and what came from above.
 struct Saved {
@@ -180,61 +181,77 @@ struct Saved {
 };
 
 template <typename T>
-struct Gradients {
-  Tensor dx, dw, db;  // [B, d], [C, d], [C], each undefined where not asked for
-  std::vector<TopGradient<T>> top;
-};
-
-// dw and db of one block, complete when this returns.
-template <typename T>
-void gradient_block(Block<T>& block, const GradRows<T>& rows, std::vector<T>& sums, Gradients<T>& out) {
-  const Problem<T>& p = block.p;
-  std::fill(sums.begin(), sums.end(), T(0));
-  T *sum_g = sums.data(), *sum_gz = sums.data() + kBlock;
-  T* dw = out.dw.defined() ? out.dw.template data_ptr<T>() + block.first * p.d : nullptr;
-  for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
-    const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
-    p.kernels.gradient(tile, {rows.rest + i0, rows.d_rest + i0, rows.d_target + i0}, sum_g, sum_gz);
-    if (dw) gemm(tile.n, p.d, tile.m, tile.z, tile.m, p.x + i0 * p.d, p.d, dw, p.d, i0 > 0);
+std::vector<Entry<T>> entries_by_class(const Tensor& y /* [B] */, const Saved& s) {
+  const int64_t k = s.d_topk ? s.ids.size(1) : 0;
+  const int64_t *label = y.const_data_ptr<int64_t>(), *id = s.ids.const_data_ptr<int64_t>();
+  std::vector<Entry<T>> entries;
+  const auto add = [&](int64_t j, int64_t row, T value) {
+    if (j >= 0) entries.push_back({j, row, value});
+  };
+  for (int64_t i = 0; i < y.size(0); ++i) {
+    add(label[i], i, s.d_target.const_data_ptr<T>()[i]);
+    for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], i, s.d_topk->const_data_ptr<T>()[c]);
   }
-  auto entry = std::lower_bound(out.top.begin(), out.top.end(), block.first,
-                                [](const TopGradient<T>& e, int64_t id) { return e.id < id; });
-  for (; entry != out.top.end() && entry->id < block.first + block.n; ++entry) {
-    const int64_t j = entry->id - block.first;
-    const T* x = p.x + entry->row * p.d;
-    sum_g[j] += entry->value;
-    sum_gz[j] += entry->value * p.kernels.dot(x, block.w + j * block.ld, p.d) * block.scale_[j];
-    if (dw)
-      for (int64_t c = 0; c < p.d; ++c) dw[j * p.d + c] += entry->value * x[c];
-  }
-  if (dw && p.normalize) p.kernels.project(block.w, block.ld, block.n, p.d, block.scale_.data(), sum_gz, dw);
-  if (out.db.defined()) std::copy_n(sum_g, block.n, out.db.template data_ptr<T>() + block.first);
+  std::sort(entries.begin(), entries.end(),
+            [](const auto& u, const auto& v) { return std::tie(u.id, u.row) < std::tie(v.id, v.row); });
+  return entries;
 }
 
 template <typename T>
-void backward_classes(const Problem<T>& p, const GradRows<T>& rows, Gradients<T>& out) {
+struct Gradients {
+  Tensor dx, dw, db;  // [B, d], [C, d], [C], each undefined where not asked for
+  std::vector<Entry<T>> entries;
+};
+
+// dw and db of one block, complete when this returns.
+template <typename O, typename T = Sum<O>>
+void gradient_block(Block<O>& block, const GradRows<T>& rows, std::vector<T>& sum_g, Gradients<T>& out) {
+  const Problem<O>& p = block.p;
+  std::fill(sum_g.begin(), sum_g.end(), T(0));
+  T* dw = out.dw.defined() ? out.dw.template data_ptr<T>() + block.first * p.d : nullptr;
+  O* g = reinterpret_cast<O*>(block.factors());
+  for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
+    const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
+    p.kernels.gradient(tile, {rows.rest + i0, rows.d_rest + i0}, g, sum_g.data());
+    if (dw) gemm(tile.n, p.d, tile.m, g, tile.m, p.lines(i0), p.d, dw, p.d, i0 > 0);
+  }
+  auto entry = std::lower_bound(out.entries.begin(), out.entries.end(), block.first,
+                                [](const Entry<T>& e, int64_t id) { return e.id < id; });
+  for (; entry != out.entries.end() && entry->id < block.first + block.n; ++entry) {
+    const int64_t j = entry->id - block.first;
+    const T* x = p.x + entry->row * p.d;
+    sum_g[j] += entry->value;
+    if (dw)
+      for (int64_t c = 0; c < p.d; ++c) dw[j * p.d + c] += entry->value * x[c];
+  }
+  if (dw && p.normalize) p.kernels.project(block.w, block.ld, block.n, p.d, block.scale_.data(), dw);
+  if (out.db.defined()) std::copy_n(sum_g.data(), block.n, out.db.template data_ptr<T>() + block.first);
+}
+
+template <typename O, typename T = Sum<O>>
+void backward_classes(const Problem<O>& p, const GradRows<T>& rows, Gradients<T>& out) {
   share_blocks(p.blocks(), thread_count(p.blocks()), [&](int64_t, int64_t first, int64_t last) {
-    Block<T> block(p);
-    std::vector<T> sums(2 * kBlock);
+    Block<O> block(p);
+    std::vector<T> sum_g(kBlock);
     for (int64_t index = first; index < last; ++index) {
-      block.load(index);
-      gradient_block(block, rows, sums, out);
+      block.load(index, false);
+      gradient_block(block, rows, sum_g, out);
     }
   });
 }
 
 // dx_i = d_rest_i a_i + sum over (target, the top-k) of their gradient times the class's unit weight
-template <typename T>
-void backward_rows(const Problem<T>& p, const Saved& s, const GradRows<T>& rows, Tensor& dx /* [B, d] */) {
+template <typename O, typename T = Sum<O>>
+void backward_rows(const Problem<O>& p, const Saved& s, Tensor& dx /* [B, d] */) {
   const int64_t k = s.d_topk ? s.ids.size(1) : 0;
   const int64_t* id = s.ids.const_data_ptr<int64_t>();
-  const T* grad = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr;
+  const T *top = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr, *d_target = s.d_target.const_data_ptr<T>();
   at::parallel_for(0, p.given, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer(p.d);
     for (int64_t i = begin; i < end; ++i) {
       T* out = dx.data_ptr<T>() + i * p.d;
-      const T* in = s.a.const_data_ptr<T>() + i * p.d;
-      for (int64_t c = 0; c < p.d; ++c) out[c] = rows.d_rest[i] * in[c];
+      const T *in = s.a.const_data_ptr<T>() + i * p.d, d_rest = s.d_rest.const_data_ptr<T>()[i];
+      for (int64_t c = 0; c < p.d; ++c) out[c] = d_rest * in[c];
       const auto add = [&](int64_t j, T g) {
         if (j < 0) return;
         const T* w = p.w.row(j, buffer.data());
@@ -242,37 +259,49 @@ void backward_rows(const Problem<T>& p, const Saved& s, const GradRows<T>& rows,
         if (p.normalize) p.kernels.inverse_norms(w, p.d, 1, p.d, &scale);
         for (int64_t c = 0; c < p.d; ++c) out[c] += g * scale * w[c];
       };
-      add(p.y[i], rows.d_target[i]);
-      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], grad[c]);
+      add(p.y[i], d_target[i]);
+      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], top[c]);
     }
   });
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Operands& o, const Saved& s, bool need_dx, bool need_dw,
+template <typename O>
+std::tuple<Tensor, Tensor, Tensor> backward(const Problem<O>& p, const Saved& s, bool need_dx, bool need_dw,
                                             bool need_db) {
-  const Problem<T> p(o);
+  using T = Sum<O>;
   // Where there is no other class, a rest of +huge makes every g of the row 0.
   std::vector<T> rest(s.rest.const_data_ptr<T>(), s.rest.const_data_ptr<T>() + p.given);
   std::replace(rest.begin(), rest.end(), -T(INFINITY), -T(kNoShift));
   rest.resize(p.B, -T(kNoShift));
-  const Tensor d_rest = padded(s.d_rest, p.B, 0), d_target = padded(s.d_target, p.B, 0);
-  const GradRows<T> rows{rest.data(), d_rest.const_data_ptr<T>(), d_target.const_data_ptr<T>()};
-  const auto options = o.x.options();
-  Gradients<T> out{{}, {}, {}, sort_by_class<T>(s.ids, s.d_topk)};
-  if (need_dx) backward_rows(p, s, rows, out.dx = at::empty_like(o.x));
+  const Tensor d_rest = padded(s.d_rest, p.B, 0);
+  const auto options = p.o.x.options();
+  Gradients<T> out;
+  if (need_dx) backward_rows(p, s, out.dx = at::empty_like(p.o.x));
   if (need_dw) out.dw = p.B ? fresh<T>(p.C, p.d, options) : at::zeros({p.C, p.d}, options);
   if (need_db) out.db = at::empty({p.C}, options);
-  if (need_dw || need_db) backward_classes(p, rows, out);
+  if (need_dw || need_db) {
+    out.entries = entries_by_class<T>(p.o.y, s);
+    backward_classes<O>(p, {rest.data(), d_rest.const_data_ptr<T>()}, out);
+  }
   const auto given = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, options); };
   return {given(out.dx), given(out.dw), given(out.db)};
 }
 
-// An option the schema carries for kernels to come; until then it is refused, not ignored.
-void refuse(const optional<Tensor>& bend, int64_t pool, const optional<at::ScalarType>& compute_dtype) {
+// What the schema carries for kernels to come, or what this machine cannot do, is refused, not ignored.
+void refuse(const optional<Tensor>& bend, int64_t pool, at::ScalarType dtype,
+            const optional<at::ScalarType>& compute_dtype) {
   TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
   TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
-  TORCH_CHECK_VALUE(!compute_dtype, "compute_dtype is not supported by this backend");
+  TORCH_CHECK_VALUE(
+      !compute_dtype || (*compute_dtype == at::kBFloat16 && dtype == at::kFloat && cpu_computes_bfloat16()),
+      "compute_dtype ", *compute_dtype, " of ", dtype, " operands is not supported on this machine");
+}
+
+// Calls f with a value of the operands' type.
+template <typename F>
+auto dispatch_operands(at::ScalarType dtype, const optional<at::ScalarType>& compute_dtype, const F& f) {
+  if (compute_dtype) return f(Bf16());
+  return dispatch(dtype, f);
 }
 
 }  // namespace
@@ -285,10 +314,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
                                                              const optional<Tensor>& bend,  // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
                                                              optional<at::ScalarType> compute_dtype, bool want_a) {
-  refuse(bend, pool, compute_dtype);
+  refuse(bend, pool, x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);
-  return dispatch(x.scalar_type(), [&](auto t) { return forward(Problem<decltype(t)>(o), topk, want_a); });
+  return dispatch_operands(x.scalar_type(), compute_dtype,
+                           [&](auto t) { return forward(Problem<decltype(t)>(o), topk, want_a); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,               // [B, d]
@@ -306,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      const Tensor& d_target,          // [B]
                                                      const optional<Tensor>& d_topk,  // [B, k]
                                                      bool need_dx, bool need_dw, bool need_db) {
-  refuse(bend, pool, compute_dtype);
+  refuse(bend, pool, x.scalar_type(), compute_dtype);
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);
   const int64_t B = x.size(0), k = topk_classes.dim() == 2 ? topk_classes.size(1) : 0;
   const auto dtype = x.scalar_type();
@@ -320,7 +350,8 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
   for (int64_t c = 0; c < B * k; ++c)
     TORCH_CHECK_VALUE(id[c] >= -1 && id[c] < o.classes(), "topk_classes holds ", id[c], ": want [-1, ", o.classes(),
                       ")");
-  return dispatch(dtype, [&](auto t) { return backward<decltype(t)>(o, saved, need_dx, need_dw, need_db); });
+  return dispatch_operands(dtype, compute_dtype,
+                           [&](auto t) { return backward(Problem<decltype(t)>(o), saved, need_dx, need_dw, need_db); });
 }
 
 TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {

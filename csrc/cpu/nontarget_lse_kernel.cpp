@@ -1,8 +1,6 @@
 // The sweeps over one tile. Compiled once per CPU capability (CMakeLists.txt); no ATen and no std templates here.
 #include "nontarget_lse_kernel.h"
 
-#include "../tile.h"
-
 #define FM_CONCAT_(a, b) a##b
 #define FM_CONCAT(a, b) FM_CONCAT_(a, b)
 
@@ -12,15 +10,63 @@ namespace {
 constexpr int64_t kLanes = 64;  // rows handled together: a few vectors, and the grain of the top-k test
 
 template <typename T>
+FM_INLINE T rounded(T x, T) {
+  return x;
+}
+FM_INLINE Bf16 rounded(float x, Bf16) { return Bf16(bf16_bits(x) >> 16); }
+
+template <typename T>
+FM_INLINE T joined(const T (*line)[kLanes], int64_t i, T) {
+  return line[0][i];
+}
+FM_INLINE uint32_t joined(const float (*line)[kLanes], int64_t i, uint32_t) {
+  return bf16_bits(line[0][i]) >> 16 | bf16_bits(line[1][i]);
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t d) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < d; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+template <typename T>
 void inverse_norms(const T* w, int64_t ld, int64_t n, int64_t d, T* out) {
   for (int64_t j = 0; j < n; ++j) {
-    const T* row = w + j * ld;
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < d; ++c) sum += row[c] * row[c];
-    const T norm = T(::sqrt(double(sum)));
+    const T norm = T(::sqrt(double(dot(w + j * ld, w + j * ld, d))));
     out[j] = norm < T(1e-12) ? T(0) : T(1) / norm;
   }
+}
+
+[[maybe_unused]] void round(const float* in, int64_t ld, int64_t n, int64_t d, Bf16* out, int64_t ld_out) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float* row = in + j * ld;
+    Bf16* line = out + j * ld_out;
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) line[c] = rounded(row[c], Bf16());
+    for (int64_t c = d; c < ld_out; ++c) line[c] = Bf16();
+  }
+}
+
+[[maybe_unused]] void join(const Bf16* in, int64_t ld, int64_t n, int64_t d, uint32_t* out) {
+  for (int64_t j = 0; j < n; j += 2) {
+    const Bf16 *low = in + j * ld, *high = j + 1 < n ? low + ld : low;
+    uint32_t* words = out + j / 2 * d;
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) words[c] = uint32_t(low[c]) | uint32_t(high[c]) << 16;
+  }
+}
+
+template <typename W>
+void transpose(const W* in, int64_t n, int64_t m, W* out) {
+  constexpr int64_t side = 16;
+  for (int64_t j0 = 0; j0 < n; j0 += side)
+    for (int64_t i0 = 0; i0 < m; i0 += side) {
+      const int64_t j1 = j0 + side < n ? j0 + side : n, i1 = i0 + side < m ? i0 + side : m;
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < j1; ++j) out[i * n + j] = in[j * m + i];
+    }
 }
 
 template <typename T>
@@ -52,95 +98,97 @@ void offer(const LseState<T>& s, const T* v, const int32_t* target, int32_t line
   }
 }
 
+// `count` rows of one line, from row i0.
 template <typename T>
-void lse(const Tile<T>& t, const LseState<T>& s) {
+FM_INLINE void lse_line(const Tile<T>& t, const LseState<T>& s, int64_t j, int64_t i0, int64_t count,
+                        T* e /* [count] */) {
+  const T scale = t.scale[j], bias = t.bias ? t.bias[j] : T(0);
+  const int32_t line = int32_t(j);
+  const T *z = t.z + j * t.m + i0, *shift = s.shift + i0, *threshold = s.threshold + i0;
+  const int32_t* target = t.target + i0;
+  T* sum = s.sum + i0;
+  T v[kLanes];
+  int32_t hits = 0;
+#pragma omp simd reduction(+ : hits)
+  for (int64_t i = 0; i < count; ++i) {
+    v[i] = z[i] * scale + bias;
+    const T p = target[i] == line ? T(0) : exp_(v[i] - shift[i]);
+    hits += v[i] > threshold[i];
+    sum[i] += p;
+    e[i] = p * scale;
+  }
+  if (hits) offer(s, v, t.target, line, i0, count, t.first + j);
+}
+
+template <typename O>
+void lse(const Tile<Sum<O>>& t, const LseState<Sum<O>>& s, Word<O>* out) {
+  constexpr int64_t lanes = Operand<O>::lanes;
   for (int64_t i = 0; i < t.m; ++i) s.sum[i] = 0;
-  for (int64_t j = 0; j < t.n; ++j) {
-    const T scale = t.scale[j], bias = t.bias ? t.bias[j] : T(0);
-    const int32_t line = int32_t(j);
+  for (int64_t j = 0; j < t.n; j += lanes)
     for (int64_t i0 = 0; i0 < t.m; i0 += kLanes) {
       const int64_t count = t.m - i0 < kLanes ? t.m - i0 : kLanes;
-      T* z = t.z + j * t.m + i0;
-      const T *shift = s.shift + i0, *threshold = s.threshold + i0;
-      const int32_t* target = t.target + i0;
-      T* sum = s.sum + i0;
-      T v[kLanes];
-      int32_t hits = 0;
-#pragma omp simd reduction(+ : hits)
-      for (int64_t i = 0; i < count; ++i) {
-        v[i] = z[i] * scale + bias;
-        const T e = target[i] == line ? T(0) : exp_(v[i] - shift[i]);
-        hits += v[i] > threshold[i];
-        sum[i] += e;
-        z[i] = e * scale;
-      }
-      if (hits) offer(s, v, t.target, line, i0, count, t.first + j);
-    }
-  }
-}
-
-template <typename T>
-void transpose(const T* in, int64_t n, int64_t m, T* out) {
-  constexpr int64_t side = 16;
-  for (int64_t j0 = 0; j0 < n; j0 += side)
-    for (int64_t i0 = 0; i0 < m; i0 += side) {
-      const int64_t j1 = j0 + side < n ? j0 + side : n, i1 = i0 + side < m ? i0 + side : m;
-      for (int64_t i = i0; i < i1; ++i)
-        for (int64_t j = j0; j < j1; ++j) out[i * n + j] = in[j * m + i];
+      Sum<O> e[lanes][kLanes];
+      for (int64_t l = 0; l < lanes; ++l)
+        if (j + l < t.n)
+          lse_line(t, s, j + l, i0, count, e[l]);
+        else
+          memset(e[l], 0, sizeof(e[l]));
+      Word<O>* words = out + j / lanes * t.m + i0;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) words[i] = joined(e, i, Word<O>());
     }
 }
 
-template <typename T>
-void gradient_sweep(const Tile<T>& t, const GradRows<T>& r, T* sum_g, T* sum_gz) {
-  const T *rest = r.rest, *d_rest = r.d_rest, *d_target = r.d_target;
+template <typename O>
+void gradient_sweep(const Tile<Sum<O>>& t, const GradRows<Sum<O>>& r, O* g, Sum<O>* sum_g) {
+  using T = Sum<O>;
+  const T *rest = r.rest, *d_rest = r.d_rest;
   const int32_t* target = t.target;
   for (int64_t j = 0; j < t.n; ++j) {
-    T* z = t.z + j * t.m;
+    const T* z = t.z + j * t.m;
+    O* out = g + j * t.m;
     const T scale = t.scale[j], bias = t.bias ? t.bias[j] : T(0);
     const int32_t line = int32_t(j);
-    T sg = 0, sgz = 0;
-#pragma omp simd reduction(+ : sg, sgz)
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < t.m; ++i) {
-      const T v = z[i] * scale;
-      const T g = target[i] == line ? d_target[i] : gradient(v + bias, rest[i], d_rest[i]);
-      sg += g;
-      sgz += g * v;
-      z[i] = g;
+      const T value = target[i] == line ? T(0) : gradient(z[i] * scale + bias, rest[i], d_rest[i]);
+      sum += value;
+      out[i] = rounded(value, O());
     }
-    sum_g[j] += sg;
-    sum_gz[j] += sgz;
+    sum_g[j] += sum;
   }
 }
 
 template <typename T>
-void project(const T* w, int64_t ld, int64_t n, int64_t d, const T* scale, const T* sum_gz, T* dw) {
+void project(const T* w, int64_t ld, int64_t n, int64_t d, const T* scale, T* dw) {
   for (int64_t j = 0; j < n; ++j) {
-    const T a = scale[j], b = sum_gz[j] * scale[j] * scale[j];
     const T* row = w + j * ld;
     T* out = dw + j * d;
+    const T a = scale[j], b = dot(out, row, d) * a * a * a;
 #pragma omp simd
     for (int64_t c = 0; c < d; ++c) out[c] = a * out[c] - b * row[c];
   }
 }
 
-template <typename T>
-T dot(const T* a, const T* b, int64_t d) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < d; ++c) sum += a[c] * b[c];
-  return sum;
-}
-
-template <typename T>
-constexpr NontargetLseKernels<T> table() {
-  return {inverse_norms<T>, row_max<T>, lse<T>, transpose<T>, gradient_sweep<T>, project<T>, dot<T>};
+template <typename O>
+constexpr NontargetLseKernels<O> table() {
+  using T = Sum<O>;
+  NontargetLseKernels<O> k{inverse_norms<T>,  transpose<Word<O>>, row_max<T>, lse<O>,
+                           gradient_sweep<O>, project<T>,         dot<T>};
+  if constexpr (Operand<O>::lanes > 1) k.round = round, k.join = join;
+  return k;
 }
 
 }  // namespace
 
-extern const NontargetLseKernels<float> FM_CONCAT(nontarget_lse_float_, CPU_CAPABILITY);
-extern const NontargetLseKernels<double> FM_CONCAT(nontarget_lse_double_, CPU_CAPABILITY);
-const NontargetLseKernels<float> FM_CONCAT(nontarget_lse_float_, CPU_CAPABILITY) = table<float>();
-const NontargetLseKernels<double> FM_CONCAT(nontarget_lse_double_, CPU_CAPABILITY) = table<double>();
+#define FM_TABLE(O, name)                                                                 \
+  extern const NontargetLseKernels<O> FM_CONCAT(nontarget_lse_##name##_, CPU_CAPABILITY); \
+  const NontargetLseKernels<O> FM_CONCAT(nontarget_lse_##name##_, CPU_CAPABILITY) = table<O>();
+FM_TABLE(float, float)
+FM_TABLE(double, double)
+#ifdef CPU_CAPABILITY_AVX512  // the only machines that multiply bfloat16
+FM_TABLE(Bf16, bfloat16)
+#endif
 
 }  // namespace fastmargin

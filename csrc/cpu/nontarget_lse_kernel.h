@@ -1,15 +1,36 @@
-// What nontarget_lse.cpp asks of a compiled kernel object; there is one such table per CPU capability.
+// What nontarget_lse.cpp asks of a compiled kernel object; there is one such table per operand type and CPU capability.
 #pragma once
 
 #include <cstdint>
 
+#include "../tile.h"
+
 namespace fastmargin {
+
+// The operands of the matrix products are of type O; logits, sums and gradients are of type Sum. In the right operand
+// of a product, [k, n], lines that follow each other lie together in words: words [k / lanes, n].
+template <typename O>
+struct Operand {
+  using Sum = O;
+  using Word = O;
+  static constexpr int64_t lanes = 1;
+};
+template <>
+struct Operand<Bf16> {
+  using Sum = float;
+  using Word = uint32_t;  // two bfloat16, the earlier line in the lower half
+  static constexpr int64_t lanes = 2;
+};
+template <typename O>
+using Sum = typename Operand<O>::Sum;
+template <typename O>
+using Word = typename Operand<O>::Word;
 
 // A tile of n classes x m rows, class-major: a class is one line, so its norm and bias are scalars of the inner loop
 // and sums over classes need no horizontal additions.
 template <typename T>
 struct Tile {
-  T* z;                   // [n, m] products <x_i, w_j>; a sweep overwrites them
+  T* z;                   // [n, m] products <x_i, w_j>
   int64_t n, m;           //
   int64_t first;          // class id of line 0
   const T* scale;         // [n] 1/||w_j||, or 1
@@ -29,31 +50,39 @@ struct LseState {
 
 template <typename T>
 struct GradRows {
-  const T* rest;      // [m], +huge where there is no other class
-  const T* d_rest;    // [m]
-  const T* d_target;  // [m]
+  const T* rest;    // [m], +huge where there is no other class
+  const T* d_rest;  // [m]
 };
 
-template <typename T>
+template <typename O>
 struct NontargetLseKernels {
+  using T = Sum<O>;
+  using W = Word<O>;
   // 1/||w_j||, 0 below 1e-12
   void (*inverse_norms)(const T* w /* [n, d] */, int64_t ld, int64_t n, int64_t d, T* out /* [n] */);
+  // [n, m] -> [m, n]
+  void (*transpose)(const W* in, int64_t n, int64_t m, W* out);
   // running maximum of the non-target logits of each row
   void (*row_max)(const Tile<T>&, T* top /* [m] */);
-  // z -> scale * exp(z - shift), 0 at the targets; sets the sums, adds to the best k
-  void (*lse)(const Tile<T>&, const LseState<T>&);
-  // [n, m] -> [m, n]
-  void (*transpose)(const T* in, int64_t n, int64_t m, T* out);
-  // z -> g; per class sum_i g and sum_i g z
-  void (*gradient)(const Tile<T>&, const GradRows<T>&, T* sum_g /* [n] */, T* sum_gz /* [n] */);
-  // dw_j = scale_j (dw_j - sum_gz_j scale_j w_j)
+  // e = scale * exp(z - shift), 0 at the targets, for a product; sets the sums, adds to the best k
+  void (*lse)(const Tile<T>&, const LseState<T>&, W* e /* [n / lanes, m], may be z */);
+  // g, 0 at the targets, for a product; adds sum_i g of each class
+  void (*gradient)(const Tile<T>&, const GradRows<T>&, O* g /* [n, m], may be z */, T* sum_g /* [n] */);
+  // dw_j = scale_j (I - w^_j w^_j^T) dw_j, with w^_j = scale_j w_j
   void (*project)(const T* w /* [n, d] */, int64_t ld, int64_t n, int64_t d, const T* scale /* [n] */,
-                  const T* sum_gz /* [n] */, T* dw /* [n, d] */);
+                  T* dw /* [n, d] */);
   // <a, b>
   T (*dot)(const T* a /* [d] */, const T* b /* [d] */, int64_t d);
+
+  // Null where operands are given as they are wanted:
+  // a left operand: lines of d numbers, rounded, zeros after them up to ld_out
+  void (*round)(const T* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, O* out /* [n, ld_out] */,
+                int64_t ld_out) = nullptr;
+  // a right operand of such lines; beside an odd last one itself, which meets a zero in the product
+  void (*join)(const O* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, W* out /* [n / lanes, d] */) = nullptr;
 };
 
-template <typename T>
-const NontargetLseKernels<T>& nontarget_lse_kernels();  // the table for this machine
+template <typename O>
+const NontargetLseKernels<O>& nontarget_lse_kernels();  // the table for this machine
 
 }  // namespace fastmargin

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import BUILD, Impl, native_can_run, pick, triton_can_run
+from fastmargin.backends import BUILD, HALVES, NATIVE_COMPUTE, Impl, native_can_run, pick, pick_compute, triton_can_run
 from fastmargin.ops import nontarget_lse_portable as portable
 from fastmargin.ops import target_logit
 from fastmargin.ops.checks import check_ids, check_operands
@@ -119,18 +119,22 @@ def nontarget_lse(
             `rows`, and the gradients of w and bias are sparse COO tensors over `rows`.
         topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf. Costs nothing
             to speak of up to about 10; more where classes happen to be sorted by rising similarity.
-        compute_dtype: of the operands of the products. No backend supports another than x's yet: want None.
+        compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it, and so may be what multiplies
+            them in the gradients; z, all sums, the targets and the outputs stay float32. None: x's own dtype. Where a
+            backend has no such kernels on this machine, it warns once and runs in float32.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on x's device and dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
-            unique (on the CPU), topk < 0, a bias with normalised weights, a backend that cannot run.
+            unique (on the CPU), topk < 0, a bias with normalised weights, a compute_dtype that is no rounding of x's
+            dtype, a backend that cannot run.
     """
     check_operands(x, w, y, bias, rows, normalize_weight)
     if not isinstance(topk, int) or isinstance(topk, bool) or topk < 0:
         raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
     want_a = x.requires_grad and torch.is_grad_enabled()
-    options = Options(normalize_weight, topk, compute_dtype, pick(IMPLS, x, backend), want_a)
+    backend = pick(IMPLS, x, backend)
+    options = Options(normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, want_a)
     return NontargetLSE.apply(x, w, y, bias, rows, options)
 
 
@@ -150,7 +154,7 @@ def triton_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
     from fastmargin.kernels import nontarget_lse as kernels  # needs triton
 
-    portable.refuse(bend, pool, compute_dtype)
+    portable.refuse(bend, pool)
     check_ids(y, rows, len(w))
     return kernels.forward(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a)
 
@@ -166,7 +170,7 @@ IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
-        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run
+        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run, NATIVE_COMPUTE
     )
 
     @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
@@ -188,6 +192,6 @@ if BUILD.facts:
         )
 
 
-IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run)
-IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True)
-IMPLS["reference"] = Impl({"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True)
+IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, HALVES)
+IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True, HALVES)
+IMPLS["reference"] = Impl({"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True, HALVES)

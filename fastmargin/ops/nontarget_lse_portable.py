@@ -30,18 +30,35 @@ def portable(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def refuse(bend: Tensor | None, pool: int, compute_dtype: torch.dtype | None) -> None:
+def refuse(bend: Tensor | None, pool: int) -> None:
     if bend is not None:
         raise ValueError("bend (rules that bend negatives) is not supported by this backend")
     if pool != 1:
         raise ValueError(f"pool = {pool} (sub-centres) is not supported by this backend; want 1")
-    if compute_dtype is not None:
-        raise ValueError("compute_dtype is not supported by this backend")
+
+
+def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a product of `dtype` operands sees of t; the product itself keeps t's dtype."""
+    return t if dtype is None else t.to(dtype).to(t.dtype)
+
+
+def operand(
+    w: Tensor,  # [n, d]
+    scale: Tensor | None,  # [n] 1/||w_j||
+    compute_dtype: torch.dtype | None,
+) -> Tensor:  # [n, d] unit rows where there is a scale
+    """A power of two brings a row near to unit norm before it is rounded: none is too long or short for float16."""
+    if scale is None:
+        return rounded(w, compute_dtype)
+    if compute_dtype is None:
+        return w * scale[:, None]
+    mantissa, exponent = scale.frexp()
+    return rounded(torch.ldexp(w, exponent[:, None]), compute_dtype) * mantissa[:, None]
 
 
 class Block(NamedTuple):
     first: int
-    w: Tensor  # [n, d] unit rows where weights are normalised
+    w: Tensor  # [n, d] as the products see it; unit rows where weights are normalised
     scale: Tensor | None  # [n] 1/||w_j||
     z: Tensor  # [B, n]
 
@@ -52,14 +69,14 @@ def block_of(
     bias: Tensor | None,  # [C]
     rows: Tensor | None,  # [n]
     normalize_weight: bool,
+    compute_dtype: torch.dtype | None,
     first: int,
     last: int,
 ) -> Block:
     pick = slice(first, last) if rows is None else rows[first:last]
-    w, scale = w[pick], None
-    if normalize_weight:
-        scale = inverse_norms(w)
-        w = w * scale[:, None]
+    w = w[pick]
+    scale = inverse_norms(w) if normalize_weight else None
+    w = operand(w, scale, compute_dtype)
     z = x @ w.T
     if bias is not None:
         z += bias[pick]
@@ -70,11 +87,18 @@ def count(w: Tensor, rows: Tensor | None) -> int:  # [C, d], [n]
     return len(w) if rows is None else len(rows)
 
 
-def blocks(x: Tensor, w: Tensor, bias: Tensor | None, rows: Tensor | None, normalize_weight: bool) -> Iterator[Block]:
+def blocks(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    normalize_weight: bool,
+    compute_dtype: torch.dtype | None,
+) -> Iterator[Block]:
     """All classes, so many at a time that a block of logits and one of weights stay within 4 MiB of float32."""
     C, n = count(w, rows), max(256, 2**20 // max(len(x), x.shape[1]))
     for first in range(0, C, n):
-        yield block_of(x, w, bias, rows, normalize_weight, first, min(first + n, C))
+        yield block_of(x, w, bias, rows, normalize_weight, compute_dtype, first, min(first + n, C))
 
 
 def put_(
@@ -139,12 +163,13 @@ def stream_fwd(
     compute_dtype: torch.dtype | None,
     want_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
-    refuse(bend, pool, compute_dtype)
+    refuse(bend, pool)
     check_ids(y, rows, len(w))
+    x = rounded(x, compute_dtype)
     shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
     a = torch.zeros_like(x) if want_a else x.new_empty(0)
     values, classes = x.new_empty(len(x), 0), y.new_empty(len(x), 0)
-    for first, unit, _, z in blocks(x, w, bias, rows, normalize_weight):
+    for first, unit, _, z in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
         put_(z, y[:, None], first, -INF)
         if topk:
             ids = torch.arange(first, first + z.shape[1], device=z.device).expand_as(z)
@@ -183,14 +208,15 @@ def stream_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    refuse(bend, pool, compute_dtype)
+    refuse(bend, pool)
     dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
     if need_dx:
         dx = d_rest[:, None] * a + pulled(w, rows, normalize_weight, y[:, None], d_target[:, None])
         if d_topk is not None:
             dx += pulled(w, rows, normalize_weight, topk_classes, d_topk)
     above = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
-    for block in blocks(x, w, bias, rows, normalize_weight) if need_dw or need_db else ():
+    x = rounded(x, compute_dtype)
+    for block in blocks(x, w, bias, rows, normalize_weight, compute_dtype) if need_dw or need_db else ():
         g = block.z.sub_(above).exp_().mul_(d_rest[:, None])
         put_(g, y[:, None], block.first, d_target[:, None])
         if d_topk is not None:
@@ -254,9 +280,10 @@ def reference_fwd(
     compute_dtype: torch.dtype | None,
     want_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
-    refuse(bend, pool, compute_dtype)
+    refuse(bend, pool)
     check_ids(y, rows, len(w))
-    _, unit, _, z = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
+    x = rounded(x, compute_dtype)
+    _, unit, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
     z = z.masked_fill(own_class(y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
@@ -284,8 +311,9 @@ def reference_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    refuse(bend, pool, compute_dtype)
-    block = block_of(x, w, bias, rows, normalize_weight, 0, count(w, rows))
+    refuse(bend, pool)
+    x = rounded(x, compute_dtype)
+    block = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
     g = d_rest[:, None] * weight(block.z, rest[:, None])
     g = torch.where(own_class(y, g), d_target[:, None], g)
     if d_topk is not None:
