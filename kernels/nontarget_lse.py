@@ -25,62 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import class_ids, logits, split_scale
+
 BLOCK_B, BLOCK_C, BLOCK_D = 64, 64, 32  # of a tile of z; BLOCK_C is also the group of the top-k
 LAUNCH = dict(num_warps=8, num_stages=2)  # of a program that computes such a tile; with 4 warps its registers spill
-NORM_C, NORM_D = 32, 64  # of a tile of the row norms, and of the second score
+NORM_C, NORM_D = 32, 64  # of a tile of the row norms
 PROGRAMS = 1024  # of the forward grid, about: enough for every GPU's multiprocessors
 WORKSPACE = 2**23  # elements of g, and of the copy of w, of one wave of the backward pass: 32 MiB each
+COMPUTE = {None: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # of the operands of products
 LOW = tl.constexpr(-1e30)  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
-
-
-@triton.jit
-def class_ids(
-    rows,  # [n] or None
-    cols,  # [BLOCK] int64 places
-    in_c,  # [BLOCK]
-):
-    """The row of w of each place."""
-    ids = cols
-    if rows is not None:
-        ids = tl.load(rows + cols, mask=in_c, other=0)
-    return ids
-
-
-@triton.jit
-def logits(
-    x,  # [B, d]
-    w,  # [C, d]
-    bias,  # [C] or None
-    rows,  # [n] or None
-    scale,  # [n] 1/||w_j||, or None
-    at,  # [BLOCK_B] int64
-    cols,  # [BLOCK_C] int64
-    B,
-    n,
-    x_row,
-    x_feature,
-    w_row,
-    w_feature,
-    d: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A tile of z [BLOCK_B, BLOCK_C]; -inf at places past the last class."""
-    in_b, in_c = at < B, cols < n
-    ids = class_ids(rows, cols, in_c)
-    z = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
-    for start in range(0, d, BLOCK_D):
-        f = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        in_d = f < d
-        xt = tl.load(x + at[:, None] * x_row + f[None, :] * x_feature, mask=in_b[:, None] & in_d[None, :], other=0.0)
-        wt = tl.load(w + ids[None, :] * w_row + f[:, None] * w_feature, mask=in_d[:, None] & in_c[None, :], other=0.0)
-        z = tl.dot(xt, wt, z, input_precision="ieee")
-    if scale is not None:
-        z = z * tl.load(scale + cols, mask=in_c, other=0.0)[None, :]
-    if bias is not None:
-        z = z + tl.load(bias + ids, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    return tl.where(in_c[None, :], z, float("-inf"))
 
 
 @triton.jit
@@ -129,6 +82,7 @@ def nontarget_lse_fwd_kernel(
     blocks,  # of classes
     blocks_per_strip,
     d: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -144,8 +98,9 @@ def nontarget_lse_fwd_kernel(
     while block < last:
         cols = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         z = logits(
-            x, w, bias, rows, scale, at, cols, B, n, x_row, x_feature, w_row, w_feature, d, BLOCK_B, BLOCK_C, BLOCK_D
-        )
+            x, w, bias, rows, scale, at, cols, B, n, x_row, x_feature, w_row, w_feature,
+            d, COMPUTE, BLOCK_B, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
         z = tl.where(cols[None, :] == own[:, None], float("-inf"), z)
         top = tl.max(z, 1)
         if groups is not None:
@@ -175,6 +130,7 @@ def rescore_kernel(
     w_row,
     w_feature,
     d: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -185,16 +141,15 @@ def rescore_kernel(
     in_c = cols < n
     ids = class_ids(rows, cols, in_c)
     products = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
+    power, factor = split_scale(scale, cols, in_c, COMPUTE)
     for start in range(0, d, BLOCK_D):
         f = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         in_d = f < d
-        xt = tl.load(x + i * x_row + f * x_feature, mask=in_d, other=0.0).to(tl.float32)
+        xt = tl.load(x + i * x_row + f * x_feature, mask=in_d, other=0.0)
         mask = in_c[:, None] & in_d[None, :]
-        wt = tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0).to(tl.float32)
-        products += wt * xt[None, :]
-    z = tl.sum(products, 1)
-    if scale is not None:
-        z = z * tl.load(scale + cols, mask=in_c, other=0.0)
+        wt = tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0)
+        products += (wt * power[:, None]).to(COMPUTE).to(tl.float32) * xt.to(COMPUTE).to(tl.float32)[None, :]
+    z = tl.sum(products, 1) * factor
     if bias is not None:
         z = z + tl.load(bias + ids, mask=in_c, other=0.0).to(tl.float32)
     z = tl.where(in_c & (cols != tl.load(y + i)), z, float("-inf"))
@@ -221,6 +176,7 @@ def nontarget_lse_bwd_kernel(
     w_row,
     w_feature,
     d: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -231,8 +187,9 @@ def nontarget_lse_bwd_kernel(
     cols = first + place
     in_b = at < B
     z = logits(
-        x, w, bias, rows, scale, at, cols, B, last, x_row, x_feature, w_row, w_feature, d, BLOCK_B, BLOCK_C, BLOCK_D
-    )
+        x, w, bias, rows, scale, at, cols, B, last, x_row, x_feature, w_row, w_feature,
+        d, COMPUTE, BLOCK_B, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
     p = tl.exp(z - tl.load(above + at, mask=in_b, other=0.0)[:, None])
     value = p * tl.load(d_rest + at, mask=in_b, other=0.0)[:, None]
     own = cols[None, :] == tl.load(y + at, mask=in_b, other=-1)[:, None]
@@ -266,7 +223,7 @@ def forward(
     want_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
     """`want_a` changes nothing: dx is summed in the backward pass."""
-    assert bend is None and pool == 1 and compute_dtype is None
+    assert bend is None and pool == 1
     y, bias, rows = (None if t is None else t.contiguous() for t in (y, bias, rows))
     B, n = len(x), len(w) if rows is None else len(rows)
     row_blocks, blocks = triton.cdiv(B, BLOCK_B), max(triton.cdiv(n, BLOCK_C), 1)
@@ -279,9 +236,10 @@ def forward(
         if B:
             nontarget_lse_fwd_kernel[(row_blocks, strips)](
                 high, total, groups, x, w, y, bias, rows, scale, B, n, *x.stride(), *w.stride(),
-                blocks, per_strip, d=x.shape[1], BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
+                blocks, per_strip, d=x.shape[1], COMPUTE=COMPUTE[compute_dtype],
+                BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
             )  # fmt: skip
-        values, classes = nearest(x, w, y, bias, rows, scale, groups, topk)
+        values, classes = nearest(x, w, y, bias, rows, scale, groups, topk, compute_dtype)
     return merged(high, total), values, classes, x.new_empty(0)
 
 
@@ -302,6 +260,7 @@ def nearest(
     scale: Tensor | None,  # [n]
     groups: Tensor | None,  # [B, blocks]
     k: int,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
     """The k largest of the k best groups; (-inf, -1) where there are fewer."""
     B, n = len(x), len(w) if rows is None else len(rows)
@@ -311,7 +270,7 @@ def nearest(
     values = x.new_empty(*chosen.shape, BLOCK_C, dtype=torch.float32)
     rescore_kernel[tuple(chosen.shape)](
         values, chosen, x, w, y, bias, rows, scale, n, *x.stride(), *w.stride(),
-        d=x.shape[1], BLOCK_C=BLOCK_C, BLOCK_D=NORM_D,
+        d=x.shape[1], COMPUTE=COMPUTE[compute_dtype], BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     classes = (chosen[:, :, None] * BLOCK_C + torch.arange(BLOCK_C, device=x.device)).flatten(1)
     values, order = values.flatten(1).sort(dim=1, descending=True, stable=True)
@@ -341,7 +300,7 @@ def backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    assert bend is None and pool == 1 and compute_dtype is None
+    assert bend is None and pool == 1
     y, bias, rows = (None if t is None else t.contiguous() for t in (y, bias, rows))
     d_rest, d_target = d_rest.contiguous(), d_target.contiguous()
     (B, d), n = x.shape, len(w) if rows is None else len(rows)
@@ -356,7 +315,8 @@ def backward(
             g = x.new_empty(B, at.stop - first, dtype=torch.float32)
             nontarget_lse_bwd_kernel[(triton.cdiv(B, BLOCK_B), triton.cdiv(g.shape[1], BLOCK_C))](
                 g, x, w, y, bias, rows, scale, above, d_rest, d_target, B, first, at.stop,
-                *x.stride(), *w.stride(), d=d, BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
+                *x.stride(), *w.stride(), d=d, COMPUTE=COMPUTE[compute_dtype],
+                BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
             )  # fmt: skip
             if d_topk is not None:
                 add_(g, topk_classes - first, d_topk)
