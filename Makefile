@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
-	$(PIP) install --quiet --constraint constraints.txt pytorch-metric-learning
+	$(PIP) install --quiet --constraint constraints.txt pytorch-metric-learning cut-cross-entropy
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench -s --benchmark-enable --benchmark-json .benchmarks/latest.json $(ARGS)
 

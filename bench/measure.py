@@ -1,41 +1,43 @@
-"""How bench figures are taken: contestants in turn within one loop, medians, and peak memory in a child each."""
+"""How bench figures are taken: contestants in turn within one loop, and peak memory in a child each."""
 
+import ctypes
 import json
-import statistics
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"  # without gradients; gradients of features and weights
 
 
-def interleaved(steps: dict[str, Callable[[], object]], before: Callable[[], None], rounds: int) -> dict[str, float]:
-    """Median seconds of each; one round runs all of them, so that a slow minute of the machine slows all.
+def interleaved(
+    passes: Mapping[str, Callable[[], object]], before: Callable[[], None], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each, a number a round; one round runs all, so that a slow minute of the machine slows all.
 
-    `before` is called, untimed, ahead of every step: nobody pays for freeing what another left.
+    A timed pass follows an untimed one of the same contestant, as in training: nobody pays for what memory another left
+    behind. For the same reason each round has an order of its own, and `before` is called, untimed, ahead of a pass.
     """
-    for step in steps.values():
-        before()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for turn in range(rounds):
+        for name in random.Random(turn).sample(list(passes), len(passes)):
+            before()
+            passes[name]()
             before()
             begin = time.perf_counter()
-            step()
+            kept = passes[name]()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            del kept
+    return seconds
 
 
-def peak_memory(name: str, shape: tuple[int, int, int], threads: int) -> float:
-    """MiB above the inputs at the peak of one step, in a process of its own."""
-    child = subprocess.run(
-        [sys.executable, str(HERE / "measure.py"), name, *map(str, shape), str(threads)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(json.loads(child.stdout))
+def peak_memory(name: str, measure: str, shape: tuple[int, int, int], threads: int) -> float:
+    """MiB above the inputs at the peak of one pass, in a process of its own."""
+    command = [sys.executable, str(HERE / "measure.py"), name, measure, *map(str, shape), str(threads)]
+    return float(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
 def status(field: str) -> int:  # bytes
@@ -45,16 +47,18 @@ def status(field: str) -> int:  # bytes
 
 def main() -> None:
     import torch
-    from contestants import inputs, step_of
+    from contestants import clear, inputs, passes
 
-    name, *shape, threads = sys.argv[1:]
+    name, measure, *shape, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     given = inputs(*map(int, shape))
-    step_of(name, *given)  # what is allocated once does not count
-    given[0].grad = given[1].grad = None
+    run = passes(measure, given, [name])[name]
+    run()  # what is allocated once does not count
+    clear(*given)
+    ctypes.CDLL(None).malloc_trim(0)  # else what malloc kept of it would not count in the next pass either
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    step_of(name, *given)
+    run()
     print(json.dumps((status("VmHWM") - before) / 2**20))
 
 

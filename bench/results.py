@@ -1,0 +1,68 @@
+"""The published figures of a machine: results/<cpu>-<isa>-<n>-threads.json, a Markdown table and a chart beside it.
+
+A shape that is measured again replaces its old figures; the others stay, each with its date and its torch.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from chart import draw
+from measure import FORWARD, FORWARD_BACKWARD
+
+FOLDER = Path(__file__).parent / "results"
+Record = Mapping[str, Any]  # a shape: B, d, C, torch, date, rounds, contestants
+
+PREAMBLE = """\
+Seconds are medians of interleaved rounds. "x eager" is how many times as fast as eager PyTorch with the same loss;
+for the floors, which compute no loss, as eager PyTorch with the ArcFace margin. Contestants carry that margin unless
+their name says NormFace. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
+counts where there is one."""
+
+
+def cpu() -> str:
+    """The model, without trade marks and clock: AMD EPYC."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+    return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", model).split())
+
+
+def store(record: Record, threads: int) -> None:
+    """Writes the three files anew, with this shape in them."""
+    machine = {"cpu": cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+    name = "{cpu}, {isa}, {threads} threads".format(**machine)
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    path = FOLDER / f"{stem}.json"
+    old = json.loads(path.read_text())["shapes"] if path.exists() else []
+    shapes = sorted([record, *(r for r in old if size(r) != size(record))], key=size)
+    FOLDER.mkdir(exist_ok=True)
+    path.write_text(json.dumps(machine | {"shapes": shapes}, indent=1) + "\n")
+    draw(path.with_suffix(".png"), name, shapes)
+    parts = [f"# {name}", PREAMBLE, f"![speed relative to eager]({stem}.png)", *map(section, shapes)]
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def size(record: Record) -> tuple[int, int, int]:
+    return record["C"], record["d"], record["B"]
+
+
+def section(record: Record) -> str:
+    """A shape in Markdown."""
+    head = "## B = {B:,}, d = {d:,}, C = {C:,}\n\ntorch {torch}, {date}, medians of {rounds} rounds; ".format(**record)
+    head += f"gradient of the weights: {record['C'] * record['d'] * 4 / 2**20:.0f} MiB.\n\n"
+    columns = "| contestant | forward s | x eager | forward + backward s | x eager | peak MiB |\n"
+    rows = [line(name, figures) for name, figures in record["contestants"].items()]
+    return "\n".join([head + columns + "| --- |" + " ---: |" * 5, *rows])
+
+
+def line(name: str, figures: Mapping[str, Any]) -> str:
+    cells = [name]
+    for measure in (FORWARD, FORWARD_BACKWARD):
+        given = figures.get(measure)
+        cells += [f"{given['median']:.3g}", f"{given['times_eager']:.2f}"] if given else ["", ""]
+    cells.append(f"{figures['peak_mib']:.0f}" if "peak_mib" in figures else "")
+    return f"| {' | '.join(cells)} |"
