@@ -55,25 +55,34 @@ inline void check_labels(const Operands& o) {
                       o.classes(), ")");
 }
 
-// The operands of a CPU op; reads every label and every selected row.
-inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
-                        bool normalize_weight) {
+// The operands of an op, of shapes and types that fit; no look at their values.
+inline Operands laid_out(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
+                         bool normalize_weight) {
   Operands o{x, w, y, bias, rows, normalize_weight};
   check_layout(o);
   o.x = x.contiguous();
   o.y = y.contiguous();
   if (bias) o.bias = bias->contiguous();
   if (rows) o.rows = rows->contiguous();
+  return o;
+}
+
+// The same on a CPU, where every label and every selected row is read.
+inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
+                        bool normalize_weight) {
+  Operands o = laid_out(x, w, y, bias, rows, normalize_weight);
   check_rows(o);
   check_labels(o);
   return o;
 }
 
 // A further argument of a backward op.
-inline at::Tensor checked_like(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == dtype && t.device().is_cpu(), "want ", name, " ", sizes,
-                    " ", dtype, " on the CPU; got ", t.sizes(), " ", t.scalar_type(), " on ", t.device());
+inline at::Tensor checked_like(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype,
+                               at::Device device = at::kCPU) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == dtype && t.device() == device, "want ", name, " ", sizes,
+                    " ", dtype, " on ", device, "; got ", t.sizes(), " ", t.scalar_type(), " on ", t.device());
   return t.contiguous();
 }
 

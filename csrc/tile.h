@@ -23,10 +23,13 @@ namespace fastmargin {
 // Stands for "nothing seen yet" in a running maximum; finite, so that differences of two of them are 0 and not NaN.
 constexpr float kNoShift = -1e30f;
 
-// e^x for x <= 88, within 1.03 ulp (measured over all floats), without branches, so that a loop over it vectorises;
-// 0 below -87.3, where the result is no longer a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2 is split in two
-// so that r is exact to the last bit.
+// e^x for x <= 88, by a GPU's own or within 1.03 ulp (measured over all floats), without branches, so that a loop over
+// it vectorises; 0 below -87.3, where the result is no longer a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2
+// is split in two so that r is exact to the last bit.
 FM_INLINE float exp_(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
   const float t = x * 1.44269504088896341f + magic;
   const float n = t - magic;
@@ -44,7 +47,8 @@ FM_INLINE float exp_(float x) {
   bits += exponent << 23;
   float result;
   memcpy(&result, &bits, 4);
-  return x < -87.3f ? 0.0f : result;
+  return x < -87.3f ? 0.0f : (x == x ? result : x);
+#endif
 }
 
 FM_INLINE double exp_(double x) { return ::exp(x); }
@@ -52,7 +56,7 @@ FM_INLINE double exp_(double x) { return ::exp(x); }
 // A bfloat16 number: the upper half of a float32.
 enum class Bf16 : uint16_t {};
 
-// x rounded to bfloat16, to the nearest, ties to even: still a float, with zeros below. Not a number stays one.
+// The bits of x rounded to bfloat16, to the nearest, ties to even; as a float32's, zeros below. Not a number stays one.
 FM_INLINE uint32_t bf16_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -60,10 +64,39 @@ FM_INLINE uint32_t bf16_bits(float x) {
   return x == x ? rounded : 0x7fc00000u;
 }
 
+// x as an operand of a product: itself, or rounded. The second argument names the type.
+template <typename T>
+FM_INLINE T rounded(T x, T) {
+  return x;
+}
+FM_INLINE Bf16 rounded(float x, Bf16) { return Bf16(bf16_bits(x) >> 16); }
+
 // Multiplies a sum that was taken at shift `from` so that it stands at shift `to`.
 template <typename T>
 FM_INLINE T rescale(T from, T to) {
   return from == to ? T(1) : exp_(from - to);
+}
+
+// A sum of exponentials as shift + log(sum), the shift being the largest exponent so far.
+template <typename T>
+struct Running {
+  T shift, sum;
+};
+
+template <typename T>
+FM_INLINE void add(Running<T>& r, T z) {
+  if (z > r.shift) {
+    r.sum *= exp_(r.shift - z);
+    r.shift = z;
+  }
+  r.sum += exp_(z - r.shift);
+}
+
+// Commutes to the bit, so that the order of two partners in a reduction does not matter.
+template <typename T>
+FM_INLINE Running<T> merge(const Running<T>& a, const Running<T>& b) {
+  const T shift = a.shift > b.shift ? a.shift : b.shift;
+  return {shift, a.sum * rescale(a.shift, shift) + b.sum * rescale(b.shift, shift)};
 }
 
 // Puts (value, index) into the sorted list of the k best. Callers offer indices in ascending order and only values

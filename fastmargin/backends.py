@@ -2,7 +2,8 @@
 
 Each op file holds a dict of its implementations in order of preference: `native` (csrc), `triton` (kernels), `stream`
 (portable PyTorch, blocked over classes), `reference` (stores B x C; the tests' truth). A backend that is named, by
-argument or by FASTMARGIN_BACKEND, runs or raises; only silence falls back, to `native` or `stream`.
+argument or by FASTMARGIN_BACKEND, runs or raises; only silence falls back, to `native` or `stream`. Whether `native` or
+`triton` is the faster one on a GPU has not been measured: until then it is `native`.
 """
 
 import functools
@@ -22,7 +23,7 @@ class Impl(NamedTuple):
 
     functions: Mapping[str, Callable[..., Any]]
     can_run: Callable[[Tensor], bool]
-    compute: tuple[torch.dtype, ...] = ()  # what float32 operands of products may be rounded to
+    compute: Callable[[Tensor], tuple[torch.dtype, ...]] = lambda x: ()  # what operands of products may be rounded to
 
 
 class Build(NamedTuple):
@@ -50,14 +51,23 @@ def refused(problem: str) -> Build:
 
 
 BUILD = load()
-NATIVE_DEVICES = BUILD.facts.get("devices", "").split(",")
-NATIVE_COMPUTE = tuple(getattr(torch, name) for name in BUILD.facts.get("compute", "").split())
+NATIVE_DEVICES = BUILD.facts.get("devices", "").split()
+CPU_COMPUTE = tuple(getattr(torch, name) for name in BUILD.facts.get("compute", "").split())
 HALVES = (torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def native_can_run(x: Tensor) -> bool:
-    return x.device.type in NATIVE_DEVICES and x.dtype in (torch.float32, torch.float64)
+    dtypes = (torch.float32, torch.float64) if x.device.type == "cpu" else (torch.float32,)
+    return x.device.type in NATIVE_DEVICES and x.dtype in dtypes
+
+
+def native_compute(x: Tensor) -> tuple[torch.dtype, ...]:
+    return CPU_COMPUTE if x.device.type == "cpu" else HALVES
+
+
+def triton_compute(x: Tensor) -> tuple[torch.dtype, ...]:
+    return HALVES if x.is_cuda else (torch.float16,)  # the interpreter multiplies bfloat16 wrongly
 
 
 def triton_can_run(x: Tensor) -> bool:
@@ -94,21 +104,26 @@ def pick_compute(
 ) -> torch.dtype | None:
     """What implementation `name` rounds the operands of its products to: `compute_dtype`, or None for x's own.
 
-    Where this machine's kernels do not take it, one warning is given and float32 runs. Raises ValueError for what is
-    no operand type of x's dtype.
+    Where this machine's kernels do not take it, one warning is given (none from compiled code) and float32 runs. Raises
+    ValueError for what is no operand type of x's dtype.
     """
+    check_compute_dtype(compute_dtype, x.dtype)
     if compute_dtype in (None, x.dtype):
         return None
-    if compute_dtype not in HALVES or x.dtype != torch.float32:
-        raise ValueError(
-            f"compute_dtype = {compute_dtype} for {x.dtype} rows: want None, or torch.bfloat16 or torch.float16 for "
-            "float32 rows"
-        )
-    if compute_dtype in impls[name].compute:
+    if compute_dtype in impls[name].compute(x):
         return compute_dtype
     if not torch.compiler.is_compiling():
         warn_of_float32(name, compute_dtype)
     return None
+
+
+def check_compute_dtype(compute_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Raises ValueError for what rows of this dtype cannot be rounded to."""
+    if compute_dtype not in (None, dtype) and (compute_dtype not in HALVES or dtype != torch.float32):
+        raise ValueError(
+            f"compute_dtype = {compute_dtype} for {dtype} rows: want None, or torch.bfloat16 or torch.float16 for "
+            "float32 rows"
+        )
 
 
 @functools.cache
@@ -121,9 +136,10 @@ def describe() -> str:
     facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
     compute = ", ".join(("float64", "float32", *facts["compute"].split())) if facts else ""
-    gpu = "triton and stream backends, never run" if torch.cuda.is_available() else "no CUDA device here"
     compiled = "interpreted in tests, compiled ahead of time for sm_80 and sm_90, never run on a GPU"
     triton = compiled if HAS_TRITON else "triton not installed"
+    cuda = "built" if "cuda" in NATIVE_DEVICES else "not built (this torch has no CUDA, or nvcc was not found)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device here"
     return "\n".join(
         (
             f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
@@ -132,6 +148,6 @@ def describe() -> str:
             f"triton     {triton}",
             "stream     portable PyTorch, any device",
             "reference  portable PyTorch, stores the logits; for tests",
-            f"CUDA       no native kernels yet ({gpu})",
+            f"CUDA       {cuda}; {device}; compiled for sm_80 to sm_100 and emulated in tests, never run on a GPU",
         )
     )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmargin.backends import pick, pick_compute
+from fastmargin.backends import check_compute_dtype, pick
 from fastmargin.margins import Margin
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
@@ -66,7 +66,8 @@ class MarginHead(nn.Module):
         bias: a bias per class; only for margins with plain weights (Softmax, L2Softmax).
         topk: k, how many nearest wrong classes each row reports.
         compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
-            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding.
+            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding, and the
+            only choice of a head that is made `.double()`. See `nontarget_lse`.
         reduction: "mean" over the valid rows, "sum", or "none".
         ignore_index: rows with this label have no loss and no gradient.
         class_weight: [C], a factor per class; the mean divides by their sum, as F.cross_entropy does.
@@ -119,8 +120,8 @@ class MarginHead(nn.Module):
         self.compute_dtype, self.backend = compute_dtype, backend
         self.weight = nn.Parameter(initial_rows(0, num_classes, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
-        name = pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
-        pick_compute(IMPLS, name, self.weight, compute_dtype)
+        pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
+        check_compute_dtype(compute_dtype, self.weight.dtype)
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
         # count, first row and its label, of the first bad batch since the last check()
         self.register_buffer("bad_label", torch.zeros(3, dtype=torch.int64), persistent=False)
@@ -351,4 +352,5 @@ class MarginHead(nn.Module):
         return [p for p in self.parameters() if p is not self.weight]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, topk={self.topk}"
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, topk={self.topk}{compute}"

@@ -31,3 +31,20 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+ROUNDINGS = [
+    (backend, dtype)
+    for backend in ("native", "stream", "reference")
+    for dtype in (torch.bfloat16, torch.float16)
+    if (backend, dtype) != ("native", torch.float16)  # has none anywhere
+]
+
+
+@pytest.fixture(params=ROUNDINGS, ids=lambda pair: f"{pair[0]}, {str(pair[1]).removeprefix('torch.')}")
+def rounding(request):
+    """A backend and an operand dtype that it has here, as options of nontarget_lse."""
+    name, dtype = request.param
+    if name not in IMPLS or dtype not in IMPLS[name].compute(torch.empty(0)):
+        pytest.skip(f"no {dtype} operands in the {name} kernels of this machine")
+    return {"backend": name, "compute_dtype": dtype}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 F32, F64 = torch.float32, torch.float64
+NAN_BITS = (0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1)  # of float32: not a number, some with a payload
 
 
 def dense(x, w, y, bias=None, rows=None, normalize_weight=True, topk=0):

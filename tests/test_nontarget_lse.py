@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import assert_as_good, error
-from dense import F32, F64, cast, dense, leaves, problem, run
+from dense import F32, F64, NAN_BITS, cast, dense, leaves, problem, run
 
 from fastmargin.ops import target_logit
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
@@ -208,8 +208,10 @@ def test_the_fixed_offset_holds_at_its_bound(backend, C, side):
     """All classes at the same cosine, +1 or -1: the largest and the smallest sum there is."""
     norm = 86 - math.log(C) / 2
     x, w = torch.tensor([[norm]]), torch.full((C, 1), side)
+    x.requires_grad_()
     rest, *_ = nontarget_lse(x, w, torch.tensor([0]), backend=backend)
-    assert abs(float(rest[0]) - (side * norm + math.log(C - 1))) < 1e-4
+    assert abs(rest.item() - (side * norm + math.log(C - 1))) < 1e-4
+    assert abs(float(torch.autograd.grad(rest.sum(), x)[0]) - side) < (2e-3 if backend == "reference" else 1e-4)
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0, 80.0, 100.0, 1e4])
@@ -221,12 +223,19 @@ def test_any_norm(backend, norm, threads):
     assert torch.allclose(rest.double(), truth, rtol=2e-6, atol=2e-6)
 
 
-def test_not_a_number_is_not_hidden(backend):
+@pytest.mark.parametrize("bits", NAN_BITS)
+def test_not_a_number_is_not_hidden(backend, bits):
+    nan = torch.tensor(bits, dtype=torch.int32).view(F32)
     x, w, y = torch.randn(3, 4), torch.randn(50, 4), torch.tensor([0, 1, 2])
-    x[1, 2] = torch.nan
+    x[1, 2] = nan
     rest, target, *_ = nontarget_lse(x, w, y, backend=backend)
     assert rest[1].isnan() and target[1].isnan()
     assert rest[[0, 2]].isfinite().all()
+    x[1, 2], w[7, 1] = 1, nan
+    assert nontarget_lse(x, w, y, backend=backend)[0].isnan().all()
+    w[7, 1], bias = 1, torch.zeros(50)
+    bias[9] = nan
+    assert nontarget_lse(x, w, y, bias=bias, normalize_weight=False, backend=backend)[0].isnan().all()
 
 
 def test_options_to_come_are_refused(backend):

@@ -35,7 +35,7 @@ namespace {
 bool multiplies_bfloat16() {
   constexpr int64_t n = 16, k = 2;
   const Bf16 one = Bf16(bf16_bits(1.f) >> 16), three = Bf16(bf16_bits(3.f) >> 16);
-  Bf16 a[n * k], b[n * k];
+  alignas(uint32_t) Bf16 a[n * k], b[n * k];
   float c[n * n];
   for (int64_t i = 0; i < n; ++i) {
     a[i * k] = b[i * k + 1] = one;

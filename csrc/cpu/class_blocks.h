@@ -55,11 +55,11 @@ struct Lines {
       const auto& kernels = nontarget_lse_kernels<O>();
       ld = whole(d), ld_right = d;
       rounded_.resize(n * ld);
-      kernels.round(in, ld_in, n, d, rounded_.data(), ld);
+      kernels.round_lines(in, ld_in, n, d, rounded_.data(), ld);
       left = rounded_.data();
       if (!want_right) return;
       joined_.resize(whole(n) / lanes * d);
-      kernels.join(left, ld, n, d, joined_.data());
+      kernels.join_lines(left, ld, n, d, joined_.data());
       right = joined_.data();
     }
   }

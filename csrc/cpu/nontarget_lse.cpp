@@ -33,11 +33,13 @@ namespace fastmargin {
 namespace {
 
 // A fixed exponent offset needs no running maximum. With o = ln(C) / 2 the sum of C terms exp(z - o), |z| <= ||x||,
-// neither overflows nor vanishes while ||x|| <= 86 - o (float32; the exponent range of float64 allows 700).
+// neither overflows nor vanishes while ||x|| <= 86 - o (float32; the exponent range of float64 allows 700). bfloat16
+// products take numbers below 1e-38 for 0: exp(-76) leaves room for the weight that multiplies it. Rounding x and w
+// lengthens |z| by 2^-8 of itself at most, for which there is room too.
 template <typename O, typename T = Sum<O>>
 bool fixed_offset(const Problem<O>& p, T& offset) {
   offset = T(0.5 * std::log(double(std::max<int64_t>(p.C, 1))));
-  const T limit = T(std::is_same_v<T, float> ? 86 : 700) - offset;
+  const T limit = T(std::is_same_v<O, double> ? 700 : std::is_same_v<O, float> ? 86 : 76) - offset;
   if (!p.normalize) return false;
   for (int64_t i = 0; i < p.B; ++i)
     if (!(std::sqrt(p.kernels.dot(p.x + i * p.d, p.x + i * p.d, p.d)) <= limit)) return false;

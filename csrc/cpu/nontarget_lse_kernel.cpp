@@ -10,16 +10,10 @@ namespace {
 constexpr int64_t kLanes = 64;  // rows handled together: a few vectors, and the grain of the top-k test
 
 template <typename T>
-FM_INLINE T rounded(T x, T) {
-  return x;
-}
-FM_INLINE Bf16 rounded(float x, Bf16) { return Bf16(bf16_bits(x) >> 16); }
-
-template <typename T>
-FM_INLINE T joined(const T (*line)[kLanes], int64_t i, T) {
+FM_INLINE T packed(const T (*line)[kLanes], int64_t i, T) {
   return line[0][i];
 }
-FM_INLINE uint32_t joined(const float (*line)[kLanes], int64_t i, uint32_t) {
+FM_INLINE uint32_t packed(const float (*line)[kLanes], int64_t i, uint32_t) {
   return bf16_bits(line[0][i]) >> 16 | bf16_bits(line[1][i]);
 }
 
@@ -39,7 +33,7 @@ void inverse_norms(const T* w, int64_t ld, int64_t n, int64_t d, T* out) {
   }
 }
 
-[[maybe_unused]] void round(const float* in, int64_t ld, int64_t n, int64_t d, Bf16* out, int64_t ld_out) {
+[[maybe_unused]] void round_lines(const float* in, int64_t ld, int64_t n, int64_t d, Bf16* out, int64_t ld_out) {
   for (int64_t j = 0; j < n; ++j) {
     const float* row = in + j * ld;
     Bf16* line = out + j * ld_out;
@@ -49,7 +43,7 @@ void inverse_norms(const T* w, int64_t ld, int64_t n, int64_t d, T* out) {
   }
 }
 
-[[maybe_unused]] void join(const Bf16* in, int64_t ld, int64_t n, int64_t d, uint32_t* out) {
+[[maybe_unused]] void join_lines(const Bf16* in, int64_t ld, int64_t n, int64_t d, uint32_t* out) {
   for (int64_t j = 0; j < n; j += 2) {
     const Bf16 *low = in + j * ld, *high = j + 1 < n ? low + ld : low;
     uint32_t* words = out + j / 2 * d;
@@ -135,7 +129,7 @@ void lse(const Tile<Sum<O>>& t, const LseState<Sum<O>>& s, Word<O>* out) {
           memset(e[l], 0, sizeof(e[l]));
       Word<O>* words = out + j / lanes * t.m + i0;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) words[i] = joined(e, i, Word<O>());
+      for (int64_t i = 0; i < count; ++i) words[i] = packed(e, i, Word<O>());
     }
 }
 
@@ -176,7 +170,7 @@ constexpr NontargetLseKernels<O> table() {
   using T = Sum<O>;
   NontargetLseKernels<O> k{inverse_norms<T>,  transpose<Word<O>>, row_max<T>, lse<O>,
                            gradient_sweep<O>, project<T>,         dot<T>};
-  if constexpr (Operand<O>::lanes > 1) k.round = round, k.join = join;
+  if constexpr (Operand<O>::lanes > 1) k.round_lines = round_lines, k.join_lines = join_lines;
   return k;
 }
 

@@ -76,10 +76,10 @@ struct NontargetLseKernels {
 
   // Null where operands are given as they are wanted:
   // a left operand: lines of d numbers, rounded, zeros after them up to ld_out
-  void (*round)(const T* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, O* out /* [n, ld_out] */,
-                int64_t ld_out) = nullptr;
-  // a right operand of such lines; beside an odd last one itself, which meets a zero in the product
-  void (*join)(const O* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, W* out /* [n / lanes, d] */) = nullptr;
+  void (*round_lines)(const T* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, O* out /* [n, ld_out] */,
+                      int64_t ld_out) = nullptr;
+  // a right operand of such lines; an odd last one is paired with itself, and the other factor is 0 there
+  void (*join_lines)(const O* in /* [n, d] */, int64_t ld, int64_t n, int64_t d, W* out /* [n / lanes, d] */) = nullptr;
 };
 
 template <typename O>

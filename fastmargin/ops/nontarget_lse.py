@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import BUILD, HALVES, NATIVE_COMPUTE, Impl, native_can_run, pick, pick_compute, triton_can_run
+from fastmargin.backends import (
+    BUILD,
+    HALVES,
+    Impl,
+    native_can_run,
+    native_compute,
+    pick,
+    pick_compute,
+    triton_can_run,
+    triton_compute,
+)
 from fastmargin.ops import nontarget_lse_portable as portable
 from fastmargin.ops import target_logit
 from fastmargin.ops.checks import check_ids, check_operands
@@ -121,7 +131,8 @@ def nontarget_lse(
             to speak of up to about 10; more where classes happen to be sorted by rising similarity.
         compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it, and so may be what multiplies
             them in the gradients; z, all sums, the targets and the outputs stay float32. None: x's own dtype. Where a
-            backend has no such kernels on this machine, it warns once and runs in float32.
+            backend has no such kernels on this machine, it warns once and runs in float32. float16 holds no number
+            above 65,504: longer rows, and weights that are not normalised, may not fit.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on x's device and dtype.
 
     Raises:
@@ -170,13 +181,13 @@ IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
-        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run, NATIVE_COMPUTE
+        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run, native_compute
     )
 
     @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
     def _(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a):  # type: ignore[no-untyped-def]
         B = x.shape[0]
-        a = x.new_empty(x.shape if want_a else (0,))
+        a = x.new_empty(x.shape if want_a and x.device.type == "cpu" else (0,))  # a GPU sums dx in the backward pass
         return x.new_empty(B), x.new_empty(B, topk), y.new_empty(B, topk), a
 
     @torch.library.register_fake("fastmargin::nontarget_lse_bwd")
@@ -192,6 +203,8 @@ if BUILD.facts:
         )
 
 
-IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, HALVES)
-IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True, HALVES)
-IMPLS["reference"] = Impl({"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True, HALVES)
+IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute)
+IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True, lambda x: HALVES)
+IMPLS["reference"] = Impl(
+    {"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True, lambda x: HALVES
+)

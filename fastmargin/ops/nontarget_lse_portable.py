@@ -39,7 +39,10 @@ def refuse(bend: Tensor | None, pool: int) -> None:
 
 def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     """What a product of `dtype` operands sees of t; the product itself keeps t's dtype."""
-    return t if dtype is None else t.to(dtype).to(t.dtype)
+    if dtype is None:
+        return t
+    bits = t.to(dtype).view(torch.int16)
+    return (bits & -1).view(dtype).to(t.dtype)  # changes nothing, but a compiler would cancel casts that meet
 
 
 def operand(
@@ -59,6 +62,7 @@ def operand(
 class Block(NamedTuple):
     first: int
     w: Tensor  # [n, d] as the products see it; unit rows where weights are normalised
+    unit: Tensor  # [n, d] the same before rounding
     scale: Tensor | None  # [n] 1/||w_j||
     z: Tensor  # [B, n]
 
@@ -76,11 +80,12 @@ def block_of(
     pick = slice(first, last) if rows is None else rows[first:last]
     w = w[pick]
     scale = inverse_norms(w) if normalize_weight else None
-    w = operand(w, scale, compute_dtype)
+    unit = operand(w, scale, None)
+    w = unit if compute_dtype is None else operand(w, scale, compute_dtype)
     z = x @ w.T
     if bias is not None:
         z += bias[pick]
-    return Block(first, w, scale, z)
+    return Block(first, w, unit, scale, z)
 
 
 def count(w: Tensor, rows: Tensor | None) -> int:  # [C, d], [n]
@@ -169,7 +174,7 @@ def stream_fwd(
     shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
     a = torch.zeros_like(x) if want_a else x.new_empty(0)
     values, classes = x.new_empty(len(x), 0), y.new_empty(len(x), 0)
-    for first, unit, _, z in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
+    for first, operands, _, _, z in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
         put_(z, y[:, None], first, -INF)
         if topk:
             ids = torch.arange(first, first + z.shape[1], device=z.device).expand_as(z)
@@ -180,7 +185,7 @@ def stream_fwd(
         e = z.sub_(shift).exp_()
         total = total * factor + e.sum(1, keepdim=True)
         if want_a:
-            a = torch.addmm(a * factor, e, unit)
+            a = torch.addmm(a * factor, e, operands)
     rest = (total.log() + shift)[:, 0]  # log 0 = -inf where there is no other class
     if want_a:
         a = a / torch.where(total == 0, 1.0, total)
@@ -262,8 +267,8 @@ def weight_gradient(block: Block, g: Tensor, x: Tensor) -> Tensor:  # [B, n], [B
     dw = g.T @ x
     if block.scale is None:
         return dw
-    along = (dw * block.w).sum(1, keepdim=True)  # = sum_i g_ij z_ij
-    return block.scale[:, None] * (dw - along * block.w)
+    along = (dw * block.unit).sum(1, keepdim=True)
+    return block.scale[:, None] * (dw - along * block.unit)
 
 
 @portable
@@ -283,11 +288,11 @@ def reference_fwd(
     refuse(bend, pool)
     check_ids(y, rows, len(w))
     x = rounded(x, compute_dtype)
-    _, unit, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
+    _, operands, _, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
     z = z.masked_fill(own_class(y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, weight(z, rest[:, None]) @ unit if want_a else x.new_empty(0)
+    return rest, values, classes, weight(z, rest[:, None]) @ operands if want_a else x.new_empty(0)
 
 
 @portable
