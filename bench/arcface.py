@@ -47,22 +47,24 @@ def compiled(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 class PartialFCLoss(torch.autograd.Function):
     """The loss of InsightFace's PartialFC on one process: softmax in place, log of the target, one-hot backward.
 
-    Written from the description of its operations, in their order.
+    Written from the description of its operations, in their order; the rows whose class is here are all rows.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:  # [B, C], [B] -> []
-        logits = logits - logits.amax(1, keepdim=True)
+        logits.sub_(logits.amax(1, keepdim=True))
         logits.exp_()
         logits.div_(logits.sum(1, keepdim=True))
-        ctx.save_for_backward(logits, y)
-        return logits.gather(1, y[:, None]).clamp_min(1e-30).log().mean().neg()
+        here = torch.where(y != -1)[0]
+        ctx.save_for_backward(logits, y, here)
+        return logits[here].gather(1, y[here, None]).clamp_min(1e-30).log().mean().neg()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:  # [] -> [B, C]
-        logits, y = ctx.saved_tensors
-        one_hot = torch.zeros_like(logits).scatter_(1, y[:, None], 1)
-        return logits.sub_(one_hot).div_(len(y)).mul_(d_loss.item()), None
+        logits, y, here = ctx.saved_tensors
+        one_hot = logits.new_zeros(len(here), logits.shape[1]).scatter_(1, y[here, None], 1)
+        logits[here] -= one_hot
+        return logits.div_(len(y)) * d_loss.item(), None
 
 
 def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, d], [B] -> []
@@ -70,9 +72,19 @@ def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, 
     logits = F.linear(F.normalize(f), F.normalize(w)).clamp(-1, 1)
     with torch.no_grad():
         logits.arccos_()
-        logits[torch.arange(len(y)), y] += M
+        logits[torch.arange(len(y), device=y.device), y] += M
         logits.cos_()
     return PartialFCLoss.apply(logits * S, y)
+
+
+def eager_bfloat16(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+    """Under autocast: the products have bfloat16 operands and results, so logits are rounded."""
+
+    def loss() -> Tensor:
+        with torch.autocast(f.device.type, dtype=torch.bfloat16):
+            return eager_loss(f, w, y)
+
+    return loss
 
 
 def insightface(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
@@ -109,6 +121,7 @@ BFLOAT16 = NATIVE | {"compute_dtype": torch.bfloat16}
 
 ARCFACE: dict[str, Prepare] = {
     "eager": eager,
+    "eager, bfloat16 by autocast": eager_bfloat16,
     "torch.compile of eager": compiled,
     "InsightFace's op sequence": insightface,
     "pytorch-metric-learning": metric_learning,

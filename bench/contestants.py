@@ -34,6 +34,8 @@ def lacking(name: str) -> str:
         return "no bfloat16 kernels on this machine"
     if "F.linear_cross_entropy" in name and not hasattr(F, "linear_cross_entropy"):
         return f"not in torch {torch.__version__}"
+    if "in cache" in name and not floors.COMPILER:
+        return "no C++ compiler"
     if "oneDNN" in name and not torch.backends.mkldnn.is_available():
         return "not in this build of torch"
     packages = [p for p in ("pytorch-metric-learning", "cut-cross-entropy") if p in name]

@@ -18,9 +18,10 @@ FOLDER = Path(__file__).parent / "results"
 Record = Mapping[str, Any]  # a shape: B, d, C, torch, date, rounds, contestants
 
 PREAMBLE = """\
-Seconds are medians of interleaved rounds. "x eager" is how many times as fast as eager PyTorch with the same loss;
-for the floors, which compute no loss, as eager PyTorch with the ArcFace margin. Contestants carry that margin unless
-their name says NormFace. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
+Seconds are medians of interleaved rounds. "x eager" is how many times as fast as eager PyTorch in float32 with the same
+loss, also for bfloat16; for the floors, which compute no loss, as eager PyTorch with the ArcFace margin. Contestants
+carry that margin unless their name says NormFace; then the normalisation that libraries of linear layers lack is
+counted. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
 counts where there is one."""
 
 
