@@ -5,8 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
-CPP := $(filter %.h %.cpp,$(NATIVE))
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+CPP := $(NATIVE) $(wildcard tests/cuda_on_cpu/* bench/*.cpp)
 
 .PHONY: setup train test bench lint format clean
 

@@ -16,6 +16,16 @@ ROOT = Path(__file__).parent.resolve()
 COMPILERS = [os.environ.get("CXX"), "c++", "g++", "clang++"]
 
 
+def wants_cuda(torch_cuda: str | None) -> bool:
+    """FASTMARGIN_CUDA decides; without it, whether torch has CUDA and nvcc is here."""
+    choice = os.environ.get("FASTMARGIN_CUDA") or str(int(torch_cuda is not None and shutil.which("nvcc") is not None))
+    if choice not in ("0", "1"):
+        sys.exit(f"FASTMARGIN_CUDA={choice}: want 0 or 1")
+    if choice == "1" and torch_cuda is None:
+        sys.exit("FASTMARGIN_CUDA=1, but this torch is built without CUDA: install one with it, or unset the variable")
+    return choice == "1"
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -31,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DFASTMARGIN_TORCH_VERSION={torch.__version__}",
+            f"-DFASTMARGIN_CUDA={int(wants_cuda(torch.version.cuda))}",
         ]  # fmt: skip
         # cmake and ninja may come from pip, beside this Python, without its folder being on the PATH
         env = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}

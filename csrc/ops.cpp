@@ -23,11 +23,17 @@ TORCH_LIBRARY(fastmargin, m) {
       "Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
 }
 
+#ifdef FASTMARGIN_CUDA
+constexpr const char* devices = "cpu cuda";
+#else
+constexpr const char* devices = "cpu";
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.def("build_facts", [] {
     return std::map<std::string, std::string>{
         {"torch", FASTMARGIN_TORCH_VERSION},
-        {"devices", "cpu"},
+        {"devices", devices},
         {"cpu", fastmargin::cpu_kernels()},
         {"compute", fastmargin::cpu_computes_bfloat16() ? "bfloat16" : ""},  // operand types below float32
     };

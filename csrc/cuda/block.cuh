@@ -1,0 +1,64 @@
+// Reductions over a warp and over a block, and how kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../tile.h"
+
+namespace fastmargin {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / kWarp;
+
+// A candidate of a top-k search.
+struct Best {
+  float value;
+  int64_t place;
+};
+
+// Larger values come first, equal ones by the smaller place.
+FM_INLINE bool before(const Best& a, const Best& b) {
+  return a.value > b.value || (a.value == b.value && a.place < b.place);
+}
+
+static __device__ inline float shuffled(float v, int lane) { return __shfl_xor_sync(0xffffffffu, v, lane); }
+static __device__ inline int64_t shuffled(int64_t v, int lane) {
+  return __shfl_xor_sync(0xffffffffu, static_cast<long long>(v), lane);
+}
+static __device__ inline Best shuffled(const Best& v, int lane) {
+  return {shuffled(v.value, lane), shuffled(v.place, lane)};
+}
+static __device__ inline Running<float> shuffled(const Running<float>& v, int lane) {
+  return {shuffled(v.shift, lane), shuffled(v.sum, lane)};
+}
+
+// The combination of all lanes' values, in every lane; `merge` commutes, so all lanes hold the same bits.
+template <typename V, typename F>
+static __device__ inline V over_warp(V v, const F& merge) {
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) v = merge(v, shuffled(v, lane));
+  return v;
+}
+
+// The same over a block, through `room` in shared memory; a barrier must stand between two uses of a room.
+template <typename V, typename F>
+static __device__ inline V over_block(V v, V* room /* [kWarps] */, const F& merge) {
+  v = over_warp(v, merge);
+  if (threadIdx.x % kWarp == 0) room[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = room[0];
+  for (int i = 1; i < kWarps; ++i) v = merge(v, room[i]);
+  return v;
+}
+
+template <typename... Wanted, typename... Given>
+int launch(void (*kernel)(Wanted...), int64_t blocks, void* stream, const Given&... given) {
+  if (blocks == 0) return cudaSuccess;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, Wanted(given)...);
+}
+
+}  // namespace fastmargin

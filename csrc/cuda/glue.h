@@ -1,0 +1,31 @@
+// The ops of a GPU, with the signatures of csrc/ops.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastmargin::cuda {
+
+using at::Tensor;
+using std::optional;
+
+Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
+                    const optional<Tensor>& rows, bool normalize_weight);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                             const optional<Tensor>& bias, const optional<Tensor>& rows,
+                                                             const optional<Tensor>& bend, bool normalize_weight,
+                                                             int64_t pool, int64_t topk,
+                                                             optional<at::ScalarType> compute_dtype, bool want_a);
+
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                     const optional<Tensor>& bias, const optional<Tensor>& rows,
+                                                     const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
+                                                     optional<at::ScalarType> compute_dtype, const Tensor& rest,
+                                                     const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
+                                                     const Tensor& d_target, const optional<Tensor>& d_topk,
+                                                     bool need_dx, bool need_dw, bool need_db);
+
+}  // namespace fastmargin::cuda

@@ -1,0 +1,86 @@
+// What glue.cpp asks of the kernels: raw pointers, sizes, a stream. No torch header, so nvcc compiles them anywhere.
+// Every launcher returns cudaSuccess (0) or the error of the launch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmargin {
+
+enum class OperandType { kFloat, kBf16, kHalf };  // of the matrix products
+
+// The classes of one wave: `n` of them from place `first`, read through `rows` where the caller selected some.
+struct Classes {
+  const float* w;       // [C, d] with strides
+  int64_t row, column;  // strides of w, in elements
+  const float* bias;    // [C], or null
+  const int64_t* rows;  // [all] ids, or null
+  int64_t all;          // classes, or selected ones
+  int64_t d;            //
+  bool normalize;       //
+  int64_t first, n;     // of this wave
+};
+
+// The products of all rows with the operands of one wave. The logit is z * factor_j + bias_j.
+struct Logits {
+  float* z;             // [B, n]
+  int64_t B;            //
+  const int64_t* y;     // [B] places; out of range: a class that is not here
+  const float* factor;  // [n]
+};
+
+// The k best of every row so far, and its sum of exp(z) as shift + log(sum).
+struct RowState {
+  float* shift;         // [B]
+  float* sum;           // [B]
+  float* top_values;    // [B, k]
+  int64_t* top_places;  // [B, k]
+  int64_t k;
+};
+
+// d_target and d_topk, sorted by class.
+struct Entries {
+  const int64_t* place;  // [m]
+  const int64_t* row;    // [m]
+  const float* value;    // [m]
+  int64_t m;
+};
+
+// x, and what a row's gradients are multiplied by.
+struct Upstream {
+  const float* x;             // [B, d]
+  const float* rest;          // [B]
+  const float* d_rest;        // [B]
+  const float* d_target;      // [B]
+  const float* d_topk;        // [B, k], or null
+  const int64_t* top_places;  // [B, k]
+  int64_t k;                  //
+  const float* lift;          // [1] a power of two that g is multiplied by
+};
+
+// o_j = w_j * power_j, rounded, with power_j factor_j = 1 / ||w_j||; power is 1 for float operands, which may be null.
+int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, float* power /* [n] */,
+                    float* factor /* [n] */, void* stream);
+
+int launch_nontarget_lse_fwd(const Logits& z, const Classes& c, const RowState& s, void* stream);
+
+// rest = shift + log(sum)
+int launch_rest(const RowState& s, float* rest /* [B] */, int64_t B, void* stream);
+
+// g_ij = lift d_rest_i exp(z_ij - rest_i) factor_j, 0 at the targets; float g may take the place of z
+int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c, const Upstream& u,
+                             void* g /* [B, n] */, void* stream);
+
+// dw, given as sum_i g_ij x_i, becomes the gradient: entries added, lift taken out, projected. db likewise, if not
+// null.
+int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* power /* [n] */,
+                           const float* factor /* [n] */, float* dw /* [n, d] or null */, float* db /* [n] or null */,
+                           void* stream);
+
+// dx_i = sum over splits / lift + the gradients of its target and its best times their unit weights
+int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /* [B] */, const float* splits,
+                        int64_t count /* splits [count, B, d] */, int64_t B, float* dx /* [B, d] */, void* stream);
+
+int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,
+                        float* target /* [B] */, void* stream);
+
+}  // namespace fastmargin
