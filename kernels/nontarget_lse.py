@@ -19,20 +19,41 @@ waves of classes, whose g fits a workspace. All sums are float32. Letters: B row
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gradients import add_, lift_of, product, split, weight_gradient
 from .tile import class_ids, logits, split_scale
 
-BLOCK_B, BLOCK_C, BLOCK_D = 64, 64, 32  # of a tile of z; BLOCK_C is also the group of the top-k
-LAUNCH = dict(num_warps=8, num_stages=2)  # of a program that computes such a tile; with 4 warps its registers spill
+
+class Tile(NamedTuple):
+    """Of z, and how a program computes it. Its classes are also a group of the top-k."""
+
+    compute: tl.dtype  # of the operands
+    rows: int
+    classes: int
+    features: int  # of a step of the product
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, object]:
+        blocks = dict(BLOCK_B=self.rows, BLOCK_C=self.classes, BLOCK_D=self.features)
+        return blocks | dict(COMPUTE=self.compute, num_warps=self.warps, num_stages=self.stages)
+
+
+TILES = {  # by compute_dtype; the largest whose registers do not spill
+    None: Tile(tl.float32, 64, 64, 32, 8, 2),
+    torch.bfloat16: Tile(tl.bfloat16, 128, 64, 32, 8, 2),
+    torch.float16: Tile(tl.float16, 128, 64, 32, 8, 2),
+}
 NORM_C, NORM_D = 32, 64  # of a tile of the row norms
+RESCORE_D = 32  # features of a step of the second score
 PROGRAMS = 1024  # of the forward grid, about: enough for every GPU's multiprocessors
-WORKSPACE = 2**23  # elements of g, and of the copy of w, of one wave of the backward pass: 32 MiB each
-COMPUTE = {None: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # of the operands of products
+WORKSPACE = 2**23  # elements of g, and of the operands, of one wave of the backward pass: 32 MiB each
 LOW = tl.constexpr(-1e30)  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
 
 
@@ -158,7 +179,7 @@ def rescore_kernel(
 
 @triton.jit
 def nontarget_lse_bwd_kernel(
-    g,  # [B, last - first] float32, out
+    g,  # [B, last - first] of the operands' type, out
     x,  # [B, d]
     w,  # [C, d]
     y,  # [B] int64
@@ -181,7 +202,7 @@ def nontarget_lse_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g of the classes first..last, without the top-k entries."""
+    """g of the classes first..last times the factor of their scale, without the top-k entries."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     place = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     cols = first + place
@@ -194,6 +215,8 @@ def nontarget_lse_bwd_kernel(
     value = p * tl.load(d_rest + at, mask=in_b, other=0.0)[:, None]
     own = cols[None, :] == tl.load(y + at, mask=in_b, other=-1)[:, None]
     value = tl.where(own, tl.load(d_target + at, mask=in_b, other=0.0)[:, None], value)
+    _, factor = split_scale(scale, cols, cols < last, COMPUTE)
+    value = value * factor[None, :]
     inside = in_b[:, None] & (cols < last)[None, :]
     tl.store(g + at[:, None] * (last - first) + place[None, :], value, mask=inside)
 
@@ -225,8 +248,8 @@ def forward(
     """`want_a` changes nothing: dx is summed in the backward pass."""
     assert bend is None and pool == 1
     y, bias, rows = (None if t is None else t.contiguous() for t in (y, bias, rows))
-    B, n = len(x), len(w) if rows is None else len(rows)
-    row_blocks, blocks = triton.cdiv(B, BLOCK_B), max(triton.cdiv(n, BLOCK_C), 1)
+    B, n, tile = len(x), len(w) if rows is None else len(rows), TILES[compute_dtype]
+    row_blocks, blocks = triton.cdiv(B, tile.rows), max(triton.cdiv(n, tile.classes), 1)
     per_strip = triton.cdiv(blocks, triton.cdiv(PROGRAMS, max(row_blocks, 1)))
     strips = triton.cdiv(blocks, per_strip)
     high, total = x.new_empty(2, B, strips, dtype=torch.float32)
@@ -236,10 +259,9 @@ def forward(
         if B:
             nontarget_lse_fwd_kernel[(row_blocks, strips)](
                 high, total, groups, x, w, y, bias, rows, scale, B, n, *x.stride(), *w.stride(),
-                blocks, per_strip, d=x.shape[1], COMPUTE=COMPUTE[compute_dtype],
-                BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
+                blocks, per_strip, d=x.shape[1], **tile.options(),
             )  # fmt: skip
-        values, classes = nearest(x, w, y, bias, rows, scale, groups, topk, compute_dtype)
+        values, classes = nearest(x, w, y, bias, rows, scale, groups, topk, tile)
     return merged(high, total), values, classes, x.new_empty(0)
 
 
@@ -260,19 +282,19 @@ def nearest(
     scale: Tensor | None,  # [n]
     groups: Tensor | None,  # [B, blocks]
     k: int,
-    compute_dtype: torch.dtype | None,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
     """The k largest of the k best groups; (-inf, -1) where there are fewer."""
     B, n = len(x), len(w) if rows is None else len(rows)
     if groups is None or B == 0:
         return x.new_empty(B, k, dtype=torch.float32), y.new_empty(B, k)
     chosen = groups.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values  # in order of class
-    values = x.new_empty(*chosen.shape, BLOCK_C, dtype=torch.float32)
+    values = x.new_empty(*chosen.shape, tile.classes, dtype=torch.float32)
     rescore_kernel[tuple(chosen.shape)](
         values, chosen, x, w, y, bias, rows, scale, n, *x.stride(), *w.stride(),
-        d=x.shape[1], COMPUTE=COMPUTE[compute_dtype], BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D,
+        d=x.shape[1], COMPUTE=tile.compute, BLOCK_C=tile.classes, BLOCK_D=RESCORE_D,
     )  # fmt: skip
-    classes = (chosen[:, :, None] * BLOCK_C + torch.arange(BLOCK_C, device=x.device)).flatten(1)
+    classes = (chosen[:, :, None] * tile.classes + torch.arange(tile.classes, device=x.device)).flatten(1)
     values, order = values.flatten(1).sort(dim=1, descending=True, stable=True)
     missing = max(k - values.shape[1], 0)
     values = torch.nn.functional.pad(values[:, :k], (0, missing), value=-math.inf)
@@ -303,51 +325,31 @@ def backward(
     assert bend is None and pool == 1
     y, bias, rows = (None if t is None else t.contiguous() for t in (y, bias, rows))
     d_rest, d_target = d_rest.contiguous(), d_target.contiguous()
-    (B, d), n = x.shape, len(w) if rows is None else len(rows)
+    (B, d), n, tile = x.shape, len(w) if rows is None else len(rows), TILES[compute_dtype]
     above = rest.masked_fill(rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
+    lift = lift_of(compute_dtype, d_rest, d_target, d_topk)
+    d_rest, d_target, d_topk = (None if t is None else t * lift for t in (d_rest, d_target, d_topk))
     dx = torch.zeros_like(x, dtype=torch.float32) if need_dx else x.new_empty(0)
     dw, db = x.new_empty((n, d) if need_dw else (0,)), x.new_empty(n if need_db else 0)
-    wave = max(WORKSPACE // max(B, d, 256) // BLOCK_C, 1) * BLOCK_C
+    wave = max(WORKSPACE // max(B, d, 256) // tile.classes, 1) * tile.classes
+    operand = compute_dtype or torch.float32
     with torch.cuda.device_of(x):
         scale = inverse_norms(w, rows) if normalize_weight else None
         for first in range(0, n, wave):
             at = slice(first, min(first + wave, n))
-            g = x.new_empty(B, at.stop - first, dtype=torch.float32)
-            nontarget_lse_bwd_kernel[(triton.cdiv(B, BLOCK_B), triton.cdiv(g.shape[1], BLOCK_C))](
+            g = x.new_empty(B, at.stop - first, dtype=operand)
+            nontarget_lse_bwd_kernel[(triton.cdiv(B, tile.rows), triton.cdiv(g.shape[1], tile.classes))](
                 g, x, w, y, bias, rows, scale, above, d_rest, d_target, B, first, at.stop,
-                *x.stride(), *w.stride(), d=d, COMPUTE=COMPUTE[compute_dtype],
-                BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **LAUNCH,
+                *x.stride(), *w.stride(), d=d, **tile.options(),
             )  # fmt: skip
+            part = w[at] if rows is None else w[rows[at]]
+            power, factor = split(None if scale is None else scale[at], compute_dtype)
             if d_topk is not None:
-                add_(g, topk_classes - first, d_topk)
-            unit = (w[at] if rows is None else w[rows[at]]).float()
-            unit = unit if scale is None else unit * scale[at, None]
+                add_(g, topk_classes - first, d_topk, factor)
             if need_dx:
-                dx.addmm_(g, unit)
+                dx += product(g, (part * power).to(operand))
             if need_dw:
-                dw[at] = weight_gradient(g, x, unit, None if scale is None else scale[at, None])
+                dw[at] = weight_gradient(product(g.T, x.to(operand)), part, power, factor, normalize_weight) / lift
             if need_db:
-                db[at] = g.sum(0)
-    return dx.to(x.dtype), dw, db
-
-
-def add_(
-    g: Tensor,  # [B, n], changed in place
-    place: Tensor,  # [B, k]; outside [0, n): nothing to add
-    value: Tensor,  # [B, k]
-) -> None:
-    inside = (place >= 0) & (place < g.shape[1])
-    g.scatter_add_(1, place.clamp(0, g.shape[1] - 1), torch.where(inside, value, 0.0))
-
-
-def weight_gradient(
-    g: Tensor,  # [B, n]
-    x: Tensor,  # [B, d]
-    unit: Tensor,  # [n, d]
-    scale: Tensor | None,  # [n, 1]
-) -> Tensor:  # [n, d]
-    dw = g.T @ x.float()
-    if scale is None:
-        return dw
-    along = (dw * unit).sum(1, keepdim=True)  # = sum_i g_ij z_ij
-    return scale * (dw - along * unit)
+                db[at] = g.sum(0, dtype=torch.float32) / lift
+    return (dx / lift).to(x.dtype) if need_dx else dx, dw, db

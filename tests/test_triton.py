@@ -257,13 +257,13 @@ def test_info_does_not_claim_a_gpu():
 POINTERS = {name: "*i64" for name in ("y", "rows", "chosen")}
 NUMBERS = {name: "i32" for name in ("B", "n", "first", "last", "blocks", "blocks_per_strip")}
 STRIDES = {name: "i64" for name in ("x_row", "x_feature", "w_row", "w_feature")}
-TILE = dict(BLOCK_B=kernels.BLOCK_B, BLOCK_C=kernels.BLOCK_C, BLOCK_D=kernels.BLOCK_D)
-DOTS = dict(BLOCK_C=kernels.BLOCK_C, BLOCK_D=kernels.BLOCK_D)
 
 
 def compiled(kernel, capability, constants, options):
     """Machine code for a GPU that need not be here."""
     types = POINTERS | NUMBERS | STRIDES | {name: "constexpr" for name in constants}
+    if "COMPUTE" in constants:
+        types["g"] = f"*{constants['COMPUTE'].name}"
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -277,28 +277,32 @@ def resources(code, folder):
     return tuple(int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("REG", "STACK", "LOCAL"))
 
 
-CASES = [
-    (kernel, f"{what}, {str(dtype).removeprefix('torch.') if dtype else 'float32'}", dict(COMPUTE=compute, **constants))
-    for dtype, compute in kernels.COMPUTE.items()
-    for kernel, what, constants in (
-        ("nontarget_lse_fwd_kernel", "forward", dict(bias=None, rows=None, **TILE)),
-        ("nontarget_lse_fwd_kernel", "forward with rows and bias", dict(scale=None, groups=None, **TILE)),
-        ("nontarget_lse_bwd_kernel", "backward", dict(bias=None, rows=None, **TILE)),
-        ("nontarget_lse_bwd_kernel", "backward with rows and bias", dict(scale=None, **TILE)),
-        ("rescore_kernel", "rescore", dict(bias=None, **DOTS)),
-    )
-] + [("inverse_norms_kernel", "norms", dict(BLOCK_C=kernels.NORM_C, BLOCK_D=kernels.NORM_D))]
+def cases():
+    """(kernel, what it is for, constants, options of the launch)"""
+    for dtype, tile in kernels.TILES.items():
+        options = tile.options()
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        score = dict(COMPUTE=tile.compute, BLOCK_C=tile.classes, BLOCK_D=kernels.RESCORE_D)
+        what = str(dtype).removeprefix("torch.") if dtype else "float32"
+        yield "nontarget_lse_fwd_kernel", f"forward, {what}", dict(bias=None, rows=None, **options), launch
+        yield "nontarget_lse_fwd_kernel", f"forward with rows and bias, {what}", dict(scale=None, **options), launch
+        yield "nontarget_lse_bwd_kernel", f"backward, {what}", dict(bias=None, rows=None, **options), launch
+        yield "nontarget_lse_bwd_kernel", f"backward with rows and bias, {what}", dict(scale=None, **options), launch
+        yield "rescore_kernel", f"rescore, {what}", dict(bias=None, **score), {}
+    yield "inverse_norms_kernel", "norms", dict(BLOCK_C=kernels.NORM_C, BLOCK_D=kernels.NORM_D), {}
+
+
+CASES = list(cases())
 
 
 @compiled_only
 @pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize(("kernel", "what", "constants"), CASES, ids=[what for _, what, _ in CASES])
-def test_compiles_ahead_of_time_without_spills(kernel, what, constants, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kernel", "what", "constants", "launch"), CASES, ids=[case[1] for case in CASES])
+def test_compiles_ahead_of_time_without_spills(kernel, what, constants, launch, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    options = kernels.LAUNCH if "COMPUTE" in constants and kernel != "rescore_kernel" else {}
-    code = compiled(getattr(kernels, kernel), capability, constants | {"d": 512}, options)
+    code = compiled(getattr(kernels, kernel), capability, constants | {"d": 512}, launch)
     registers, stack, local = resources(code, tmp_path)
     shared = code.metadata.shared
     print(f"{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, {shared} bytes shared")
     assert 0 < registers <= 255 and stack == local == 0
-    assert shared <= 48 * 1024
+    assert shared <= 99 * 1024  # what every GPU since sm_80 lends to a program

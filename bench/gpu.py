@@ -1,0 +1,189 @@
+"""The head on a GPU: the two ceilings, every contestant at every shape, peak memory. Run by gpu.sh, or by hand:
+
+    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--device cpu]
+
+OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
+of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --device cpu
+is for trying the script out.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import arcface
+import normface
+import torch
+from arcface import Loss, Prepare, head
+from torch import Tensor
+
+from fastmargin import ArcFace, NormFace
+from fastmargin.backends import describe, native_can_run
+
+SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
+SECONDS = 0.5  # of repeated passes, about
+BF16 = torch.bfloat16
+
+
+def mixed(prepare: Prepare) -> Prepare:
+    """The contestant under bfloat16 autocast: its products have bfloat16 operands and results."""
+
+    def prepared(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+        loss = prepare(f, w, y)
+
+        def run() -> Tensor:
+            with torch.autocast(f.device.type, dtype=BF16):
+                return loss()
+
+        return run
+
+    return prepared
+
+
+def cut_cross_entropy(impl: str) -> Prepare:
+    """Its kernels want bfloat16 operands."""
+
+    def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+        loss = import_module("cut_cross_entropy").linear_cross_entropy
+        return lambda: loss(*(t.to(BF16) for t in normface.operands(f, w)), y, impl=impl)
+
+    return prepare
+
+
+def liger(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+    loss = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+    def run() -> Tensor:
+        x, unit = (t.to(BF16) for t in normface.operands(f, w))
+        return loss(unit, x, y)
+
+    return run
+
+
+def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
+    margin = ArcFace(arcface.S, arcface.M)
+    yield "eager", arcface.eager
+    yield "eager, bfloat16 products", mixed(arcface.eager)
+    yield "torch.compile of eager, bfloat16 products", mixed(arcface.compiled)
+    yield "InsightFace's op sequence", arcface.insightface
+    if find_spec("liger_kernel"):
+        yield "NormFace: Liger fused linear cross entropy, bfloat16", liger
+    if find_spec("cut_cross_entropy"):
+        yield "NormFace: cut-cross-entropy cce_kahan_full_c, bfloat16", cut_cross_entropy("cce_kahan_full_c")
+        yield "NormFace: cut-cross-entropy cce, bfloat16", cut_cross_entropy("cce")
+    backends = ["native"] if native_can_run(torch.empty(0, device=device)) else []
+    for backend in [*backends, *(["triton"] if device.type == "cuda" else []), "stream"]:
+        yield f"fastmargin {backend}", head(margin, backend=backend)
+        for k in (0, 10):
+            name = f"fastmargin {backend}, bfloat16" + (f", k = {k}" if k else "")
+            yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
+    yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of repeated passes, after three that do not count."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < SECONDS and len(times) < 200):
+        times.append(once(run, device))
+    return statistics.median(times)
+
+
+def once(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """The rate of a bfloat16 product of one wave, and of a copy of 2 GiB, read plus written."""
+    small = device.type != "cuda"
+    m, n, k = (64, 64, 64) if small else (1024, 8448, 512)
+    a, b = torch.randn(m, k, device=device, dtype=BF16), torch.randn(n, k, device=device, dtype=BF16)
+    big = torch.randn(2**10 if small else 2**29, device=device)
+    other = torch.empty_like(big)
+    return {
+        "product_tflops": 2 * m * n * k / seconds(lambda: a @ b.T, device) / 1e12,
+        "copy_tb_per_s": 2 * big.nbytes / seconds(lambda: other.copy_(big), device) / 1e12,
+    }
+
+
+def inputs(B: int, d: int, C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    f = torch.randn(B, d, device=device, generator=generator)
+    w = torch.randn(C, d, device=device, generator=generator).mul_(0.01)
+    return f.requires_grad_(), torch.nn.Parameter(w), torch.randint(0, C, (B,), device=device, generator=generator)
+
+
+def measured(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Seconds without and with gradients, and the peak of the latter in MiB; dw counts."""
+    f, w, y = given
+    loss = prepare(f, w, y)
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss()
+
+    def step() -> None:
+        f.grad = w.grad = None
+        loss().backward()
+
+    figures = {"forward": seconds(forward, f.device), "forward + backward": seconds(step, f.device)}
+    f.grad = w.grad = None
+    if f.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    f.grad = w.grad = None
+    return figures
+
+
+def attempt(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> Any:
+    """Figures, or why there are none: a contestant that runs out of memory or refuses does not end the run."""
+    torch._dynamo.reset()
+    try:
+        return measured(prepare, given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        if given[0].is_cuda:
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--device", default="cuda", type=torch.device)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
+    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "info": describe(), "shapes": {}}
+    record["ceilings"] = ceilings(options.device)
+    for shape in options.shapes:
+        figures = record["shapes"][shape] = {}
+        given = inputs(*map(int, shape.split("x")), options.device)
+        for who, prepare in contestants(options.device):
+            figures[who] = attempt(prepare, given)
+            print(shape, who, figures[who], flush=True)
+            (options.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        del given
+
+
+if __name__ == "__main__":
+    main()
