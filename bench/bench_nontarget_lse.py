@@ -6,7 +6,7 @@ of its case: `make bench ARGS="-k 64x128x100000"`; agreement is checked there to
 The published figures are those of `test_ratios`, one interleaved loop per shape and measure. They are kept in
 `extra_info` and in results/, which is rewritten after every shape. `test_pass`, the same passes as pytest-benchmark
 cases, is there to look at one of them alone; it takes one round of the first shape, because all of them would double
-the 25 minutes of a run on two slow cores.
+the 40 minutes of a run on two slow cores.
 """
 
 import functools
