@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DFASTMARGIN_TORCH_VERSION={torch.__version__}",
             f"-DFASTMARGIN_CUDA={int(wants_cuda(torch.version.cuda))}",
         ]  # fmt: skip

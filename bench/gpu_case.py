@@ -1,20 +1,24 @@
-"""One small step on a GPU by each of our backends, for a sanitizer to watch: several waves, ragged sizes, top-k."""
+"""Small steps on a GPU by our own kernels, for a sanitizer to watch: several waves, ragged sizes, rows, bias."""
 
 import torch
 
 from fastmargin import nontarget_lse
 
 
-def step(backend: str, compute_dtype: torch.dtype | None) -> None:
-    x = torch.randn(513, 40, device="cuda", requires_grad=True)
-    w = torch.randn(40_001, 40, device="cuda", requires_grad=True)
-    y = torch.randint(-1, len(w), (len(x),), device="cuda")
-    rest, target, values, _ = nontarget_lse(x, w, y, topk=3, compute_dtype=compute_dtype, backend=backend)
+def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
+    x = torch.randn(B, d, device="cuda", requires_grad=True)
+    w = torch.randn(d, C, device="cuda").T.requires_grad_()
+    bias = torch.randn(C, device="cuda", requires_grad=True) if plain else None
+    rows = torch.arange(0, C, 2, device="cuda") if plain else None
+    y = torch.randint(-1, C // 2, (B,), device="cuda")
+    rest, target, values, _ = nontarget_lse(
+        x, w, y, bias=bias, rows=rows, normalize_weight=not plain, topk=3, **options
+    )
     (rest.sum() - target.sum() + values.sum()).backward()
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    for backend in ("native", "triton"):
-        for compute_dtype in (None, torch.bfloat16, torch.float16):
-            step(backend, compute_dtype)
+    for compute_dtype in (None, torch.bfloat16, torch.float16):
+        for plain in (False, True):
+            step(513, 41, 40_001, plain, compute_dtype=compute_dtype, backend="native")

@@ -19,7 +19,7 @@ def lift_of(
     given = [t.abs().amax() for t in gradients if t is not None and t.numel()]
     if compute_dtype != torch.float16 or not given:
         return torch.ones((), device=gradients[0].device)
-    return torch.ldexp(torch.ones_like(given[0]), 14 - torch.stack(given).amax().frexp().exponent)
+    return torch.ldexp(torch.ones_like(given[0]), (14 - torch.stack(given).amax().frexp().exponent).clamp(max=100))
 
 
 def split(

@@ -40,6 +40,7 @@ def built(root, folder):
     stand_in, cuda = root / "tests" / "cuda_on_cpu", root / "csrc" / "cuda"
     units = [*cuda.glob("*.cu"), cuda / "glue.cpp", stand_in / "device.cpp"]
     flags = [*torch_flags(), f"-I{stand_in}", "-O1", "-fPIC", "-x", "c++", "-DFASTMARGIN_WAVE_BYTES=65536"]
+    flags += ["-U_FORTIFY_SOURCE"]  # it takes jumps between fibers for a broken stack
     jobs = [
         subprocess.Popen([compiler, *flags, "-c", str(unit), "-o", str(folder / f"{unit.parent.name}.{unit.name}.o")])
         for unit in units
@@ -213,11 +214,45 @@ def test_labels_out_of_range_read_no_memory_that_is_not_theirs(place):
     x, w, bad, none = moved(device, x, w, bad, none)
     rest = [fwd(x, w, y, None, None, None, True, 1, 0, None, False)[0] for y in (bad, none)]
     assert torch.equal(*rest) and not target(x, w, bad, None, None, True).any()
+    one, bwd = torch.ones_like(rest[0]), IMPLS[backend].functions["bwd"]
+    got, want = (
+        bwd(x, w, y, None, None, None, True, 1, None, rest[0], y[:, None], one[:0], one, one, one[:, None],
+            True, True, False)
+        for y in (bad, none)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_classes_that_a_bias_rules_out_have_no_gradient(place):
+    """No other class: g is 0 but at the row's own."""
+    device, backend = place
+    x, w, y = moved(device, torch.randn(3, 4), torch.randn(570, 4), torch.tensor([566, 566, 566]))
+    bias = torch.full((570,), -torch.inf, device=device)
+    bias[566] = 0.5
+    x, w = leaves(x, w)
+    rest, target, *_ = nontarget_lse(x, w, y, bias=bias, normalize_weight=False, backend=backend)
+    assert (rest == -torch.inf).all()
+    torch.autograd.backward((rest, target), (torch.ones_like(rest), torch.ones_like(target)))
+    assert torch.allclose(x.grad, w[566].detach().expand_as(x)) and torch.allclose(w.grad[566], x.detach().sum(0))
+    assert not w.grad[:566].any() and not w.grad[567:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: several waves of full size are NOT run")
+@pytest.mark.parametrize("dtype", [None, BF16, F16], ids=str)
+def test_several_waves_of_full_size(dtype):
+    """On a GPU a wave has thousands of classes: gradients over several, each in split products."""
+    *given, upstream = problem(1024, 64, 40_000, 3)
+    given, upstream = cast(F32, *given), without_topk(upstream)
+    got, _ = run_on(("cuda", "native"), *given, upstream, topk=3, compute_dtype=dtype)
+    truth, _ = run_on(("cuda", "reference"), *cast(F64, *given), upstream, topk=3)
+    for a, t in zip(got, truth, strict=True):
+        assert error(a, t) < (2e-6 if dtype is None else 2e-2)
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
-@pytest.mark.parametrize("scale", [1.0, 1e-7, 65536.0], ids="gradients times {}".format)
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 1e-30, 65536.0], ids="gradients times {}".format)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_rounded_operands_have_float32_sums(place, dtype, plain, scale):
     """Values err as float32 does, against float64 on the rounded operands; gradients by the rounding alone."""
@@ -238,6 +273,13 @@ def test_rounded_operands_have_float32_sums(place, dtype, plain, scale):
     for a, t in zip(got[3:], truth[3:], strict=True):
         a, t = (a.double() * unit, t * unit) if a.shape == w.shape else (a.double(), t)
         assert abs(float((a * t).sum() / (t * t).sum()) - 1) < 1e-3  # to the nearest: no bias
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38])
+def test_gradients_that_vanish_do_so_without_overflow(place, scale):
+    *given, upstream = problem(5, 8, 300)
+    got, _ = run_on(place, *cast(F32, *given), [scale * t for t in upstream], compute_dtype=F16)
+    assert all(t.isfinite().all() and t.abs().max() < 1e-30 for t in got[3:])
 
 
 @pytest.mark.parametrize("dtype", [None, BF16, F16], ids=str)

@@ -105,7 +105,8 @@ def test_capture_and_replay(gpu_backend, compute_dtype):
     want = step(x, w, y, **options)
     assert torch.equal(got[3], want[3])
     for a, b in zip(got, want, strict=True):
-        assert error(a, b) < 1e-5  # a product may be split otherwise while it is captured
+        # a product may be split otherwise while it is captured, and flip a rounding of g
+        assert error(a, b) < (1e-5 if compute_dtype is None else 5e-3)
 
 
 def test_more_logits_than_32_bits_count(gpu_backend, compute_dtype):

@@ -260,12 +260,15 @@ STRIDES = {name: "i64" for name in ("x_row", "x_feature", "w_row", "w_feature")}
 
 
 def compiled(kernel, capability, constants, options):
-    """Machine code for a GPU that need not be here."""
+    """Machine code for a GPU that need not be here, as for contiguous lines that start at multiples of 16 bytes."""
+    constants = constants | {name: 1 for name in ("x_feature", "w_feature") if name in kernel.arg_names}
     types = POINTERS | NUMBERS | STRIDES | {name: "constexpr" for name in constants}
     if "COMPUTE" in constants:
         types["g"] = f"*{constants['COMPUTE'].name}"
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants)
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("x_row", "w_row")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

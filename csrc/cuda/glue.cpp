@@ -4,13 +4,14 @@
 //   backward  o and z again;  g, for both products;  dx += g o in splits of the wave;  dw = g^T x, then projected
 //
 // Matrix products are ATen's, all else is in nontarget_lse.cu. Nothing waits for the device, so a graph can be
-// captured; the memory is that of one wave. Formulas: fastmargin/ops/nontarget_lse.py. Letters: B rows, n classes of a
-// wave, d, k.
+// captured; the memory is that of one wave, 256 classes at least. Formulas: fastmargin/ops/nontarget_lse.py. Letters: B
+// rows, n classes of a wave, d, k.
 #include "glue.h"
 
 #include <ATen/ops/abs.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/clamp_max.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/floor_divide.h>
 #include <ATen/ops/frexp.h>
@@ -36,8 +37,10 @@ namespace {
 #ifndef FASTMARGIN_WAVE_BYTES
 #define FASTMARGIN_WAVE_BYTES (32 << 20)
 #endif
-constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;  // of logits, and of operands, at most: both fit an L2 cache
-constexpr int64_t kTile = 128;                         // rows and columns of a product's tile, about
+constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;   // of logits, and of operands, at most: about an L2 cache
+constexpr int64_t kMostClasses = 1 << 14;               // of a wave: few long rows keep few multiprocessors busy
+constexpr int64_t kMostLift = 100;                      // as a power of two: what a float32 has room for
+constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's tile, about
 constexpr int64_t kMultiprocessors = 132, kMostSplits = 8;
 
 void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
@@ -71,7 +74,8 @@ struct Waves {
         B(in.x.size(0)),
         d(in.x.size(1)),
         C(in.classes()),
-        step(std::min(C, std::max<int64_t>(256, kWaveBytes / 4 / std::max({B, d, int64_t(1)}) / 64 * 64))),
+        step(std::min(C,
+                      std::clamp<int64_t>(kWaveBytes / 4 / std::max({B, d, int64_t(1)}) / 64 * 64, 256, kMostClasses))),
         x(in.x.to(type)),
         stream(device::stream_of(in.x)) {
     const auto room = in.x.options();
@@ -161,12 +165,12 @@ struct SortedEntries {
 Tensor lift_of(const Tensor& d_rest /* [B] */, at::ScalarType type) {
   if (type != at::kHalf) return at::ones({1}, d_rest.options());
   const Tensor exponent = std::get<1>(at::frexp(d_rest.abs().amax(0, true)));
-  return at::ldexp(at::ones({1}, d_rest.options()), at::rsub(exponent, 14));
+  return at::ldexp(at::ones({1}, d_rest.options()), at::rsub(exponent, 14).clamp_max(kMostLift));
 }
 
 // Into how many products dx = g o is split, so that its few tiles keep a GPU busy.
 int64_t splits_of(int64_t B, int64_t d) {
-  const int64_t tiles = ((B + kTile - 1) / kTile) * ((d + kTile - 1) / kTile);
+  const int64_t tiles = ((B + kTileRows - 1) / kTileRows) * ((d + kTileColumns - 1) / kTileColumns);
   return std::clamp<int64_t>(kMultiprocessors / std::max<int64_t>(tiles, 1), 1, kMostSplits);
 }
 

@@ -113,22 +113,23 @@ __global__ void weight_gradient_kernel(Classes c, Upstream u, Entries e, const f
                                        float* db /* [n] or null */) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp, place = c.first + j;
   if (j >= c.n) return;
-  const float drop = 1.0f / *u.lift, scale = power[j] * factor[j];
+  const float p = power[j], scale = p * factor[j], lift = *u.lift;
   const float* w = row_of(c, place);
   const int64_t begin = lower_bound(e, place);
-  float along = 0;
-  for (int64_t f = lane; dw && f < c.d; f += kWarp) {
-    float sum = dw[j * c.d + f] * drop;
-    for (int64_t t = begin; t < e.m && e.place[t] == place; ++t)
-      sum += factor[j] * e.value[t] * u.x[e.row[t] * c.d + f];
-    dw[j * c.d + f] = sum;
-    along += sum * (w[f * c.column] * scale);
+  const bool has_entries = begin < e.m && e.place[begin] == place;
+  for (int64_t f = lane; dw && has_entries && f < c.d; f += kWarp) {
+    float sum = 0;
+    for (int64_t t = begin; t < e.m && e.place[t] == place; ++t) sum += e.value[t] * u.x[e.row[t] * c.d + f];
+    dw[j * c.d + f] = dw[j * c.d + f] / lift + factor[j] * sum;
   }
+  const float drop = has_entries ? 1.0f : 1.0f / lift;
+  float along = 0;
+  for (int64_t f = lane; dw && f < c.d; f += kWarp) along += dw[j * c.d + f] * drop * (w[f * c.column] * scale);
   along = c.normalize ? over_warp(along, [](float a, float b) { return a + b; }) : 0.0f;
   for (int64_t f = lane; dw && f < c.d; f += kWarp)
-    dw[j * c.d + f] = power[j] * (dw[j * c.d + f] - along * (w[f * c.column] * scale));
+    dw[j * c.d + f] = p * (dw[j * c.d + f] * drop - along * (w[f * c.column] * scale));
   if (db == nullptr || lane != 0) return;
-  db[j] *= drop;
+  db[j] /= lift;
   for (int64_t t = begin; t < e.m && e.place[t] == place; ++t) db[j] += e.value[t];
 }
 

@@ -11,8 +11,9 @@ equals cross entropy (ArcFace eq. 9, CosFace, SphereFace, ...), and keeps full p
     g_ij = d_rest_i exp(z_ij - rest_i) for j != y_i, d_target_i at y_i; plus d_topk at its ids
     dx_i = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
 
-dx is attention over the other classes: a_i = sum_{j != y_i} exp(z_ij - rest_i) w^_j is summed in the forward pass, and
-the backward pass recomputes z for dw alone. Letters: B rows, C classes, d features, k mined classes.
+dx is attention over the other classes: a_i = sum_{j != y_i} exp(z_ij - rest_i) w^_j. On the CPU it is summed in the
+forward pass, and the backward pass recomputes z for dw alone; on a GPU the backward pass does both. Letters: B rows, C
+classes, d features, k mined classes.
 """
 
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ def nontarget_lse(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
-            unique (on the CPU), topk < 0, a bias with normalised weights, a compute_dtype that is no rounding of x's
-            dtype, a backend that cannot run.
+            unique (on the CPU; on a GPU nobody looks: such labels count as -1, such rows are the caller's fault), topk
+            < 0, a bias with normalised weights, a compute_dtype that is no rounding of x's dtype, a backend that cannot
+            run.
     """
     check_operands(x, w, y, bias, rows, normalize_weight)
     if not isinstance(topk, int) or isinstance(topk, bool) or topk < 0:

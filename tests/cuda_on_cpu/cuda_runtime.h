@@ -2,8 +2,9 @@
 //
 // The threads of a block are fibers of one OS thread. A fiber runs until it meets a barrier, of its block or of its
 // warp. A warp runs as far ahead of the others as barriers let it, the first before the last in even blocks and the
-// last before the first in odd ones: where a barrier is missing, memory is read too early or overwritten too soon,
-// every time. A barrier that only some threads reach throws.
+// last before the first in odd ones: where a barrier between warps is missing, memory is read too early or overwritten
+// too soon, every time. A barrier that only some threads reach throws. Races within a warp, and the order in which a
+// GPU's memory shows writes, it cannot show.
 #pragma once
 
 #include <setjmp.h>
