@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from check import assert_as_good, error
+from check import error
 from dense import F32, F64, cast, dense, leaves, problem, run, seen, without_topk
+from places import check, moved, run_on
 from torch.utils import cpp_extension
 
 from fastmargin.backends import HALVES, Impl, native_can_run
@@ -86,28 +87,6 @@ def place(request):
     if not native_can_run(torch.empty(0, device="cuda")):
         pytest.skip("built without CUDA: the CUDA kernels are NOT run")
     return "cuda", "native"
-
-
-def moved(device, *tensors):
-    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in tensors]
-
-
-def run_on(place, x, w, y, bias, upstream, rows=None, **options):
-    """`run` of the CUDA path; what it returns is on the CPU."""
-    device, backend = place
-    x, w, y, bias, rows = moved(device, x, w, y, bias, rows)
-    got, classes = run(nontarget_lse, x, w, y, bias, moved(device, *upstream), rows=rows, backend=backend, **options)
-    return moved("cpu", *got), classes.cpu()
-
-
-def check(place, given, upstream, **options):
-    given32 = cast(F32, *given)
-    truth, order = run(dense, *cast(F64, *given32), upstream, **options)
-    plain, _ = run(dense, *given32, upstream, **options)
-    got, classes = run_on(place, *given32, upstream, **options)
-    assert torch.equal(classes, order)
-    for a, p, t in zip(got, plain, truth, strict=True):
-        assert_as_good(a, p, t)
 
 
 # ---------------------------------------------------------------------------------------------- values

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from check import assert_as_good, error
+from check import error
 from dense import F32, F64, cast, dense, leaves, problem, run, seen, without_topk
+from places import check, moved, run_on
 
 from fastmargin.backends import describe, pick
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
@@ -43,27 +44,6 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "WORKSPACE", 256 * 192)
 
 
-def moved(device, *tensors):
-    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in tensors]
-
-
-def run_on(device, x, w, y, bias, upstream, rows=None, **options):
-    """`run` of the Triton kernels on a device; what it returns is on the CPU."""
-    x, w, y, bias, rows = moved(device, x, w, y, bias, rows)
-    got, classes = run(nontarget_lse, x, w, y, bias, moved(device, *upstream), rows=rows, backend="triton", **options)
-    return moved("cpu", *got), classes.cpu()
-
-
-def check(device, given, upstream, **options):
-    given32 = cast(F32, *given)
-    truth, order = run(dense, *cast(F64, *given32), upstream, **options)
-    plain, _ = run(dense, *given32, upstream, **options)
-    got, classes = run_on(device, *given32, upstream, **options)
-    assert torch.equal(classes, order)
-    for a, p, t in zip(got, plain, truth, strict=True):
-        assert_as_good(a, p, t)
-
-
 # ---------------------------------------------------------------------------------------------- values
 
 
@@ -73,14 +53,14 @@ def check(device, given, upstream, **options):
 def test_values_and_gradients(device, shape, plain):
     B, d, C, k = shape
     *given, upstream = problem(B, d, C, k, plain=plain)
-    check(device, given, upstream, normalize_weight=not plain, topk=k)
+    check((device, "triton"), given, upstream, normalize_weight=not plain, topk=k)
 
 
 @on_every_device
 @pytest.mark.parametrize("cosine", [0.5, 0.9, 1.0])
 def test_confident_rows(device, cosine):
     *given, upstream = problem(20, 24, 200, 2, s=64.0, cosine=cosine)
-    check(device, given, upstream, topk=2)
+    check((device, "triton"), given, upstream, topk=2)
 
 
 @on_every_device
@@ -89,7 +69,7 @@ def test_rows_are_the_whole_of_a_smaller_problem(device, plain):
     x, w, _, bias, upstream = problem(17, 12, 400, 3, plain=plain)
     rows = torch.randperm(400)[:203].sort().values
     y = torch.randint(-1, 203, (17,))
-    check(device, (x, w, y, bias), upstream, rows=rows, normalize_weight=not plain, topk=3)
+    check((device, "triton"), (x, w, y, bias), upstream, rows=rows, normalize_weight=not plain, topk=3)
 
 
 @on_every_device
@@ -97,7 +77,7 @@ def test_any_strides(device):
     x, w, y, _, upstream = problem(9, 20, 150, 2)
     spread = torch.stack((y, y + 1), 1)[:, 0]
     x32, w32 = (t.float().T.contiguous().T for t in (x, w))
-    got, classes = run_on(device, x32, w32, spread, None, upstream, topk=2)
+    got, classes = run_on((device, "triton"), x32, w32, spread, None, upstream, topk=2)
     truth, order = run(dense, x, w, y, None, upstream, topk=2)
     assert torch.equal(classes, order)
     assert max(error(a, b) for a, b in zip(got, truth, strict=True)) < 2e-6
@@ -199,7 +179,7 @@ def test_rounded_operands_have_float32_sums(device, dtype, plain):
     if not plain:
         w *= torch.logspace(-8, 8, 200)[:, None]  # of any norm
     upstream, options = without_topk(upstream), dict(normalize_weight=not plain, topk=3)
-    got, classes = run_on(device, x, w, y, bias, upstream, compute_dtype=dtype, **options)
+    got, classes = run_on((device, "triton"), x, w, y, bias, upstream, compute_dtype=dtype, **options)
     rest, _, values, order = dense(*seen(dtype, x, w, not plain), y, bias, normalize_weight=False, topk=3)
     assert torch.equal(classes, order)
     assert error(got[0], rest) < 1e-6 and error(got[2], values) < 1e-6
