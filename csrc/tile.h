@@ -83,13 +83,16 @@ struct Running {
   T shift, sum;
 };
 
-template <typename T>
-FM_INLINE void add(Running<T>& r, T z) {
-  if (z > r.shift) {
-    r.sum *= exp_(r.shift - z);
-    r.shift = z;
+// Several exponents at once: one rescaling for all of them, where there is any.
+template <typename T, int N>
+FM_INLINE void add(Running<T>& r, const T (&z)[N]) {
+  T top = r.shift;
+  for (int l = 0; l < N; ++l) top = z[l] > top ? z[l] : top;
+  if (top > r.shift) {
+    r.sum *= exp_(r.shift - top);
+    r.shift = top;
   }
-  r.sum += exp_(z - r.shift);
+  for (int l = 0; l < N; ++l) r.sum += exp_(z[l] - r.shift);
 }
 
 // Commutes to the bit, so that the order of two partners in a reduction does not matter.

@@ -248,6 +248,7 @@ def forward(
     """`want_a` changes nothing: dx is summed in the backward pass."""
     assert bend is None and pool == 1
     y, bias, rows = (None if t is None else t.contiguous() for t in (y, bias, rows))
+    x = x.to(compute_dtype or x.dtype)  # w is rounded tile by tile, x once
     B, n, tile = len(x), len(w) if rows is None else len(rows), TILES[compute_dtype]
     row_blocks, blocks = triton.cdiv(B, tile.rows), max(triton.cdiv(n, tile.classes), 1)
     per_strip = triton.cdiv(blocks, triton.cdiv(PROGRAMS, max(row_blocks, 1)))
@@ -262,7 +263,7 @@ def forward(
                 blocks, per_strip, d=x.shape[1], **tile.options(),
             )  # fmt: skip
         values, classes = nearest(x, w, y, bias, rows, scale, groups, topk, tile)
-    return merged(high, total), values, classes, x.new_empty(0)
+    return merged(high, total), values, classes, total.new_empty(0)
 
 
 def merged(
@@ -333,14 +334,15 @@ def backward(
     dw, db = x.new_empty((n, d) if need_dw else (0,)), x.new_empty(n if need_db else 0)
     wave = max(WORKSPACE // max(B, d, 256) // tile.classes, 1) * tile.classes
     operand = compute_dtype or torch.float32
+    xo = x.to(operand)
     with torch.cuda.device_of(x):
         scale = inverse_norms(w, rows) if normalize_weight else None
         for first in range(0, n, wave):
             at = slice(first, min(first + wave, n))
             g = x.new_empty(B, at.stop - first, dtype=operand)
             nontarget_lse_bwd_kernel[(triton.cdiv(B, tile.rows), triton.cdiv(g.shape[1], tile.classes))](
-                g, x, w, y, bias, rows, scale, above, d_rest, d_target, B, first, at.stop,
-                *x.stride(), *w.stride(), d=d, **tile.options(),
+                g, xo, w, y, bias, rows, scale, above, d_rest, d_target, B, first, at.stop,
+                *xo.stride(), *w.stride(), d=d, **tile.options(),
             )  # fmt: skip
             part = w[at] if rows is None else w[rows[at]]
             power, factor = split(None if scale is None else scale[at], compute_dtype)
@@ -349,7 +351,7 @@ def backward(
             if need_dx:
                 dx += product(g, (part * power).to(operand))
             if need_dw:
-                dw[at] = weight_gradient(product(g.T, x.to(operand)), part, power, factor, normalize_weight) / lift
+                dw[at] = weight_gradient(product(g.T, xo), part, power, factor, normalize_weight) / lift
             if need_db:
                 db[at] = g.sum(0, dtype=torch.float32) / lift
     return (dx / lift).to(x.dtype) if need_dx else dx, dw, db

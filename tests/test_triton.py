@@ -244,7 +244,7 @@ def compiled(kernel, capability, constants, options):
     constants = constants | {name: 1 for name in ("x_feature", "w_feature") if name in kernel.arg_names}
     types = POINTERS | NUMBERS | STRIDES | {name: "constexpr" for name in constants}
     if "COMPUTE" in constants:
-        types["g"] = f"*{constants['COMPUTE'].name}"
+        types |= dict.fromkeys(("g", "x"), f"*{constants['COMPUTE'].name}")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("x_row", "w_row")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}

@@ -45,6 +45,22 @@ __device__ inline void for_each_logit(const Logits& z, const Classes& c, int64_t
     if (j != own) f(c.first + j, logit(z, c, i, j));
 }
 
+// The sum of exponentials of the logits of one row that fall to this thread, and the first of the largest.
+__device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Running<float>& sum, Best& best) {
+  constexpr int kAtOnce = 4;  // loads in flight, and exponents that share a rescaling
+  const int64_t own = z.y[i] - c.first;
+  for (int64_t j0 = threadIdx.x; j0 < c.n; j0 += kAtOnce * kThreads) {
+    float v[kAtOnce];
+#pragma unroll
+    for (int l = 0; l < kAtOnce; ++l) {
+      const int64_t j = j0 + l * kThreads;
+      v[l] = j < c.n && j != own ? logit(z, c, i, j) : -INFINITY;
+      if (v[l] > best.value) best = {v[l], c.first + j};
+    }
+    add(sum, v);
+  }
+}
+
 __global__ void nontarget_lse_fwd_kernel(Logits z, Classes c, RowState s) {
   __shared__ Running<float> sums[kWarps];
   __shared__ Best bests[kWarps];
@@ -52,10 +68,7 @@ __global__ void nontarget_lse_fwd_kernel(Logits z, Classes c, RowState s) {
   const Best none = {-INFINITY, INT64_MAX};
   Running<float> sum = {kNoShift, 0.0f};
   Best mine = none;
-  for_each_logit(z, c, i, [&](int64_t place, float v) {
-    add(sum, v);
-    if (v > mine.value) mine = {v, place};
-  });
+  scan(z, c, i, sum, mine);
   sum = over_block(sum, sums, [](const auto& a, const auto& b) { return merge(a, b); });
   if (threadIdx.x == 0) {
     sum = merge({s.shift[i], s.sum[i]}, sum);
