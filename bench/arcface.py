@@ -77,14 +77,19 @@ def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, 
     return PartialFCLoss.apply(logits * S, y)
 
 
-def eager_bfloat16(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-    """Under autocast: the products have bfloat16 operands and results, so logits are rounded."""
+def under_autocast(prepare: Prepare) -> Prepare:
+    """The products have bfloat16 operands and results, so logits are rounded."""
 
-    def loss() -> Tensor:
-        with torch.autocast(f.device.type, dtype=torch.bfloat16):
-            return eager_loss(f, w, y)
+    def prepared(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+        loss = prepare(f, w, y)
 
-    return loss
+        def run() -> Tensor:
+            with torch.autocast(f.device.type, dtype=torch.bfloat16):
+                return loss()
+
+        return run
+
+    return prepared
 
 
 def insightface(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
@@ -121,7 +126,7 @@ BFLOAT16 = NATIVE | {"compute_dtype": torch.bfloat16}
 
 ARCFACE: dict[str, Prepare] = {
     "eager": eager,
-    "eager, bfloat16 by autocast": eager_bfloat16,
+    "eager, bfloat16 by autocast": under_autocast(eager),
     "torch.compile of eager": compiled,
     "InsightFace's op sequence": insightface,
     "pytorch-metric-learning": metric_learning,

@@ -32,16 +32,6 @@ SLOW = 1.0  # seconds of a pass
 BF16 = torch.bfloat16
 
 
-def compiled_bfloat16(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-    loss = arcface.compiled(f, w, y)
-
-    def run() -> Tensor:
-        with torch.autocast(f.device.type, dtype=BF16):
-            return loss()
-
-    return run
-
-
 def cut_cross_entropy(impl: str) -> Prepare:
     """Its kernels want bfloat16 operands."""
 
@@ -65,8 +55,8 @@ def liger(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
     margin = ArcFace(arcface.S, arcface.M)
     yield "eager", arcface.eager
-    yield "eager, bfloat16 by autocast", arcface.eager_bfloat16
-    yield "torch.compile of eager, bfloat16 by autocast", compiled_bfloat16
+    yield "eager, bfloat16 by autocast", arcface.under_autocast(arcface.eager)
+    yield "torch.compile of eager, bfloat16 by autocast", arcface.under_autocast(arcface.compiled)
     yield "InsightFace's op sequence", arcface.insightface
     if find_spec("liger_kernel"):
         yield "NormFace: Liger fused linear cross entropy, bfloat16", liger

@@ -40,6 +40,12 @@ inline void check_layout(const Operands& o) {
                       other->device());
 }
 
+// What the schemas carry for kernels to come is refused, not ignored.
+inline void refuse(const std::optional<at::Tensor>& bend, int64_t pool) {
+  TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
+  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
+}
+
 inline void check_rows(const Operands& o) {
   if (!o.rows) return;
   const int64_t* r = o.rows->const_data_ptr<int64_t>();

@@ -289,11 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Problem<O>& p, const Saved& s,
   return {given(out.dx), given(out.dw), given(out.db)};
 }
 
-// What the schema carries for kernels to come, or what this machine cannot do, is refused, not ignored.
-void refuse(const optional<Tensor>& bend, int64_t pool, at::ScalarType dtype,
-            const optional<at::ScalarType>& compute_dtype) {
-  TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
-  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
+void check_compute(at::ScalarType dtype, const optional<at::ScalarType>& compute_dtype) {
   TORCH_CHECK_VALUE(
       !compute_dtype || (*compute_dtype == at::kBFloat16 && dtype == at::kFloat && cpu_computes_bfloat16()),
       "compute_dtype ", *compute_dtype, " of ", dtype, " operands is not supported on this machine");
@@ -316,7 +312,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
                                                              const optional<Tensor>& bend,  // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
                                                              optional<at::ScalarType> compute_dtype, bool want_a) {
-  refuse(bend, pool, x.scalar_type(), compute_dtype);
+  refuse(bend, pool);
+  check_compute(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);
   return dispatch_operands(x.scalar_type(), compute_dtype,
@@ -338,7 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      const Tensor& d_target,          // [B]
                                                      const optional<Tensor>& d_topk,  // [B, k]
                                                      bool need_dx, bool need_dw, bool need_db) {
-  refuse(bend, pool, x.scalar_type(), compute_dtype);
+  refuse(bend, pool);
+  check_compute(x.scalar_type(), compute_dtype);
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);
   const int64_t B = x.size(0), k = topk_classes.dim() == 2 ? topk_classes.size(1) : 0;
   const auto dtype = x.scalar_type();

@@ -8,8 +8,6 @@
 // rows, n classes of a wave, d, k.
 #include "glue.h"
 
-#include <ATen/ops/abs.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/clamp_max.h>
 #include <ATen/ops/empty.h>
@@ -49,23 +47,32 @@ OperandType operand_type(at::ScalarType t) {
   return t == at::kBFloat16 ? OperandType::kBf16 : t == at::kHalf ? OperandType::kHalf : OperandType::kFloat;
 }
 
-// What the schema carries for kernels to come is refused, not ignored.
-void refuse(const Operands& o, const optional<Tensor>& bend, int64_t pool, const optional<at::ScalarType>& compute) {
-  TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
-  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
-  TORCH_CHECK_VALUE(o.x.scalar_type() == at::kFloat, "want float32 on a GPU; got ", o.x.scalar_type());
+void check_types(at::ScalarType dtype, const optional<at::ScalarType>& compute) {
+  TORCH_CHECK_VALUE(dtype == at::kFloat, "want float32 on a GPU; got ", dtype);
   TORCH_CHECK_VALUE(!compute || *compute == at::kBFloat16 || *compute == at::kHalf,
-                    "want compute_dtype bfloat16 or "
-                    "float16; got ",
-                    *compute);
+                    "want compute_dtype bfloat16 or float16; got ", *compute);
+}
+
+// Of a wave, or, with first and n 0, of what works on single classes.
+Classes classes_of(const Operands& in, int64_t first, int64_t n) {
+  return {in.w.const_data_ptr<float>(),
+          in.w.stride(0),
+          in.w.stride(1),
+          in.bias ? in.bias->const_data_ptr<float>() : nullptr,
+          in.rows ? in.rows->const_data_ptr<int64_t>() : nullptr,
+          in.classes(),
+          in.x.size(1),
+          in.normalize_weight,
+          first,
+          n};
 }
 
 // What both passes walk over: the operands, and room for one wave.
 struct Waves {
   Operands in;
-  at::ScalarType type;               // of the products' operands
-  int64_t B, d, C, step;             // rows, features, classes, classes of a wave
-  Tensor x, o, g, z, power, factor;  // [B, d], [step, d], [B step], [B step], [step], [step]
+  at::ScalarType type;            // of the products' operands
+  int64_t B, d, C, step;          // rows, features, classes, classes of a wave
+  Tensor x, o, z, power, factor;  // [B, d], [step, d], [B step], [step], [step]
   void* stream;
 
   Waves(const Operands& given, const optional<at::ScalarType>& compute)
@@ -85,18 +92,7 @@ struct Waves {
     factor = at::empty({step}, room);
   }
 
-  Classes classes(int64_t first) const {
-    return {in.w.const_data_ptr<float>(),
-            in.w.stride(0),
-            in.w.stride(1),
-            in.bias ? in.bias->const_data_ptr<float>() : nullptr,
-            in.rows ? in.rows->const_data_ptr<int64_t>() : nullptr,
-            C,
-            d,
-            in.normalize_weight,
-            first,
-            std::min(step, C - first)};
-  }
+  Classes classes(int64_t first) const { return classes_of(in, first, std::min(step, C - first)); }
 
   Tensor operands(const Classes& c) const { return o.defined() ? o.narrow(0, 0, c.n) : in.w.narrow(0, c.first, c.n); }
 
@@ -223,21 +219,11 @@ Tensor target_logit(const Tensor& x,               // [B, d]
                     const optional<Tensor>& rows,  // [n]
                     bool normalize_weight) {
   const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
-  refuse(in, {}, 1, {});
+  check_types(x.scalar_type(), {});
   const c10::DeviceGuard guard(x.device());
   const int64_t B = x.size(0);
   Tensor target = at::empty({B}, in.x.options());
-  const Classes c{w.const_data_ptr<float>(),
-                  w.stride(0),
-                  w.stride(1),
-                  in.bias ? in.bias->const_data_ptr<float>() : nullptr,
-                  in.rows ? in.rows->const_data_ptr<int64_t>() : nullptr,
-                  in.classes(),
-                  x.size(1),
-                  normalize_weight,
-                  0,
-                  0};
-  check(launch_target_logit(c, in.x.const_data_ptr<float>(), in.y.const_data_ptr<int64_t>(), B,
+  check(launch_target_logit(classes_of(in, 0, 0), in.x.const_data_ptr<float>(), in.y.const_data_ptr<int64_t>(), B,
                             target.data_ptr<float>(), device::stream_of(x)));
   return target;
 }
@@ -251,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
                                                              bool normalize_weight, int64_t pool, int64_t topk,
                                                              optional<at::ScalarType> compute_dtype, bool) {
   const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
-  refuse(in, bend, pool, compute_dtype);
+  refuse(bend, pool);
+  check_types(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
   const c10::DeviceGuard guard(x.device());
   const Waves waves(in, compute_dtype);
@@ -286,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      const optional<Tensor>& d_topk,  // [B, k]
                                                      bool need_dx, bool need_dw, bool need_db) {
   const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
-  refuse(in, bend, pool, compute_dtype);
+  refuse(bend, pool);
+  check_types(x.scalar_type(), compute_dtype);
   const c10::DeviceGuard guard(x.device());
   const Waves waves(in, compute_dtype);
   const Saved saved = checked_saved(in.x, rest, topk_classes, d_rest, d_target, d_topk);
@@ -301,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
   for (int64_t first = 0; first < waves.C; first += waves.step)
     add_wave(waves, waves.classes(first), u, entries.raw(), room, splits, out);
   if (need_dx)
-    check(launch_row_gradient(waves.classes(0), u, in.y.const_data_ptr<int64_t>(), splits.const_data_ptr<float>(),
+    check(launch_row_gradient(classes_of(in, 0, 0), u, in.y.const_data_ptr<int64_t>(), splits.const_data_ptr<float>(),
                               splits.size(0), waves.B, out.dx.data_ptr<float>(), waves.stream));
   return out.given();
 }

@@ -36,15 +36,6 @@ __device__ inline float logit(const Logits& z, const Classes& c, int64_t i, int6
   return z.z[i * c.n + j] * z.factor[j] + bias;
 }
 
-// Calls f(place, z_ij) for the logits of one row that fall to this thread, in order, the row's target left out.
-template <typename F>
-__device__ inline void for_each_logit(const Logits& z, const Classes& c, int64_t i, const F& f) {
-  const int64_t own = z.y[i] - c.first;
-#pragma unroll 4
-  for (int64_t j = threadIdx.x; j < c.n; j += kThreads)
-    if (j != own) f(c.first + j, logit(z, c, i, j));
-}
-
 // The sum of exponentials of the logits of one row that fall to this thread, and the first of the largest.
 __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Running<float>& sum, Best& best) {
   constexpr int kAtOnce = 4;  // loads in flight, and exponents that share a rescaling
@@ -61,13 +52,23 @@ __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Runnin
   }
 }
 
+// The best of the same logits that comes after `last`.
+__device__ inline Best next_best(const Logits& z, const Classes& c, int64_t i, const Best& last) {
+  const int64_t own = z.y[i] - c.first;
+  Best best = {-INFINITY, INT64_MAX};
+  for (int64_t j = threadIdx.x; j < c.n; j += kThreads) {
+    const Best b = {logit(z, c, i, j), c.first + j};
+    if (j != own && before(last, b) && before(b, best)) best = b;
+  }
+  return best;
+}
+
 __global__ void nontarget_lse_fwd_kernel(Logits z, Classes c, RowState s) {
   __shared__ Running<float> sums[kWarps];
   __shared__ Best bests[kWarps];
   const int64_t i = blockIdx.x;
-  const Best none = {-INFINITY, INT64_MAX};
   Running<float> sum = {kNoShift, 0.0f};
-  Best mine = none;
+  Best mine = {-INFINITY, INT64_MAX};
   scan(z, c, i, sum, mine);
   sum = over_block(sum, sums, [](const auto& a, const auto& b) { return merge(a, b); });
   if (threadIdx.x == 0) {
@@ -82,12 +83,7 @@ __global__ void nontarget_lse_fwd_kernel(Logits z, Classes c, RowState s) {
     if (!(best.value > values[s.k - 1])) break;  // of equal values the earlier wave's stays
     __syncthreads();                             // all have read the last value before one thread moves it
     if (threadIdx.x == 0) insert(values, places, s.k, best.value, best.place);
-    if (best.place != mine.place) continue;
-    mine = none;
-    for_each_logit(z, c, i, [&](int64_t place, float v) {
-      const Best b = {v, place};
-      if (before(best, b) && before(b, mine)) mine = b;
-    });
+    if (best.place == mine.place) mine = next_best(z, c, i, best);
   }
 }
 
