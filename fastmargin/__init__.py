@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "nontarget_lse": "fastmargin.ops.nontarget_lse",
+    "pairwise_potential": "fastmargin.ops.pairwise_potential",
     "MarginHead": "fastmargin.head",
     "HeadOutput": "fastmargin.head",
     "LambdaSchedule": "fastmargin.schedules",

@@ -8,12 +8,15 @@
 
 #include "gemm.h"
 #include "nontarget_lse_kernel.h"
+#include "pairwise_potential_kernel.h"
 
 namespace fastmargin {
 
-#define FM_TABLES(CAPABILITY)                                               \
-  extern const NontargetLseKernels<float> nontarget_lse_float_##CAPABILITY; \
-  extern const NontargetLseKernels<double> nontarget_lse_double_##CAPABILITY;
+#define FM_TABLES(CAPABILITY)                                                 \
+  extern const NontargetLseKernels<float> nontarget_lse_float_##CAPABILITY;   \
+  extern const NontargetLseKernels<double> nontarget_lse_double_##CAPABILITY; \
+  extern const PairKernels<float> pair_kernels_float_##CAPABILITY;            \
+  extern const PairKernels<double> pair_kernels_double_##CAPABILITY;
 FM_TABLES(DEFAULT)
 #ifdef FASTMARGIN_X86
 FM_TABLES(AVX2)
@@ -63,25 +66,39 @@ bool cpu_computes_bfloat16() {
 #endif
 }
 
-template <typename O>
-const NontargetLseKernels<O>& nontarget_lse_kernels() {
-  static const std::string capability = cpu_kernels();
-#define FM_PICK(CAPABILITY)                                                            \
-  if (capability == #CAPABILITY) {                                                     \
-    if constexpr (std::is_same_v<O, float>) return nontarget_lse_float_##CAPABILITY;   \
-    if constexpr (std::is_same_v<O, double>) return nontarget_lse_double_##CAPABILITY; \
+// The table of this machine's capability for type T, float or double.
+#define FM_PICK(name, CAPABILITY)                                               \
+  if (capability == #CAPABILITY) {                                              \
+    if constexpr (std::is_same_v<T, float>) return name##_float_##CAPABILITY;   \
+    if constexpr (std::is_same_v<T, double>) return name##_double_##CAPABILITY; \
   }
 #ifdef FASTMARGIN_X86
-  if constexpr (std::is_same_v<O, Bf16>) return nontarget_lse_bfloat16_AVX512;
-  FM_PICK(AVX512)
-  FM_PICK(AVX2)
+#define FM_PICK_ANY(name) FM_PICK(name, AVX512) FM_PICK(name, AVX2) FM_PICK(name, DEFAULT)
+#else
+#define FM_PICK_ANY(name) FM_PICK(name, DEFAULT)
 #endif
-  FM_PICK(DEFAULT)
+
+template <typename T>
+const NontargetLseKernels<T>& nontarget_lse_kernels() {
+  static const std::string capability = cpu_kernels();
+#ifdef FASTMARGIN_X86
+  if constexpr (std::is_same_v<T, Bf16>) return nontarget_lse_bfloat16_AVX512;
+#endif
+  FM_PICK_ANY(nontarget_lse)
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+template <typename T>
+const PairKernels<T>& pair_kernels() {
+  static const std::string capability = cpu_kernels();
+  FM_PICK_ANY(pair_kernels)
   TORCH_INTERNAL_ASSERT(false);
 }
 
 template const NontargetLseKernels<float>& nontarget_lse_kernels<float>();
 template const NontargetLseKernels<double>& nontarget_lse_kernels<double>();
 template const NontargetLseKernels<Bf16>& nontarget_lse_kernels<Bf16>();
+template const PairKernels<float>& pair_kernels<float>();
+template const PairKernels<double>& pair_kernels<double>();
 
 }  // namespace fastmargin

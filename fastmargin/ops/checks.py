@@ -32,9 +32,14 @@ def check_operands(
         raise ValueError("a bias has no meaning beside normalised weights: pass normalize_weight=False")
     if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
         raise ValueError(f"want rows [n] int64; got {[*rows.shape]} {rows.dtype}")
-    others = {str(t.device) for t in (w, y, bias, rows) if t is not None} - {str(x.device)}
-    if others:
-        raise ValueError(f"x is on {x.device}, other arguments on {', '.join(sorted(others))}")
+    check_one_device({"x": x, "w": w, "y": y, "bias": bias, "rows": rows})
+
+
+def check_one_device(tensors: dict[str, Tensor | None]) -> None:
+    (first, one), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
+    elsewhere = sorted({str(device) for _, device in others} - {str(one)})
+    if elsewhere:
+        raise ValueError(f"{first} is on {one}, other arguments on {', '.join(elsewhere)}")
 
 
 def check_ids(
@@ -57,3 +62,28 @@ def check_ids(
             raise ValueError(f"rows[{j}] = {int(rows[j])}: want sorted, unique class ids in [0, {num_classes})")
     for i in ((y < -1) | (y >= n)).nonzero()[:1].flatten().tolist():
         raise ValueError(f"label {int(y[i])} of row {i} is outside [-1, {n})")
+
+
+def check_points(
+    a: Tensor,  # [N, d]
+    b: Tensor,  # [M, d]
+    a_ids: Tensor,  # [N]
+    b_ids: Tensor,  # [M]
+    b_weight: Tensor | None,  # [M]
+) -> None:
+    """Shapes, dtypes and devices; no look at the data. Raises ValueError."""
+    for name, given in {"a": a, "b": b, "a_ids": a_ids, "b_ids": b_ids, "b_weight": b_weight}.items():
+        if not isinstance(given, Tensor) and (given is not None or name != "b_weight"):
+            raise ValueError(f"{name} is a {type(given).__name__}: want a tensor")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
+        raise ValueError(f"want a [N, d] and b [M, d], d above 0; got {[*a.shape]}, {[*b.shape]}")
+    if a.dtype not in DTYPES or b.dtype != a.dtype:
+        raise ValueError(f"want a and b both float32 or both float64; got {a.dtype} and {b.dtype}")
+    for name, ids, points in (("a_ids", a_ids, a), ("b_ids", b_ids, b)):
+        if ids.shape != points.shape[:1] or ids.dtype != torch.int64:
+            raise ValueError(f"want int64 {name} [{len(points)}]; got {ids.dtype} {[*ids.shape]}")
+    if b_weight is not None and (b_weight.shape != b.shape[:1] or b_weight.dtype != b.dtype):
+        raise ValueError(f"want b_weight {b.dtype} [{len(b)}]; got {b_weight.dtype} {[*b_weight.shape]}")
+    if b_weight is not None and b_weight.requires_grad:
+        raise ValueError("b_weight needs a gradient, and has none: detach it")
+    check_one_device({"a": a, "b": b, "a_ids": a_ids, "b_ids": b_ids, "b_weight": b_weight})

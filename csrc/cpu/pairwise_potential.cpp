@@ -1,0 +1,255 @@
+// pairwise_potential on the CPU. The formulas are in fastmargin/ops/pairwise_potential.py.
+//
+//   per tile of rows a and columns b:   u = a b^T, of points less the mean of b;  then, row by row in cache,
+//   u becomes -2 phi' and the potentials are summed;  slope_a += (sum_j 2 phi') a + u b;  and likewise for b if b is a
+//
+// Points come in blocks of at most kSide, blocks in strips of at most kStrip. Two sides: a thread owns strips of rows
+// and walks over all columns. One side (b is a): strips meet as in a round-robin tournament, every two once; in a round
+// no strip plays twice, so both may be written. Either way no sum is shared, nothing is locked, and a run repeats.
+#include <ATen/Parallel.h>
+#include <ATen/ops/_unique2.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "gemm.h"
+#include "pairwise_potential_kernel.h"
+
+namespace fastmargin {
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kStrip = 4;  // blocks
+constexpr int64_t kPad = 16;   // oneDNN keeps a compiled kernel for every shape: sides are multiples of this
+
+int64_t whole(int64_t n) { return at::divup(n, kPad) * kPad; }
+
+// The points of one side, and what is summed for them.
+template <typename T>
+struct Points {
+  Tensor points;            // [n, d] contiguous
+  std::vector<int32_t> id;  // [n + kPad] codes of the ids
+  std::vector<T> weight;    // [n + kPad]
+  std::vector<double> potential;
+  Tensor slope;  // [padded, d], undefined where not wanted
+  int64_t n, d;
+
+  Points(const Tensor& given, const Tensor& codes /* [n] int32 */, const optional<Tensor>& weights, bool want_slope)
+      : points(given.contiguous()),
+        id(whole(given.size(0))),
+        weight(whole(given.size(0)), T(1)),
+        potential(given.size(0)),
+        n(given.size(0)),
+        d(given.size(1)) {
+    std::copy_n(codes.const_data_ptr<int32_t>(), n, id.begin());
+    if (weights) std::copy_n(weights->contiguous().template const_data_ptr<T>(), n, weight.begin());
+    if (want_slope) slope = at::zeros({whole(n), d}, points.options());
+  }
+};
+
+// A thread's copy of consecutive points, less the mean: blocks of at most kSide.
+template <typename T>
+class Strip {
+ public:
+  Strip(int64_t block, int64_t blocks, int64_t d, bool want_turned)
+      : block_(block),
+        centred_(blocks * block * d),
+        turned_(want_turned ? blocks * block * d : 0),
+        squares_(blocks * block) {}
+
+  void load(const PairKernels<T>& kernels, Points<T>& all, const T* mean, int64_t first, int64_t last) {
+    const int64_t d = all.d;
+    sides.clear();
+    for (int64_t i = first; i < last; i += block_) {
+      const int64_t at = i - first, n = std::min(block_, last - i), padded = whole(n);
+      T* turned = turned_.empty() ? nullptr : turned_.data() + at * d;
+      Side<T> side{all.points.template const_data_ptr<T>() + i * d,
+                   centred_.data() + at * d,
+                   turned,
+                   squares_.data() + at,
+                   all.id.data() + i,
+                   all.weight.data() + i,
+                   n,
+                   padded,
+                   all.potential.data() + i,
+                   all.slope.defined() ? all.slope.template data_ptr<T>() + i * d : nullptr};
+      kernels.centre(side.points, mean, n, padded, d, centred_.data() + at * d, turned, squares_.data() + at);
+      sides.push_back(side);
+    }
+  }
+
+  std::vector<Side<T>> sides;
+
+ private:
+  int64_t block_;
+  std::vector<T> centred_, turned_, squares_;
+};
+
+// A thread's room for one tile.
+template <typename T>
+struct Room {
+  std::vector<T> u, turned, row, col;
+  explicit Room(int64_t block) : u(block * block), turned(block * block), row(block), col(block) {}
+};
+
+template <typename T, typename Phi>
+struct Sweep {
+  const Phi phi;
+  const int64_t d;
+  const T* mean;  // [d]
+  const PairKernels<T>& kernels = pair_kernels<T>();
+
+  void tile(const Side<T>& a, const Side<T>& b, bool both, Room<T>& room) const {
+    T* u = room.u.data();
+    Pull<T> pull{room.row.data(), room.col.data(), false};
+    gemm(a.padded, b.padded, d, a.centred, d, b.turned, b.padded, u, b.padded, false);
+    kernels.sweep(phi, a, b, d, both, u, pull);
+    if (a.slope == nullptr || !pull.active) return;
+    kernels.pull_back(pull.row, a.centred, a.n, d, a.slope);
+    gemm(a.padded, d, b.padded, u, b.padded, b.centred, d, a.slope, d, true);
+    if (!both) return;
+    kernels.turn(u, a.padded, b.padded, a.padded, room.turned.data());
+    kernels.pull_back(pull.col, b.centred, b.n, d, b.slope);
+    gemm(b.padded, d, a.padded, room.turned.data(), a.padded, a.centred, d, b.slope, d, true);
+  }
+
+  // Every row of a with every column of b.
+  void two_sides(Points<T>& a, Points<T>& b) const {
+    const int64_t threads = at::get_num_threads();
+    const int64_t block = side_of(a.n, threads), step = block * strip_of(a.n, block, threads);
+    at::parallel_for(0, at::divup(a.n, step), 1, [&](int64_t begin, int64_t end) {
+      Strip<T> rows(block, step, d, false), columns(kSide, kSide, d, true);
+      Room<T> room(kSide);
+      for (int64_t i = begin * step; i < std::min(end * step, a.n); i += step) {
+        rows.load(kernels, a, mean, i, std::min(i + step, a.n));
+        for (int64_t j = 0; j < b.n; j += kSide) {
+          columns.load(kernels, b, mean, j, std::min(j + kSide, b.n));
+          for (const auto& row : rows.sides) tile(row, columns.sides[0], false, room);
+        }
+      }
+    });
+  }
+
+  // Every two points of a once, and every tile on the diagonal whole.
+  void one_side(Points<T>& a) const {
+    const int64_t threads = at::get_num_threads();
+    const int64_t block = side_of(a.n, 2 * threads), step = block * strip_of(a.n, block, 2 * threads);
+    const int64_t strips = at::divup(a.n, step), players = strips + strips % 2;
+    for (int64_t round = 0; round < players; ++round)
+      at::parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
+        Strip<T> rows(block, step, d, true), columns(block, step, d, true);
+        Room<T> room(kSide);
+        for (int64_t game = begin; game < end; ++game) {
+          const auto [one, two] = opponents(game, round, players);
+          if (round == 0) {
+            for (int64_t s : {one, two})
+              if (s < strips) alone(a, s * step, step, rows, room);
+          } else if (two < strips) {
+            meet(a, one * step, two * step, step, rows, columns, room);
+          }
+        }
+      });
+  }
+
+  // The strips of one game, the smaller first. In rounds 1 and on, the last player stays and the others go round.
+  static std::tuple<int64_t, int64_t> opponents(int64_t game, int64_t round, int64_t players) {
+    const int64_t others = players - 1;
+    if (round == 0) return {2 * game, 2 * game + 1};
+    const int64_t one = (round + game) % others, two = game == 0 ? others : (round + others - game) % others;
+    return std::minmax(one, two);
+  }
+
+  void alone(Points<T>& a, int64_t first, int64_t step, Strip<T>& strip, Room<T>& room) const {
+    strip.load(kernels, a, mean, first, std::min(first + step, a.n));
+    for (size_t j = 0; j < strip.sides.size(); ++j)
+      for (size_t i = 0; i <= j; ++i) tile(strip.sides[i], strip.sides[j], i < j, room);
+  }
+
+  void meet(Points<T>& a, int64_t one, int64_t two, int64_t step, Strip<T>& rows, Strip<T>& columns,
+            Room<T>& room) const {
+    rows.load(kernels, a, mean, one, std::min(one + step, a.n));
+    columns.load(kernels, a, mean, two, std::min(two + step, a.n));
+    for (const auto& column : columns.sides)
+      for (const auto& row : rows.sides) tile(row, column, true, room);
+  }
+
+  // Points on the side of a tile: enough tiles for all threads, if there are points enough.
+  static int64_t side_of(int64_t n, int64_t parts) {
+    return std::min(kSide, std::max(kPad, whole(at::divup(n, parts))));
+  }
+  static int64_t strip_of(int64_t n, int64_t block, int64_t parts) {
+    return std::min(kStrip, std::max<int64_t>(1, n / (block * parts)));
+  }
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor> summed(const Points<T>& a) {
+  const auto options = a.points.options();
+  Tensor potential = at::empty({a.n}, options);
+  std::copy(a.potential.begin(), a.potential.end(), potential.data_ptr<T>());
+  return {potential, a.slope.defined() ? a.slope.narrow(0, 0, a.n) : at::empty({0}, options)};
+}
+
+void check_points(const Tensor& a, const Tensor& b, const Tensor& a_ids, const Tensor& b_ids,
+                  const optional<Tensor>& b_weight, bool symmetric) {
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) > 0,
+                    "want a [N, d], b [M, d]; got ", a.sizes(), ", ", b.sizes());
+  TORCH_CHECK_VALUE(
+      (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble) && b.scalar_type() == a.scalar_type(),
+      "want a and b both float32 or both float64; got ", a.scalar_type(), " and ", b.scalar_type());
+  checked_like("a_ids", a_ids, {a.size(0)}, at::kLong);
+  checked_like("b_ids", b_ids, {b.size(0)}, at::kLong);
+  if (b_weight) checked_like("b_weight", *b_weight, {b.size(0)}, b.scalar_type());
+  TORCH_CHECK_VALUE(!symmetric || (a.is_same(b) && a_ids.is_same(b_ids) && !b_weight),
+                    "symmetric wants b to be a, without weights");
+}
+
+template <typename T, typename Phi>
+std::tuple<Tensor, Tensor> forward(const Phi& phi, const Tensor& a, const Tensor& b, const Tensor& codes,
+                                   const optional<Tensor>& b_weight, bool symmetric, bool want_slope) {
+  const Tensor mean = at::mean(b, 0);
+  const Sweep<T, Phi> sweep{phi, a.size(1), mean.const_data_ptr<T>()};
+  Points<T> rows(a, codes.narrow(0, 0, a.size(0)), std::nullopt, want_slope);
+  if (symmetric) {
+    sweep.one_side(rows);
+  } else {
+    Points<T> columns(b, codes.narrow(0, a.size(0), b.size(0)), b_weight, false);
+    sweep.two_sides(rows, columns);
+  }
+  return summed(rows);
+}
+
+std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,                   // [N, d]
+                                                  const Tensor& b,                   // [M, d]
+                                                  const Tensor& a_ids,               // [N]
+                                                  const Tensor& b_ids,               // [M]
+                                                  const optional<Tensor>& b_weight,  // [M]
+                                                  c10::string_view kind, double margin, bool symmetric,
+                                                  bool want_slope) {
+  check_points(a, b, a_ids, b_ids, b_weight, symmetric);
+  TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
+  // ids are only compared: as places in the list of all of them they fit 32 bits
+  const Tensor codes = std::get<1>(at::_unique2(at::cat({a_ids, b_ids}), false, true)).to(at::kInt);
+  return dispatch(a.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    return kind == "hinge" ? forward<T>(Hinge{margin}, a, b, codes, b_weight, symmetric, want_slope)
+                           : forward<T>(Inverse(), a, b, codes, b_weight, symmetric, want_slope);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmargin, CPU, m) { m.impl("pairwise_potential_fwd", pairwise_potential_fwd); }
+
+}  // namespace fastmargin

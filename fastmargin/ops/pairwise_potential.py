@@ -1,0 +1,128 @@
+"""pairwise_potential: sums over pairs of points of a function of their squared distance, no N x M array stored.
+
+    u_ij        = ||a_i - b_j||^2
+    potential_i = sum_j v_j phi(u_ij)                         over the pairs with different ids
+    slope_i     = d potential_i / d a_i = sum_j v_j 2 phi'(u_ij) (a_i - b_j)
+
+    inverse     phi = 1 / (1 + u)        2 phi' = -2 phi^2               the Git term (Git Loss eq. 1)
+    hinge       phi = max(M - u, 0)      2 phi' = -2 where u < M         the minimum margin (MML eq. 13, as meant)
+
+The gradients need no second kernel. With g_i from above, da_i = g_i slope_i, summed beside the potential; and db is the
+slope of b among the a, weighted by g: db_j = v_j slope_j(b, a, g). Where b is a, each pair is visited once.
+
+u comes from a matrix product of rows less the mean of b. Where it is small beside |a|^2 + |b|^2 that cancels: pairs with
+u < 1e-2 (|a|^2 + |b|^2) are computed anew from the differences of the rows as given, in u and in the slope.
+Letters: N and M points, d features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmargin.backends import BUILD, Impl, native_can_run, pick
+from fastmargin.ops import pairwise_potential_portable as portable
+from fastmargin.ops.checks import check_points
+
+
+@dataclass(frozen=True)
+class Options:
+    kind: str
+    margin: float
+    symmetric: bool  # b is a
+    want_slope: bool
+    backend: str
+
+
+class PairwisePotential(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,  # [N, d]
+        b: Tensor,  # [M, d]
+        a_ids: Tensor,  # [N]
+        b_ids: Tensor,  # [M]
+        b_weight: Tensor | None,  # [M]
+        options: Options,
+    ) -> Tensor:  # [N]
+        o = options
+        fwd = IMPLS[o.backend].functions["fwd"]
+        potential, slope = fwd(a, b, a_ids, b_ids, b_weight, o.kind, o.margin, o.symmetric, o.want_slope)
+        ctx.save_for_backward(a, b, a_ids, b_ids, b_weight, slope)
+        ctx.options = o
+        return potential
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        g: Tensor,  # [N]
+    ) -> tuple[Any, ...]:
+        a, b, a_ids, b_ids, b_weight, slope = ctx.saved_tensors
+        o, fwd = ctx.options, IMPLS[ctx.options.backend].functions["fwd"]
+        da = g[:, None] * slope if ctx.needs_input_grad[0] else None
+        if o.symmetric and g.stride() == (0,):  # the gradient of a plain sum: both ends of a pair weigh the same
+            return 2 * da, None, None, None, None, None
+        db = None
+        if ctx.needs_input_grad[1]:
+            _, db = fwd(b, a, b_ids, a_ids, g.contiguous(), o.kind, o.margin, False, True)
+            db = db if b_weight is None else db * b_weight[:, None]
+        return da, db, None, None, None, None
+
+
+def pairwise_potential(
+    a: Tensor,  # [N, d]
+    b: Tensor,  # [M, d]
+    a_ids: Tensor,  # [N] int64
+    b_ids: Tensor,  # [M] int64
+    *,
+    b_weight: Tensor | None = None,  # [M]
+    kind: Literal["inverse", "hinge"],
+    margin: float | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [N]
+    """For every row of `a`, the sum over the rows of `b` with another id of phi(squared distance), times b_weight.
+
+    Differentiable once, in a and b. Coincident points have the largest potential and no slope; a row without a pair of
+    another id is 0; a feature that is not finite makes every sum that it enters, and for b all of them, NaN. Where `b`
+    and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights, each pair is computed once.
+
+    Args:
+        a, b: points, float32 or float64, any strides; distances are in the units of their features.
+        a_ids, b_ids: pairs of equal ids do not count.
+        b_weight: a factor per row of b, of its dtype; has no gradient.
+        kind: "inverse", 1 / (1 + u), or "hinge", max(margin - u, 0), of the squared distance u.
+        margin: of the hinge, on the squared distance; above 0.
+        backend: "native", "triton", "stream" or "reference"; None: the first that runs on a's device and dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown kind, a hinge without a margin above 0, a
+            margin beside "inverse", weights that need a gradient, a backend that cannot run.
+    """
+    check_points(a, b, a_ids, b_ids, b_weight)
+    if kind not in portable.KINDS:
+        raise ValueError(f"kind = {kind!r}: want one of {', '.join(portable.KINDS)}")
+    if (kind == "hinge") != (margin is not None):
+        raise ValueError(f"margin = {margin} with kind = {kind!r}: the hinge has one, the inverse has none")
+    if margin is not None and not 0 < margin < math.inf:
+        raise ValueError(f"margin = {margin}: want a squared distance above 0")
+    symmetric = b is a and b_ids is a_ids and b_weight is None
+    want_slope = a.requires_grad and torch.is_grad_enabled()
+    options = Options(kind, float(margin or 0), symmetric, want_slope, pick(IMPLS, a, backend))
+    return PairwisePotential.apply(a, b, a_ids, b_ids, b_weight, options)
+
+
+IMPLS: dict[str, Impl] = {}
+if BUILD.facts:
+    IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.pairwise_potential_fwd.default}, native_can_run)
+
+    @torch.library.register_fake("fastmargin::pairwise_potential_fwd")
+    def _(a, b, a_ids, b_ids, b_weight, kind, margin, symmetric, want_slope):  # type: ignore[no-untyped-def]
+        return a.new_empty(a.shape[0]), a.new_empty(a.shape if want_slope else (0,))
+
+
+IMPLS["stream"] = Impl({"fwd": portable.stream_fwd}, lambda a: True)
+IMPLS["reference"] = Impl({"fwd": portable.reference_fwd}, lambda a: True)

@@ -1,0 +1,135 @@
+"""pairwise_potential in plain PyTorch, with the signature of the registered op (formulas: pairwise_potential.py).
+
+`stream` walks over tiles of pairs and runs on any device. `reference` stores all N x M x d differences; it is the truth
+of the tests. Letters: N and M points, d features; m and n those of a tile, p pairs.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmargin.ops.nontarget_lse_portable import portable
+
+KINDS = ("inverse", "hinge")
+TILE = 1024  # points on a side of a tile of pairs
+NEAR = 1e-2  # share of |a|^2 + |b|^2 below which a squared distance is computed from the difference
+CHUNK = 2**20  # numbers in the differences of near pairs held at once
+
+
+def phi(u: Tensor, kind: str, margin: float) -> tuple[Tensor, Tensor]:  # any shape -> the same: phi, 2 phi'
+    if kind == "inverse":
+        value = 1 / (1 + u)
+        return value, -2 * value.square()
+    return (margin - u).clamp(min=0), torch.where(u < margin, -2.0, 0.0).to(u.dtype)
+
+
+class Side(NamedTuple):
+    """The points of one side of a tile."""
+
+    points: Tensor  # [n, d] as given
+    centred: Tensor  # [n, d] less the mean of all b
+    squares: Tensor  # [n] of the centred
+    ids: Tensor  # [n]
+
+    @staticmethod
+    def of(points: Tensor, ids: Tensor, mean: Tensor, at: slice) -> "Side":  # [N, d], [N], [d]
+        centred = points[at] - mean
+        return Side(points[at], centred, centred.square().sum(1), ids[at])
+
+
+class Pairs(NamedTuple):
+    """Pairs of a tile by row and column, and their differences."""
+
+    rows: Tensor  # [p]
+    cols: Tensor  # [p]
+    apart: Tensor  # [p, d]
+
+
+def near_pairs(
+    near: Tensor,  # [m, n] bool
+    a: Side,
+    b: Side,
+) -> Iterator[Pairs]:
+    step = max(1, CHUNK // a.points.shape[1])
+    for at in near.nonzero().split(step):
+        rows, cols = at.unbind(1)
+        yield Pairs(rows, cols, a.points[rows] - b.points[cols])
+
+
+def add_slopes(
+    slope: Tensor,  # [m, d] of a, added to
+    other: Tensor | None,  # [n, d] of b, added to
+    q: Tensor,  # [m, n] 2 phi' of the pairs with different ids, changed
+    near: Tensor,  # [m, n] bool
+    a: Side,
+    b: Side,
+) -> None:
+    """Near pairs by their differences (on a GPU added in no fixed order), the others by a product."""
+    for pairs in near_pairs(near & (q != 0), a, b):
+        force = q[pairs.rows, pairs.cols, None] * pairs.apart
+        slope.index_add_(0, pairs.rows, force)
+        if other is not None:
+            other.index_add_(0, pairs.cols, force, alpha=-1)
+    q.masked_fill_(near, 0.0)
+    if not q.any():
+        return
+    slope += q.sum(1, keepdim=True) * a.centred - q @ b.centred
+    if other is not None:
+        other += q.sum(0)[:, None] * b.centred - q.T @ a.centred
+
+
+@portable
+def stream_fwd(
+    a: Tensor,  # [N, d]
+    b: Tensor,  # [M, d]
+    a_ids: Tensor,  # [N]
+    b_ids: Tensor,  # [M]
+    b_weight: Tensor | None,  # [M]
+    kind: str,
+    margin: float,
+    symmetric: bool,
+    want_slope: bool,
+) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
+    potential = a.new_zeros(len(a), dtype=torch.float64)
+    slope = a.new_zeros(a.shape if want_slope else (0,))
+    mean = b.mean(0)
+    for i in range(0, len(a), TILE):
+        for j in range(i if symmetric else 0, len(b), TILE):
+            rows, cols, both = slice(i, i + TILE), slice(j, j + TILE), symmetric and j > i
+            one, two = Side.of(a, a_ids, mean, rows), Side.of(b, b_ids, mean, cols)
+            squares = one.squares[:, None] + two.squares
+            u = squares - 2 * (one.centred @ two.centred.T)
+            different = one.ids[:, None] != two.ids
+            near = different & (u < NEAR * squares)
+            for pairs in near_pairs(near, one, two):
+                u[pairs.rows, pairs.cols] = pairs.apart.square().sum(1)
+            value, q = (torch.where(different, t, 0.0) for t in phi(u, kind, margin))
+            if b_weight is not None:
+                value, q = value * b_weight[cols], q * b_weight[cols]
+            potential[rows] += value.sum(1)
+            if both:
+                potential[cols] += value.sum(0)
+            if want_slope:
+                add_slopes(slope[rows], slope[cols] if both else None, q, near, one, two)
+    return potential.to(a.dtype), slope
+
+
+@portable
+def reference_fwd(
+    a: Tensor,  # [N, d]
+    b: Tensor,  # [M, d]
+    a_ids: Tensor,  # [N]
+    b_ids: Tensor,  # [M]
+    b_weight: Tensor | None,  # [M]
+    kind: str,
+    margin: float,
+    symmetric: bool,
+    want_slope: bool,
+) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
+    apart = a[:, None] - b
+    value, q = phi(apart.square().sum(2), kind, margin)
+    weight = (a_ids[:, None] != b_ids) * (1.0 if b_weight is None else b_weight)
+    slope = (weight * q)[:, :, None] * apart
+    return (weight * value).sum(1), slope.sum(1) if want_slope else a.new_empty(0)
