@@ -62,11 +62,8 @@ struct Points {
 template <typename T>
 class Strip {
  public:
-  Strip(int64_t block, int64_t blocks, int64_t d, bool want_turned)
-      : block_(block),
-        centred_(blocks * block * d),
-        turned_(want_turned ? blocks * block * d : 0),
-        squares_(blocks * block) {}
+  Strip(int64_t block, int64_t capacity, int64_t d, bool want_turned)
+      : block_(block), centred_(capacity * d), turned_(want_turned ? capacity * d : 0), squares_(capacity) {}
 
   void load(const PairKernels<T>& kernels, Points<T>& all, const T* mean, int64_t first, int64_t last) {
     const int64_t d = all.d;

@@ -10,8 +10,8 @@
 The gradients need no second kernel. With g_i from above, da_i = g_i slope_i, summed beside the potential; and db is the
 slope of b among the a, weighted by g: db_j = v_j slope_j(b, a, g). Where b is a, each pair is visited once.
 
-u comes from a matrix product of rows less the mean of b. Where it is small beside |a|^2 + |b|^2 that cancels: pairs with
-u < 1e-2 (|a|^2 + |b|^2) are computed anew from the differences of the rows as given, in u and in the slope.
+u comes from a matrix product of rows less the mean of b. Where it is small beside |a|^2 + |b|^2 that cancels: pairs
+with u < 1e-2 (|a|^2 + |b|^2) are computed anew from the differences of the rows as given, in u and in the slope.
 Letters: N and M points, d features.
 """
 
@@ -64,7 +64,9 @@ class PairwisePotential(torch.autograd.Function):
         a, b, a_ids, b_ids, b_weight, slope = ctx.saved_tensors
         o, fwd = ctx.options, IMPLS[ctx.options.backend].functions["fwd"]
         da = g[:, None] * slope if ctx.needs_input_grad[0] else None
-        if o.symmetric and g.stride() == (0,):  # the gradient of a plain sum: both ends of a pair weigh the same
+        if (
+            da is not None and o.symmetric and g.stride() == (0,)
+        ):  # of a plain sum: both ends weigh the same
             return 2 * da, None, None, None, None, None
         db = None
         if ctx.needs_input_grad[1]:
