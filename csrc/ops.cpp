@@ -22,9 +22,8 @@ TORCH_LIBRARY(fastmargin, m) {
       "d_target, "
       "Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def(
-      "pairwise_potential_fwd(Tensor a, Tensor b, Tensor a_ids, Tensor b_ids, Tensor? b_weight, str kind, float "
-      "margin, "
-      "bool symmetric, bool want_slope) -> (Tensor potential, Tensor slope)");
+      "pairwise_potential_fwd(Tensor a, Tensor? b, Tensor a_ids, Tensor? b_ids, Tensor? b_weight, str kind, float "
+      "margin, bool want_slope) -> (Tensor potential, Tensor slope)");
 }
 
 #ifdef FASTMARGIN_CUDA

@@ -198,50 +198,58 @@ std::tuple<Tensor, Tensor> summed(const Points<T>& a) {
   return {potential, a.slope.defined() ? a.slope.narrow(0, 0, a.n) : at::empty({0}, options)};
 }
 
-void check_points(const Tensor& a, const Tensor& b, const Tensor& a_ids, const Tensor& b_ids,
-                  const optional<Tensor>& b_weight, bool symmetric) {
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) > 0,
-                    "want a [N, d], b [M, d]; got ", a.sizes(), ", ", b.sizes());
-  TORCH_CHECK_VALUE(
-      (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble) && b.scalar_type() == a.scalar_type(),
-      "want a and b both float32 or both float64; got ", a.scalar_type(), " and ", b.scalar_type());
+// Without b the points meet among themselves.
+void check_points(const Tensor& a, const optional<Tensor>& b, const Tensor& a_ids, const optional<Tensor>& b_ids,
+                  const optional<Tensor>& b_weight) {
+  TORCH_CHECK_VALUE(a.dim() == 2 && a.size(1) > 0, "want a [N, d], d above 0; got ", a.sizes());
+  TORCH_CHECK_VALUE(a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble, "want float32 or float64; got ",
+                    a.scalar_type());
   checked_like("a_ids", a_ids, {a.size(0)}, at::kLong);
-  checked_like("b_ids", b_ids, {b.size(0)}, at::kLong);
-  if (b_weight) checked_like("b_weight", *b_weight, {b.size(0)}, b.scalar_type());
-  TORCH_CHECK_VALUE(!symmetric || (a.is_same(b) && a_ids.is_same(b_ids) && !b_weight),
-                    "symmetric wants b to be a, without weights");
+  TORCH_CHECK_VALUE(b.has_value() == b_ids.has_value() && (b || !b_weight),
+                    "want b with its ids, or neither and no weights");
+  if (!b) return;
+  const int64_t M = b->dim() ? b->size(0) : 0;
+  checked_like("b", *b, {M, a.size(1)}, a.scalar_type());
+  checked_like("b_ids", *b_ids, {M}, at::kLong);
+  if (b_weight) checked_like("b_weight", *b_weight, {M}, a.scalar_type());
+}
+
+// Ids are only compared: as places in the list of all of them they fit 32 bits.
+Tensor codes_of(const Tensor& ids) { return std::get<1>(at::_unique2(ids, false, true)).to(at::kInt); }
+
+template <typename T, typename Phi>
+std::tuple<Tensor, Tensor> among_themselves(const Phi& phi, const Tensor& a, const Tensor& a_ids, bool want_slope) {
+  const Tensor mean = at::mean(a, 0);
+  Points<T> points(a, codes_of(a_ids), std::nullopt, want_slope);
+  Sweep<T, Phi>{phi, a.size(1), mean.const_data_ptr<T>()}.one_side(points);
+  return summed(points);
 }
 
 template <typename T, typename Phi>
-std::tuple<Tensor, Tensor> forward(const Phi& phi, const Tensor& a, const Tensor& b, const Tensor& codes,
-                                   const optional<Tensor>& b_weight, bool symmetric, bool want_slope) {
-  const Tensor mean = at::mean(b, 0);
-  const Sweep<T, Phi> sweep{phi, a.size(1), mean.const_data_ptr<T>()};
+std::tuple<Tensor, Tensor> between(const Phi& phi, const Tensor& a, const Tensor& b, const Tensor& a_ids,
+                                   const Tensor& b_ids, const optional<Tensor>& b_weight, bool want_slope) {
+  const Tensor mean = at::mean(b, 0), codes = codes_of(at::cat({a_ids, b_ids}));
   Points<T> rows(a, codes.narrow(0, 0, a.size(0)), std::nullopt, want_slope);
-  if (symmetric) {
-    sweep.one_side(rows);
-  } else {
-    Points<T> columns(b, codes.narrow(0, a.size(0), b.size(0)), b_weight, false);
-    sweep.two_sides(rows, columns);
-  }
+  Points<T> columns(b, codes.narrow(0, a.size(0), b.size(0)), b_weight, false);
+  Sweep<T, Phi>{phi, a.size(1), mean.const_data_ptr<T>()}.two_sides(rows, columns);
   return summed(rows);
 }
 
 std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,                   // [N, d]
-                                                  const Tensor& b,                   // [M, d]
+                                                  const optional<Tensor>& b,         // [M, d]
                                                   const Tensor& a_ids,               // [N]
-                                                  const Tensor& b_ids,               // [M]
+                                                  const optional<Tensor>& b_ids,     // [M]
                                                   const optional<Tensor>& b_weight,  // [M]
-                                                  c10::string_view kind, double margin, bool symmetric,
-                                                  bool want_slope) {
-  check_points(a, b, a_ids, b_ids, b_weight, symmetric);
+                                                  c10::string_view kind, double margin, bool want_slope) {
+  check_points(a, b, a_ids, b_ids, b_weight);
   TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
-  // ids are only compared: as places in the list of all of them they fit 32 bits
-  const Tensor codes = std::get<1>(at::_unique2(at::cat({a_ids, b_ids}), false, true)).to(at::kInt);
   return dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    return kind == "hinge" ? forward<T>(Hinge{margin}, a, b, codes, b_weight, symmetric, want_slope)
-                           : forward<T>(Inverse(), a, b, codes, b_weight, symmetric, want_slope);
+    const auto run = [&](const auto& phi) {
+      return b ? between<T>(phi, a, *b, a_ids, *b_ids, b_weight, want_slope)
+               : among_themselves<T>(phi, a, a_ids, want_slope);
+    };
+    return kind == "hinge" ? run(Hinge{margin}) : run(Inverse());
   });
 }
 

@@ -32,7 +32,6 @@ from fastmargin.ops.checks import check_points
 class Options:
     kind: str
     margin: float
-    symmetric: bool  # b is a
     want_slope: bool
     backend: str
 
@@ -42,15 +41,15 @@ class PairwisePotential(torch.autograd.Function):
     def forward(
         ctx: Any,
         a: Tensor,  # [N, d]
-        b: Tensor,  # [M, d]
+        b: Tensor | None,  # [M, d]; None: a
         a_ids: Tensor,  # [N]
-        b_ids: Tensor,  # [M]
+        b_ids: Tensor | None,  # [M]
         b_weight: Tensor | None,  # [M]
         options: Options,
     ) -> Tensor:  # [N]
         o = options
         fwd = IMPLS[o.backend].functions["fwd"]
-        potential, slope = fwd(a, b, a_ids, b_ids, b_weight, o.kind, o.margin, o.symmetric, o.want_slope)
+        potential, slope = fwd(a, b, a_ids, b_ids, b_weight, o.kind, o.margin, o.want_slope)
         ctx.save_for_backward(a, b, a_ids, b_ids, b_weight, slope)
         ctx.options = o
         return potential
@@ -63,14 +62,14 @@ class PairwisePotential(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         a, b, a_ids, b_ids, b_weight, slope = ctx.saved_tensors
         o, fwd = ctx.options, IMPLS[ctx.options.backend].functions["fwd"]
+        if b is None and g.stride() == (0,):  # of a plain sum: both ends of a pair weigh the same
+            return 2 * g[:, None] * slope, None, None, None, None, None
         da = g[:, None] * slope if ctx.needs_input_grad[0] else None
-        if (
-            da is not None and o.symmetric and g.stride() == (0,)
-        ):  # of a plain sum: both ends weigh the same
-            return 2 * da, None, None, None, None, None
         db = None
-        if ctx.needs_input_grad[1]:
-            _, db = fwd(b, a, b_ids, a_ids, g.contiguous(), o.kind, o.margin, False, True)
+        if b is None:
+            da += fwd(a, a, a_ids, a_ids, g.contiguous(), o.kind, o.margin, True)[1]
+        elif ctx.needs_input_grad[1]:
+            db = fwd(b, a, b_ids, a_ids, g.contiguous(), o.kind, o.margin, True)[1]
             db = db if b_weight is None else db * b_weight[:, None]
         return da, db, None, None, None, None
 
@@ -111,9 +110,10 @@ def pairwise_potential(
         raise ValueError(f"margin = {margin} with kind = {kind!r}: the hinge has one, the inverse has none")
     if margin is not None and not 0 < margin < math.inf:
         raise ValueError(f"margin = {margin}: want a squared distance above 0")
-    symmetric = b is a and b_ids is a_ids and b_weight is None
     want_slope = a.requires_grad and torch.is_grad_enabled()
-    options = Options(kind, float(margin or 0), symmetric, want_slope, pick(IMPLS, a, backend))
+    options = Options(kind, float(margin or 0), want_slope, pick(IMPLS, a, backend))
+    if b is a and b_ids is a_ids and b_weight is None:
+        return PairwisePotential.apply(a, None, a_ids, None, None, options)
     return PairwisePotential.apply(a, b, a_ids, b_ids, b_weight, options)
 
 
@@ -122,7 +122,7 @@ if BUILD.facts:
     IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.pairwise_potential_fwd.default}, native_can_run)
 
     @torch.library.register_fake("fastmargin::pairwise_potential_fwd")
-    def _(a, b, a_ids, b_ids, b_weight, kind, margin, symmetric, want_slope):  # type: ignore[no-untyped-def]
+    def _(a, b, a_ids, b_ids, b_weight, kind, margin, want_slope):  # type: ignore[no-untyped-def]
         return a.new_empty(a.shape[0]), a.new_empty(a.shape if want_slope else (0,))
 
 

@@ -83,21 +83,22 @@ def add_slopes(
 @portable
 def stream_fwd(
     a: Tensor,  # [N, d]
-    b: Tensor,  # [M, d]
+    b: Tensor | None,  # [M, d]; None: a
     a_ids: Tensor,  # [N]
-    b_ids: Tensor,  # [M]
+    b_ids: Tensor | None,  # [M]
     b_weight: Tensor | None,  # [M]
     kind: str,
     margin: float,
-    symmetric: bool,
     want_slope: bool,
 ) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
+    one_side = b is None
+    b, b_ids = (a, a_ids) if b is None or b_ids is None else (b, b_ids)
     potential = a.new_zeros(len(a), dtype=torch.float64)
     slope = a.new_zeros(a.shape if want_slope else (0,))
     mean = b.mean(0)
     for i in range(0, len(a), TILE):
-        for j in range(i if symmetric else 0, len(b), TILE):
-            rows, cols, both = slice(i, i + TILE), slice(j, j + TILE), symmetric and j > i
+        for j in range(i if one_side else 0, len(b), TILE):
+            rows, cols, both = slice(i, i + TILE), slice(j, j + TILE), one_side and j > i
             one, two = Side.of(a, a_ids, mean, rows), Side.of(b, b_ids, mean, cols)
             squares = one.squares[:, None] + two.squares
             u = squares - 2 * (one.centred @ two.centred.T)
@@ -119,15 +120,15 @@ def stream_fwd(
 @portable
 def reference_fwd(
     a: Tensor,  # [N, d]
-    b: Tensor,  # [M, d]
+    b: Tensor | None,  # [M, d]; None: a
     a_ids: Tensor,  # [N]
-    b_ids: Tensor,  # [M]
+    b_ids: Tensor | None,  # [M]
     b_weight: Tensor | None,  # [M]
     kind: str,
     margin: float,
-    symmetric: bool,
     want_slope: bool,
 ) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
+    b, b_ids = (a, a_ids) if b is None or b_ids is None else (b, b_ids)
     apart = a[:, None] - b
     value, q = phi(apart.square().sum(2), kind, margin)
     weight = (a_ids[:, None] != b_ids) * (1.0 if b_weight is None else b_weight)
