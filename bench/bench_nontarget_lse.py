@@ -12,7 +12,6 @@ the 40 minutes of a run on two slow cores.
 import functools
 import statistics
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import arcface
@@ -118,9 +117,8 @@ def test_ratios(benchmark: Any, shape: Shape) -> None:
     rounds = 3 if shape == LARGEST else 7
     figures = benchmark.pedantic(timed, (shape, rounds), rounds=1)
     for name in LOSSES.keys() & figures.keys():
-        figures[name]["peak_mib"] = round(peak_memory(name, measures(shape)[-1], shape, THREADS), 1)
-    made = {"torch": torch.__version__, "date": date.today().isoformat(), "rounds": rounds}
-    record = dict(zip("BdC", shape, strict=True)) | made | {"contestants": figures}
+        figures[name]["peak_mib"] = round(peak_memory("contestants", name, measures(shape)[-1], shape, THREADS), 1)
+    record = dict(zip("BdC", shape, strict=True)) | results.made(rounds) | {"contestants": figures}
     benchmark.extra_info |= record | {"threads": THREADS}
     results.store(record, THREADS)
     print(f"\n{results.section(record)}")

@@ -6,7 +6,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -34,9 +35,9 @@ def interleaved(
     return seconds
 
 
-def peak_memory(name: str, measure: str, shape: tuple[int, int, int], threads: int) -> float:
-    """MiB above the inputs at the peak of one pass, in a process of its own."""
-    command = [sys.executable, str(HERE / "measure.py"), name, measure, *map(str, shape), str(threads)]
+def peak_memory(contestants: str, name: str, measure: str, shape: Sequence[int], threads: int) -> float:
+    """MiB above the inputs at the peak of one pass, in a process of its own; of a module's contestant."""
+    command = [sys.executable, str(HERE / "measure.py"), contestants, name, measure, *map(str, shape), str(threads)]
     return float(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
@@ -47,14 +48,14 @@ def status(field: str) -> int:  # bytes
 
 def main() -> None:
     import torch
-    from contestants import clear, inputs, passes
 
-    name, measure, *shape, threads = sys.argv[1:]
+    contestants, name, measure, *shape, threads = sys.argv[1:]
+    module = import_module(contestants)
     torch.set_num_threads(int(threads))
-    given = inputs(*map(int, shape))
-    run = passes(measure, given, [name])[name]
+    given = module.inputs(*map(int, shape))
+    run = module.passes(measure, given, [name])[name]
     run()  # what is allocated once does not count
-    clear(*given)
+    module.clear(*given)
     ctypes.CDLL(None).malloc_trim(0)  # else what malloc kept of it would not count in the next pass either
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")

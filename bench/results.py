@@ -6,7 +6,8 @@ A shape that is measured again replaces its old figures; the others stay, each w
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ loss, also for bfloat16; for the floors, which compute no loss, as eager PyTorch
 carry that margin unless their name says NormFace; then the normalisation that libraries of linear layers lack is
 counted. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
 counts where there is one."""
+PAIRS = """\
+A step: the sum and its gradients, of samples and centres (both gradients), of samples alone (centres detached), or of
+all classes' centres among themselves. Seconds are medians of interleaved rounds; "x eager" is how many times as fast as
+the faster of the two eager forms. Peak memory is above the inputs; gradients count."""
 
 
 def cpu() -> str:
@@ -32,19 +37,43 @@ def cpu() -> str:
     return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", model).split())
 
 
+def made(rounds: int) -> Record:
+    return {"torch": torch.__version__, "date": date.today().isoformat(), "rounds": rounds}
+
+
 def store(record: Record, threads: int) -> None:
-    """Writes the three files anew, with this shape in them."""
-    machine = {"cpu": cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads}
-    name = "{cpu}, {isa}, {threads} threads".format(**machine)
-    stem = re.sub(r"[^a-z0-9]+", "-", name.lower())
-    path = FOLDER / f"{stem}.json"
-    old = json.loads(path.read_text())["shapes"] if path.exists() else []
-    shapes = sorted([record, *(r for r in old if size(r) != size(record))], key=size)
-    FOLDER.mkdir(exist_ok=True)
-    path.write_text(json.dumps(machine | {"shapes": shapes}, indent=1) + "\n")
+    """Writes the three files of the head anew, with this shape in them."""
+    path, name = place(threads)
+    shapes = kept(path, threads, record, size)
     draw(path.with_suffix(".png"), name, shapes)
-    parts = [f"# {name}", PREAMBLE, f"![speed relative to eager]({stem}.png)", *map(section, shapes)]
+    parts = [f"# {name}", PREAMBLE, f"![speed relative to eager]({path.stem}.png)", *map(section, shapes)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def store_pairs(record: Record, threads: int) -> None:
+    """Writes the two files of pairs of points anew, with this case in them."""
+    path, name = place(threads, "-pairs")
+    cases = kept(path, threads, record, lambda r: (r["M"], r["measure"]))
+    path.with_suffix(".md").write_text("\n\n".join([f"# {name}", PAIRS, *map(pair_section, cases)]) + "\n")
+
+
+def machine(threads: int) -> Record:
+    return {"cpu": cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+
+
+def place(threads: int, suffix: str = "") -> tuple[Path, str]:
+    """The JSON file of this machine, and its name in words."""
+    name = "{cpu}, {isa}, {threads} threads".format(**machine(threads))
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + suffix + ".json"), name
+
+
+def kept(path: Path, threads: int, record: Record, key: Callable[[Record], Any]) -> list[Record]:
+    """All records of the file, this one in the place of its old; the file holds them then."""
+    old = json.loads(path.read_text())["shapes"] if path.exists() else []
+    shapes = sorted([record, *(r for r in old if key(r) != key(record))], key=key)
+    FOLDER.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**machine(threads), "shapes": shapes}, indent=1) + "\n")
+    return shapes
 
 
 def size(record: Record) -> tuple[int, int, int]:
@@ -58,6 +87,25 @@ def section(record: Record) -> str:
     columns = "| contestant | forward s | x eager | forward + backward s | x eager | peak MiB |\n"
     rows = [line(name, figures) for name, figures in record["contestants"].items()]
     return "\n".join([head + columns + "| --- |" + " ---: |" * 5, *rows])
+
+
+def pair_section(record: Record) -> str:
+    """A case of pairs of points in Markdown."""
+    what = "{M:,} classes" if record["measure"] == "all classes" else "{N:,} samples, {M:,} centres"
+    head = ("## {measure}: " + what + ", d = {d}\n\ntorch {torch}, {date}, medians of {rounds} rounds.\n").format(
+        **record
+    )
+    rows = ["| contestant | s | x eager | peak MiB |", "| --- | ---: | ---: | ---: |"]
+    for name, figures in record["contestants"].items():
+        times, peak = figures["times_eager"], figures.get("peak_mib")
+        cells = [
+            name,
+            f"{figures['median']:.3g}",
+            f"{times:.2f}" if times else "",
+            "" if peak is None else f"{peak:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, *rows])
 
 
 def line(name: str, figures: Mapping[str, Any]) -> str:
