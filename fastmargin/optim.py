@@ -84,7 +84,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         if self.stage != "forward":
             raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")
         self.stage = "backward"
-        scale = None if self.scaler is None else torch.as_tensor(self.scaler.get_scale())
+        scale = None if self.scaler is None else self.scaler.scale(self.weight.new_ones(()))
         return self.next_step()._replace(grad_scale=scale)
 
     @torch.no_grad()

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "../check.h"
+
 namespace fastmargin {
 namespace {
 

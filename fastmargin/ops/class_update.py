@@ -95,6 +95,16 @@ if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
         {"update": _ops.class_update.default, "catch_up": _ops.class_catch_up.default},
-        lambda w: native_can_run(w) and w.device.type == "cpu",
+        native_can_run,
     )
+
+    @torch.library.register_fake("fastmargin::class_update")
+    def _(w, state, grad, rows, rule, hyper, grad_scale):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("fastmargin::class_catch_up")
+    def _(w, v, rows, products):  # type: ignore[no-untyped-def]
+        return None
+
+
 IMPLS["stream"] = Impl({"update": stream_update, "catch_up": stream_catch_up}, lambda w: True)

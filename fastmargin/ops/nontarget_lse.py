@@ -229,6 +229,14 @@ if BUILD.facts:
             x.new_empty(n if need_db else 0),
         )
 
+    @torch.library.register_fake("fastmargin::nontarget_lse_bwd_update")
+    def _(  # type: ignore[no-untyped-def]
+        x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
+        rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_db, state, rule, hyper, grad_scale,
+    ):  # fmt: skip
+        n = w.shape[0] if rows is None else rows.shape[0]
+        return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(n if need_db else 0)
+
 
 IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute)
 IMPLS["stream"] = Impl(
