@@ -2,7 +2,7 @@
 
     L_M = sum_{i < j} max(M - ||c_i - c_j||^2, 0)           dL_M/dc_i = -2 sum_{j: ||c_i - c_j||^2 < M} (c_i - c_j)
 
-Eq. 13 prints ||c_i - c_j||^2 - M, which would pull far centres together; the text penalises pairs nearer than M. It also
+Eq. 13 prints ||c_i - c_j||^2 - M, which would pull far centres together; the text penalises pairs nearer than M. And it
 sums over i, j = 1..K: every pair twice, which `ordered=True` keeps, and i = j, a constant K M that is left out.
 M is of the squared distance: the paper's 200 is a distance of 14.1 between features of its scale.
 
