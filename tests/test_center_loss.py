@@ -92,6 +92,8 @@ def test_no_rows_and_rows_that_are_not_finite():
     loss = center_loss(empty, labels[:0], centers)
     loss.backward()
     assert loss == 0 and empty.grad.shape == (0, D)
+    (bank := filled_bank(centers)).update(empty, labels[:0])
+    assert torch.equal(bank.centers, centers) and bank.updated(empty, labels[:0])[1].shape == (0, D)
     assert center_loss(centers[labels], labels, centers) == 0
     x[4, 2] = math.nan
     losses = center_loss(x, labels, centers, reduction="none")

@@ -12,6 +12,8 @@ A training step takes its losses from the old centres, then calls `update`. No w
 Losses take any centres: which are passed in is the route by which a gradient reaches the features (MML section II.C
 leaves it open). `bank.centers` have none; `bank.updated` gives dL/dx_i = rate_{y_i} dL/dc_{y_i}; `batch_means` gives
 dL/dx_i = dL/dc_{y_i} / n_{y_i}; a Parameter [C, d] of your own is trained itself.
+
+A batch is that of this process, but for a bank with a group.
 Letters: B rows, C classes, K of them in the batch, d features, n_j rows of class j.
 """
 
