@@ -137,10 +137,10 @@ def test_learning_rate() -> None:
 def test_first_step_is_nesterov_sgd_by_hand(tmp_path: Path) -> None:
     """v = g + wd w; w <- w - lr (v + momentum v) on the first step, for class weights as for convolutions."""
     current = run.build(SMALL, print)
-    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head).items()}
+    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head, current.terms).items()}
     engine.train_step(current, *next(engine.batches(current)))
     optim, rate = SMALL.optim, SMALL.optim.lr / SMALL.optim.warmup
-    for name, p in run.learnt(current.model, current.head).items():
+    for name, p in run.learnt(current.model, current.head, current.terms).items():
         assert p.grad is not None
         v = p.grad + optim.weight_decay * before[name]
         torch.testing.assert_close(p.detach(), before[name] - rate * (v + optim.momentum * v))

@@ -9,7 +9,7 @@ torch is imported by the commands, not here.
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -72,7 +72,8 @@ def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
         if is_dataclass(hints[entry.name]):
             yield from options(hints[entry.name], f"{prefix}{entry.name}.")
         else:
-            yield prefix + entry.name, hints[entry.name], entry.default, entry.metadata["help"]
+            default = {} if entry.default is MISSING else entry.default  # only a mapping is made by a factory
+            yield prefix + entry.name, hints[entry.name], default, entry.metadata["help"]
 
 
 def train(given: Any) -> None:

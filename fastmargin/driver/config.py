@@ -6,7 +6,7 @@ Every default, its help text and its range live here and nowhere else. This modu
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
@@ -106,6 +106,14 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class TermConfig:
+    """A term of the loss beside the head's; `driver.terms` has the names and the options."""
+
+    weight: float = option(1.0, "factor of the term")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the term"})
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -113,12 +121,21 @@ class TrainConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    terms: dict[str, TermConfig] = field(
+        default_factory=dict,
+        metadata={"help": "losses beside the head's, by name: center, git, minimum_margin, marginal, range, "
+                          "margin_based, or a class of pytorch_metric_learning.losses"},
+    )  # fmt: skip
+    init_from: str | None = option(None, "folder of another run's checkpoint, whose weights training starts from")
     dim: int = option(128, "features of the embedding")
     seed: int = option(0, "weights, order of the images and augmentation")
     log_every: int = option(20, "steps between two records")
     save_every: int = option(400, "steps between two checkpoints")
 
     def __post_init__(self) -> None:
+        for name, term in self.terms.items():
+            require(0 <= term.weight < math.inf, f"terms.{name}.weight", term.weight, "a number of 0 or more")
+            require(isinstance(term.options, Mapping), f"terms.{name}.options", term.options, "arguments by name")
         require(self.dim >= 1, "dim", self.dim, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
@@ -139,6 +156,9 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         if is_dataclass(hints[name]):
             require(isinstance(given, Mapping), name, given, "options of its own")
             return from_dict(hints[name], given)
+        if hints[name] == dict[str, TermConfig]:
+            require(isinstance(given, Mapping), name, given, "terms by name")
+            return {term: from_dict(TermConfig, options) for term, options in given.items()}
         return tuple(given) if isinstance(given, list) else given
 
     for name, given in values.items():
@@ -161,6 +181,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, entry.name)
         if is_dataclass(value):
             flat |= flatten(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, dict):
+            flat[prefix + entry.name] = {name: asdict(term) for name, term in value.items()}
         else:
             flat[prefix + entry.name] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -26,7 +26,7 @@ from fastmargin.driver import checkpoint, folder, report
 from fastmargin.driver.augment import augment, to_float
 from fastmargin.driver.config import OptimConfig, TrainConfig
 from fastmargin.driver.data import UniformBatches
-from fastmargin.driver.run import Log, Run, build, learnt, restore, state, tensors
+from fastmargin.driver.run import Log, Run, build, learnt, restore, start_from, state, tensors
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
@@ -44,6 +44,9 @@ def train(config: TrainConfig, out: str | None, log: Log) -> Path:
     damaged, and a loss that is no longer finite.
     """
     run = build(config, log)
+    begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
+    if config.init_from is not None and not begun:
+        start_from(run, Path(config.init_from), log)
     where = folder.claim(out, config)
     log(f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on")
     resume(run, where, log)
@@ -103,12 +106,16 @@ def train_step(
 ) -> HeadOutput:
     images, labels = run.train.images[index], run.train.labels[index]
     pixels = augment(images, index, epoch, run.config.seed) if run.config.data.augment else to_float(images)
+    lr = learning_rate(run.config.optim, run.step)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.config.optim, run.step)
-    out = run.head(run.model(pixels), labels)
+        group["lr"] = lr
+    embeddings = run.model(pixels)
+    out = run.head(embeddings, labels)
+    loss = out.loss + run.terms(embeddings, labels)
     run.optimizer.zero_grad()
-    out.loss.backward()
+    loss.backward()
     run.optimizer.step()
+    run.terms.update(embeddings, labels, lr)
     run.table.update(labels, out.hard_classes, out.hard_scores)
     if run.schedule:
         run.schedule.step()
@@ -159,15 +166,16 @@ def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, An
     record = {
         "step": run.step,
         "loss": out.loss.item(),
+        "terms": {name: value.item() for name, value in run.terms.last.items()},
         "target_score": out.target_score.mean().item(),
         "lr": run.optimizer.param_groups[0]["lr"],
         "margin": getattr(run.head.margin, "m", None),
         "images_per_second": round(images_per_second, 1),
     }
-    weights = learnt(run.model, run.head).values()
-    if not math.isfinite(record["loss"]) or not all(weight.isfinite().all() for weight in weights):
+    weights, losses = learnt(run.model, run.head, run.terms).values(), (record["loss"], *record["terms"].values())
+    if not all(map(math.isfinite, losses)) or not all(weight.isfinite().all() for weight in weights):
         raise ValueError(
-            f"training diverged by step {run.step}: the loss is {record['loss']}, or a weight not finite. "
+            f"training diverged by step {run.step}: the loss is {record['loss']}, or a term or a weight not finite. "
             "The last checkpoint is kept; a smaller optim.lr may help"
         )
     return record
