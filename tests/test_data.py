@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmargin.driver import augment as aug
 from fastmargin.driver.augment import augment, to_float
 from fastmargin.driver.data import Identities, Permutation, UniformBatches, hash64, mix64
+from fastmargin.driver.datasets.glyphs import first_code_point
 
 
 def toy_identities(names: list[str], each: int = 3) -> Identities:
@@ -39,7 +40,7 @@ def test_hash_depends_on_every_word_and_on_their_order() -> None:
 
 def test_split_is_by_md5_of_seed_and_first_code_point() -> None:
     names = [chr(code) + "x" for code in range(0x100, 0x300)]
-    train, test = toy_identities(names, each=1).split(0.2, 5)
+    train, test = toy_identities(names, each=1).split(0.2, 5, first_code_point)
     fraction = [int(hashlib.md5(f"5:{ord(name[0])}".encode()).hexdigest(), 16) / 2**128 for name in names]
     assert test.names == [name for name, part in zip(names, fraction, strict=True) if part < 0.2]
     assert sorted(train.names + test.names) == sorted(names)
