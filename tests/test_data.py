@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmargin.driver import augment as aug
 from fastmargin.driver.augment import augment, to_float
-from fastmargin.driver.data import Identities, Permutation, UniformBatches, hash64, mix64
+from fastmargin.driver.data import Identities, Permutation, UniformBatches, dense, hash64, mix64
 from fastmargin.driver.datasets.glyphs import first_code_point
 
 
@@ -73,6 +73,107 @@ def test_split_seed_and_share() -> None:
     for holdout in (-0.1, 1.0):
         with pytest.raises(ValueError, match=str(holdout)):
             whole.split(holdout, 0)
+
+
+class Remembered:
+    """Stored images that remember what was read; image i is all i."""
+
+    def __init__(self, count: int) -> None:
+        self.shape, self.read = (count, 4, 4), []
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray) -> Tensor:
+        self.read += index.tolist()
+        return torch.from_numpy(index.astype(np.uint8))[:, None, None].expand(-1, 4, 4)
+
+    def checksums(self) -> np.ndarray:
+        return np.arange(len(self), dtype=np.uint32)
+
+
+def test_stored_images_are_split_without_being_read() -> None:
+    names = [chr(code) for code in range(65, 91)]
+    memory, images = toy_identities(names), Remembered(78)
+    stored = Identities(images, memory.labels, names)
+    for part, wanted in zip(stored.split(0.4, 1), memory.split(0.4, 1), strict=True):
+        again = part.take(np.arange(len(part.labels))[::2])
+        assert part.names == wanted.names and torch.equal(part.labels, wanted.labels)
+        assert part.images.shape == wanted.images.shape and len(again.images) == len(again.labels)
+        assert images.read == []
+        assert torch.equal(again.images[np.array([1, 0])], wanted.images[[2, 0]])
+        images.read.clear()
+
+
+def test_fingerprints_tell_names_labels_and_images_apart() -> None:
+    base, stored = (
+        toy_identities(["a", "b"]),
+        Identities(Remembered(6), torch.arange(2).repeat_interleave(3), ["a", "b"]),
+    )
+    others = [
+        Identities(base.images.flip(0), base.labels, base.names),
+        Identities(base.images, base.labels.flip(0), base.names),
+        Identities(base.images, base.labels, ["a", "c"]),
+        stored,
+        stored.take(np.array([0, 1, 2, 3, 5, 4])),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert stored.take(np.arange(6)).fingerprint == stored.fingerprint
+    assert base.take(np.arange(6)).fingerprint == base.fingerprint
+
+
+# What is compared
+
+
+def uneven(sizes: list[int]) -> Identities:
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images = torch.arange(len(labels))[:, None, None].expand(-1, 4, 4)  # wide enough for every number
+    return Identities(images[order], labels[order], [f"id{label}" for label in range(len(sizes))])
+
+
+def test_identities_of_one_image_are_not_compared() -> None:
+    data = uneven([3, 1, 2, 1, 5])
+    kept = data.comparable(1000, 0)
+    assert kept.names == ["id0", "id2", "id4"] and torch.bincount(kept.labels).tolist() == [3, 2, 5]
+    wanted = [i for i, label in enumerate(data.labels.tolist()) if label in (0, 2, 4)]
+    assert torch.equal(kept.images, data.images[wanted])
+    assert uneven([1, 1]).comparable(10, 0).names == [] and uneven([]).comparable(10, 0).names == []
+    whole = uneven([4, 2])
+    assert torch.equal(whole.comparable(6, 0).images, whole.images)
+
+
+@pytest.mark.parametrize("sizes", [[200, 300, 7], [30] * 40, [2] * 300, [1, 500], [11, 12, 13] * 9])
+def test_what_is_compared_keeps_to_its_limit(sizes: list[int]) -> None:
+    limit = 100
+    data = uneven(sizes)
+    kept = data.comparable(limit, 3)
+    counts = torch.bincount(kept.labels)
+    most = max(10, limit // sum(size > 1 for size in sizes))
+    before = {f"id{label}": size for label, size in enumerate(sizes)}
+    assert counts.tolist() == [min(before[name], most) for name in kept.names]
+    full = sum(min(size, most) for size in sizes if size > 1)
+    assert limit - most < len(kept.images) <= limit or len(kept.images) == full <= limit
+    assert kept.images[:, 0, 0].unique().numel() == len(kept.images)
+    assert data.comparable(limit, 3).names == kept.names
+
+
+def test_images_of_a_large_identity_are_evenly_spread() -> None:
+    labels = torch.zeros(1000, dtype=torch.int64)
+    data = Identities(torch.arange(1000)[:, None, None].expand(-1, 4, 4), labels, ["a"])
+    chosen = data.comparable(40, 0).images[:, 0, 0]
+    assert len(chosen) == 40 and chosen.diff().tolist() == [25] * 39
+
+
+def test_the_seed_decides_who_is_compared() -> None:
+    data = uneven([20] * 50)
+    assert data.comparable(100, 0).names != data.comparable(100, 1).names
+    assert 10 <= len(data.comparable(100, 0).names) <= 10
+
+
+def test_dense_labels_keep_their_order() -> None:
+    labels, values = dense(np.array([70, 3, 3, 1000, 70], np.int32))
+    assert labels.tolist() == [1, 0, 0, 2, 1] and values.tolist() == [3, 70, 1000] and labels.dtype == torch.int64
 
 
 # Order
@@ -168,6 +269,23 @@ def test_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
         assert torch.equal(alone[0], together[i])
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1)).numpy()
     assert torch.equal(augment(images[shuffled], INDEX[shuffled], EPOCH[shuffled], 0), together[shuffled])
+
+
+def test_coloured_images_are_warped_as_grey_ones(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+    monkeypatch.setattr(aug, "NOISE", 0.0)
+    colored = torch.stack([images, images.flip(1), images.flip(2)], dim=-1)
+    assert torch.equal(to_float(colored)[:, 1], to_float(images.flip(1))[:, 0])
+    result = augment(colored, INDEX, EPOCH, 0)
+    assert result.shape == (64, 3, 32, 32)
+    for channel in range(3):
+        grey = augment(colored[..., channel], INDEX, EPOCH, 0)
+        torch.testing.assert_close(result[:, channel : channel + 1], grey, rtol=0, atol=1e-6)
+    monkeypatch.undo()
+    noise = augment(colored, INDEX, EPOCH, 0) - result
+    assert (
+        noise.std() > 0.02
+        and abs(np.corrcoef(noise.flatten(2).numpy()[:, 0].ravel(), noise[:, 1].flatten())[0, 1]) < 0.02
+    )
 
 
 def test_an_image_does_not_depend_on_threads(images: Tensor) -> None:

@@ -108,6 +108,23 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert records(parts) == records(whole)
 
 
+@pytest.mark.parametrize("config", [SMALL, MINING], ids=["uniform", "doppelganger"])
+def test_a_run_resumes_bit_for_bit_with_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_loop(config, whole)
+    for workers, stop in ((2, 7), (1, 11)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(patch, stop)
+            train_loop(replace(config, data=replace(config.data, workers=workers)), parts)
+    train_loop(replace(config, data=replace(config.data, workers=3)), parts)
+    expected, got = (checkpoint.load_latest(where / "checkpoints") for where in (whole, parts))
+    assert expected is not None and got is not None and got.step == 12
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert records(parts) == records(whole)
+
+
 def test_checkpoints_hold_whatever_a_step_changes(tmp_path: Path) -> None:
     """If a tensor were left out of the checkpoint, the test above would pass only by luck: this one lists them."""
     current = train_loop(MINING, tmp_path)

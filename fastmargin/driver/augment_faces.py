@@ -64,7 +64,7 @@ def window(
     columns = torch.where(draw["mirror"][:, None] < MIRROR, columns.flip(1), columns)
     image = torch.arange(batch)[:, None, None]
     pixel = (image * height + rows[:, :, None]) * width + columns[:, None, :]  # [B, H, W]
-    return images.reshape(batch * height * width, -1).index_select(0, pixel.flatten()).view(images.shape)
+    return images.flatten(0, 2).index_select(0, pixel.flatten()).view(images.shape)
 
 
 def lines(

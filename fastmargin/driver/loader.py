@@ -47,7 +47,8 @@ def batches(run: Run) -> Iterator[Batch]:
     if workers == 0:
         yield from starmap(prepare, wanted)
         return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))  # the rest is for training
     try:
         started = deque(pool.submit(prepare, *batch) for batch in islice(wanted, 1 + ahead(run)))
         while started:
@@ -55,6 +56,7 @@ def batches(run: Run) -> Iterator[Batch]:
             started.extend(pool.submit(prepare, *batch) for batch in islice(wanted, 1))
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads yet to come: a worker's setting is theirs too
 
 
 def ahead(run: Run) -> int:
