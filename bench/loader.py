@@ -24,9 +24,9 @@ from fastmargin.driver.datasets.synthetic import Synthetic
 from fastmargin.driver.run import Run, build
 
 WORKERS = (0, 1, 2)
-ROUNDS = 5
+ROUNDS = 3
 BATCH = 128
-ALONE, TRAINING = 24, 8  # steps of a round
+ALONE, TRAINING = 16, 4  # steps of a round
 CLASSES, IMAGES = 200, 10  # of the folder and of the synthetic identities
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,8 +272,10 @@ def test_measured_defaults_belong_to_arcface_alone() -> None:
 
 
 def test_too_few_identities(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"30 identities to train on and 0 held out"):
-        run.build(replace(SMALL, data=replace(SMALL.data, holdout=1e-9)), print)
+    few = identities().take(np.arange(3 * IMAGES))
+    monkeypatch.setattr(run, "load_data", lambda config, log: few.split(config.holdout, config.split_seed))
+    with pytest.raises(ValueError, match=r"1 identities to train on and 2 held out"):
+        run.build(SMALL, print)
 
 
 def test_embedding_is_in_evaluation_mode_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +285,14 @@ def test_embedding_is_in_evaluation_mode_and_the_mode_comes_back(monkeypatch: py
     monkeypatch.setattr(engine, "EMBED", 3)
     torch.testing.assert_close(engine.embed(current.model, images), together)
     assert current.model.training and not together.requires_grad
+
+
+def test_raw_pixels_are_averaged_over_tiles() -> None:
+    small, large = torch.rand(3, 1, 32, 32), torch.rand(3, 3, 96, 96)
+    assert torch.equal(engine.RawPixels()(small), small.flatten(1))
+    tiles = large.double().unfold(2, 3, 3).unfold(3, 3, 3).mean((-1, -2))
+    assert (engine.RawPixels()(large) - tiles.flatten(1)).abs().max() < 1e-6
+    assert torch.equal(engine.RawPixels()(torch.zeros(1, 1, 8, 8)), torch.ones(1, 64)), "black has no direction"
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ class DataConfig:
     holdout: float = option(0.2, "share of the identities that training never sees")
     split_seed: int = option(0, "which identities are held out")
     cache: str | None = option(None, "folder of rendered and packed images; null: ~/.cache/fastmargin")
-    workers: int = option(0, "threads that prepare batches ahead of training; no result depends on them")
+    workers: int = option(0, "threads that prepare batches ahead, worth it with a GPU; no result depends on them")
     fonts: str | None = option(None, "glyphs: folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
     faces: int = option(6, "glyphs: an identity has at least this many different images")
 
@@ -59,6 +59,7 @@ class DataConfig:
         require(0 < self.holdout < 1, "data.holdout", self.holdout, "a share between 0 and 1, both excluded")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more threads")
         require(self.faces >= 2, "data.faces", self.faces, "at least 2")
+        require(self.fonts is None or self.source == GLYPHS, "data.fonts", self.fonts, "null: glyphs alone have fonts")
 
     def cache_folder(self) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

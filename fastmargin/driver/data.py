@@ -132,11 +132,17 @@ class Identities:
         """(train, test): whole identities, about a share `holdout` of them in test.
 
         An identity's side depends on the seed and the key of its name alone: the split survives new identities
-        and images. ValueError unless 0 <= holdout < 1.
+        and images. Where chance would leave test without a pair to compare, the first two identities that have
+        two images go there, unless holdout is 0. ValueError unless 0 <= holdout < 1.
         """
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout is a share of the identities, 0 <= holdout < 1; got {holdout}")
-        test = np.array([held_out(key(name), holdout, seed) for name in self.names], bool)[self.labels.numpy()]
+        place = np.array([fraction(key(name), seed) for name in self.names])  # [C]
+        test = place < holdout
+        if holdout > 0:
+            paired = np.flatnonzero(np.bincount(self.labels, minlength=self.num_classes) > 1)
+            test[paired[place[paired].argsort()[:2]]] = True
+        test = test[self.labels.numpy()]
         return self.take(np.flatnonzero(~test)), self.take(np.flatnonzero(test))
 
     def comparable(self, limit: int, seed: int) -> "Identities":
@@ -160,10 +166,10 @@ class Identities:
         return self.take(np.sort(rows[rank * given[of] % sizes[of] < given[of]]))
 
 
-def held_out(key: object, holdout: float, seed: int) -> bool:
-    """Whether md5("seed:key"), as a fraction of 1, is below holdout."""
+def fraction(key: object, seed: int) -> float:
+    """md5("seed:key") as a fraction of 1."""
     digest = hashlib.md5(f"{seed}:{key}".encode(), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < holdout
+    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def dense(

@@ -141,7 +141,9 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
     """Decodes all pictures, in their order, and appends them, then index and trailer."""
     count = len(encoded.labels)
     log(f"data: packing {count} images of {len(encoded.names)} identities at {size} x {size}, {color}, once")
-    kept, checksums, skipped = [], [], []
+    kept: list[int] = []
+    checksums: list[int] = []
+    skipped: list[str] = []
     with path.open("wb") as file, tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for number, pixels in decoded(encoded, size, color):
             bar.update()
@@ -154,14 +156,24 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
             kept.append(number)
             checksums.append(zlib.crc32(record))
         labels, old = dense(encoded.labels[kept])
-        names = json.dumps([encoded.names[label] for label in old])
-        index = safetensors.numpy.save({
-            "shape": np.array(pixels_shape(size, color)),
-            "labels": labels.numpy(),
-            "checksums": np.array(checksums, np.uint32),
-            "names": np.frombuffer(names.encode(), np.uint8),
-        })  # fmt: skip
+        shape = (size, size, 3) if color == "rgb" else (size, size)
+        index = index_of(shape, labels.numpy(), checksums, [encoded.names[label] for label in old])
         file.write(index + TRAILER.pack(MAGIC, VERSION, len(index), zlib.crc32(index)))
+
+
+def index_of(
+    shape: tuple[int, ...],  # of a record
+    labels: NDArray[np.int64],  # [N]
+    checksums: list[int],  # [N]
+    names: list[str],  # [C]
+) -> bytes:
+    tensors = {
+        "shape": np.array(shape),
+        "labels": labels,
+        "checksums": np.array(checksums, np.uint32),
+        "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
+    }
+    return safetensors.numpy.save(tensors)
 
 
 def decoded(encoded: Encoded, size: int, color: Color) -> Iterator[tuple[int, NDArray[np.uint8] | Exception]]:
@@ -187,10 +199,6 @@ def check_budget(skipped: list[str], count: int) -> None:
             f"{len(skipped)} of {count} images cannot be read, more than {UNREADABLE:.0%}: "
             f"{'; '.join(skipped[:SHOWN])}{more}"
         )
-
-
-def pixels_shape(size: int, color: Color) -> list[int]:
-    return [size, size, 3] if color == "rgb" else [size, size]
 
 
 def read_index(path: Path) -> dict[str, NDArray]:
