@@ -200,8 +200,10 @@ def resolvable(result: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class RawPixels(nn.Module):
-    """Images as they are, averaged over tiles down to RAW_SIDE pixels a side; a black one, which has no direction, is
-    taken for a white one."""
+    """Images as they are, averaged over tiles down to RAW_SIDE pixels a side.
+
+    A black one, which has no direction, is taken for a white one.
+    """
 
     def forward(
         self,
