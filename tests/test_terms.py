@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from test_driver import (  # noqa: F401 (the fixtures hold here, too)
     SMALL,
-    identities,
+    load_data,
     one_thread,
     records,
     small_data,
@@ -23,7 +23,7 @@ from test_driver import (  # noqa: F401 (the fixtures hold here, too)
 )
 
 import fastmargin as fm
-from fastmargin.driver import checkpoint, cli, engine, folder, run
+from fastmargin.driver import checkpoint, cli, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, TermConfig, TrainConfig
 from fastmargin.driver.terms import Terms
 from fastmargin.evaluation import class_distances
@@ -106,9 +106,8 @@ def test_losses_see_the_old_centres_and_the_loss_is_the_weighted_sum() -> None:
     bank.centers.copy_(torch.randn_like(bank.centers))
     old, seen = bank.centers.clone(), []
     current.model.register_forward_hook(lambda _, __, x: (x.retain_grad(), seen.append(x))[0])
-    index, epoch = next(engine.batches(current))
-    labels = current.train.labels[index]
-    out = engine.train_step(current, index, epoch)
+    images, labels = next(loader.batches(current))
+    out = engine.train_step(current, images, labels)
     x = seen[0].detach().requires_grad_()
     expected = {"center": fm.center_loss(x, labels, old), "git": fm.git_loss(x, labels, old)}
     assert {k: v.item() for k, v in current.terms.last.items()} == {k: v.item() for k, v in expected.items()}
@@ -354,7 +353,7 @@ def test_scheme_3_starts_from_the_weights_of_scheme_2(tmp_path: Path, monkeypatc
 
 def test_other_images_take_the_network_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, path = first_run(tmp_path)
-    monkeypatch.setattr(run, "load_glyphs", lambda config, log: identities(seed=1))
+    monkeypatch.setattr(run, "load_data", lambda config, log: load_data(config, log, seed=1))
     said: list[str] = []
     fresh = started(replace(SCHEME_3, init_from=path), tmp_path / "second", monkeypatch, said.append)
     assert torch.equal(next(fresh.model.parameters()), next(first.model.parameters()))

@@ -57,7 +57,7 @@ def new_parser(**options: Any) -> ArgumentParser:
 
 
 def train_parser() -> ArgumentParser:
-    parser = new_parser(description="Train on glyph identities, evaluate on unseen ones, report.")
+    parser = new_parser(description="Train on glyphs or images of your own, evaluate on identities never seen, report.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
     parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
     for name, kind, default, help in options(TrainConfig):

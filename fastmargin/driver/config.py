@@ -5,10 +5,15 @@ Every default, its help text and its range live here and nowhere else. This modu
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+GLYPHS = "glyphs"  # the source that needs no files
+# Options on which no result depends: a run is resumed with any of them.
+FREE = ("data.workers", "data.cache")
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
@@ -25,21 +30,40 @@ def require(ok: bool, name: str, given: object, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Glyph identities: characters drawn in many faces; whole characters are held out for evaluation."""
+    """Identities and their images; whole identities are held out for evaluation.
 
-    fonts: str | None = option(None, "folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
-    faces: int = option(6, "an identity has at least this many different images")
-    size: int = option(32, "pixels per side")
+    A null is decided by the kind of the source: `driver.datasets` has the list. `fonts` and `faces` concern
+    glyphs alone.
+    """
+
+    source: str = option(
+        GLYPHS,
+        "glyphs; synthetic:CLASSESxIMAGES; a folder that holds a folder of images for each identity; InsightFace's "
+        "train.rec; an IDX file of images; Omniglot's zips, with commas between them; a safetensors file",
+    )
+    size: int | None = option(None, "pixels per side; null: photographs 112, characters 32, tensors as they are")
+    color: Literal["grey", "rgb"] | None = option(None, "null: the images' own")
+    augment: Literal["glyphs", "faces", "none"] | None = option(
+        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, colour, erasing; null: by source"
+    )
     holdout: float = option(0.2, "share of the identities that training never sees")
     split_seed: int = option(0, "which identities are held out")
-    cache: str | None = option(None, "folder of rendered arrays; null: ~/.cache/fastmargin")
-    augment: bool = option(True, "small random rotations, shifts, blur and noise")
+    cache: str | None = option(None, "folder of rendered and packed images; null: ~/.cache/fastmargin")
+    workers: int = option(0, "threads that prepare batches ahead, worth it with a GPU; no result depends on them")
+    fonts: str | None = option(None, "glyphs: folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
+    faces: int = option(6, "glyphs: an identity has at least this many different images")
 
     def __post_init__(self) -> None:
-        require(self.faces >= 2, "data.faces", self.faces, "at least 2")
-        require(self.size >= 16, "data.size", self.size, "at least 16 pixels")
+        require(self.size is None or self.size >= 16, "data.size", self.size, "at least 16 pixels")
         require(0 <= self.split_seed < 2**63, "data.split_seed", self.split_seed, "0 or more, below 2**63")
         require(0 < self.holdout < 1, "data.holdout", self.holdout, "a share between 0 and 1, both excluded")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more threads")
+        require(self.faces >= 2, "data.faces", self.faces, "at least 2")
+        require(self.fonts is None or self.source == GLYPHS, "data.fonts", self.fonts, "null: glyphs alone have fonts")
+
+    def cache_folder(self) -> Path:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(self.cache) if self.cache is not None else Path(home) / "fastmargin"
 
 
 @dataclass(frozen=True)
@@ -189,6 +213,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """Dotted names of the options in which two configurations differ."""
+    """Dotted names of the options in which two configurations differ and their results may."""
     other = flatten(theirs)
-    return [name for name, value in flatten(ours).items() if value != other[name]]
+    return [name for name, value in flatten(ours).items() if value != other[name] and name not in FREE]

@@ -4,9 +4,8 @@ Images, their order and their augmentation are functions of (seed, step); everyt
 and changes is in the checkpoint.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 from fastmargin import margins
 from fastmargin.driver.checkpoint import Checkpoint, load
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
-from fastmargin.driver.data import Identities, UniformBatches
-from fastmargin.driver.glyphs import load_glyphs
+from fastmargin.driver.data import Identities, Log, UniformBatches
+from fastmargin.driver.datasets import load_data
 from fastmargin.driver.models import build_model
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
-Log = Callable[[str], None]
 Order = UniformBatches | DoppelgangerBatchSampler
 
 
@@ -53,16 +51,14 @@ class Run:
 
 def build(config: TrainConfig, log: Log) -> Run:
     """Data, network, head, optimiser, mining. ValueError for options that do not fit together."""
-    train, test = load_glyphs(config.data, log).split(config.data.holdout, config.data.split_seed)
+    train, test = load_data(config.data, log)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
-        raise ValueError(f"{split}; wanted at least 2 of each: more fonts, or another data.holdout")
+        raise ValueError(f"{split}; wanted at least 2 of each: more data, another data.holdout or data.split_seed")
     if config.head.topk >= train.num_classes:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
-    if config.optim.batch_size > len(train.images):
-        raise ValueError(f"optim.batch_size is {config.optim.batch_size}; there are {len(train.images)} images")
     torch.manual_seed(config.seed)
-    model = build_model(config.dim, config.data.size)
+    model = build_model(config.dim, train.images.shape[1], train.channels)
     head = build_head(config, train.num_classes)
     terms = Terms(config.terms, train.num_classes, config.dim)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
@@ -163,7 +159,7 @@ def state(run: Run) -> dict[str, Any]:
     """What is not tensors, as JSON."""
     return {
         "config": asdict(run.config),
-        "data": fingerprint(run.train),
+        "data": run.train.fingerprint,
         "schedule": run.schedule.state_dict() if run.schedule else None,
         "seconds": run.seconds,
     }
@@ -171,8 +167,8 @@ def state(run: Run) -> dict[str, Any]:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Brings a run just built to where the checkpoint was made. ValueError if the images are others."""
-    if saved.state["data"] != fingerprint(run.train):
-        raise ValueError("the run was trained on other images: the fonts, or what draws them, have changed")
+    if saved.state["data"] != run.train.fingerprint:
+        raise ValueError("the run was trained on other images: they, or what reads or draws them, have changed")
     part = partial(part_of, saved.tensors)
     run.model.load_state_dict(part("model"))
     run.head.load_state_dict(part("head"))
@@ -194,7 +190,7 @@ def start_from(run: Run, path: Path, log: Log) -> None:
     same images, the head's and what its terms hold that this run has too. ValueError for weights of other shapes.
     """
     step, saved, its_state = load(path)
-    same = its_state["data"] == fingerprint(run.train)
+    same = its_state["data"] == run.train.fingerprint
     try:
         run.model.load_state_dict(part_of(saved, "model"))
         if same:
@@ -208,10 +204,3 @@ def start_from(run: Run, path: Path, log: Log) -> None:
 
 def part_of(saved: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
-
-
-def fingerprint(data: Identities) -> str:
-    digest = hashlib.sha256("\n".join(data.names).encode())
-    digest.update(data.labels.numpy().tobytes())
-    digest.update(data.images.numpy().tobytes())
-    return digest.hexdigest()

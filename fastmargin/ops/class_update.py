@@ -7,7 +7,7 @@ as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t. And clas
 of SGD has moved all the same, by a product of T 2 x 2 matrices on its (v, w). Letters: C classes, n rows, d features.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ class Step(NamedTuple):
     rule: str  # "sgd" or "adamw"
     hyper: list[float]  # lr, momentum, weight_decay, nesterov; or lr, weight_decay, beta1, beta2, eps, c1, sqrt(c2)
     grad_scale: Tensor | None  # [] gradients are divided by it; rows whose gradient is not finite stay as they are
+
+
+class SteppingBackward(Protocol):
+    """An optimiser that steps inside the backward pass: `fastmargin.optim` with in_backward=True."""
+
+    def begin_backward(self) -> Step: ...
 
 
 def stream_update(

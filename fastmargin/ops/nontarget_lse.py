@@ -17,7 +17,7 @@ classes, d features, k mined classes.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +39,6 @@ from fastmargin.ops import nontarget_lse_portable as portable
 from fastmargin.ops import nontarget_lse_reference as reference
 from fastmargin.ops.checks import check_ids, check_operands
 
-if TYPE_CHECKING:
-    from fastmargin.optim import ClassOptimizer
-
 
 @dataclass(frozen=True)
 class Options:
@@ -50,7 +47,7 @@ class Options:
     compute_dtype: torch.dtype | None
     backend: str
     want_a: bool
-    optimizer: "ClassOptimizer | None"
+    optimizer: class_update.SteppingBackward | None
 
 
 class NontargetLSE(torch.autograd.Function):
@@ -129,7 +126,7 @@ def nontarget_lse(
     topk: int = 0,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
-    optimizer: "ClassOptimizer | None" = None,
+    optimizer: class_update.SteppingBackward | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
     """Log-sum-exp over the classes that are not the row's own, the own class's logit, and the k nearest others.
 
