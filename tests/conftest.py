@@ -1,6 +1,9 @@
 import pytest
 import torch
+from emulation import ROOT, built
 
+from fastmargin.backends import HALVES, Impl
+from fastmargin.ops import pairwise_potential, target_logit
 from fastmargin.ops.nontarget_lse import IMPLS
 
 
@@ -55,3 +58,25 @@ def rounding(request):
     if name not in IMPLS or dtype not in IMPLS[name].compute(torch.empty(0)):
         pytest.skip(f"no {dtype} operands in the {name} kernels of this machine")
     return {"backend": name, "compute_dtype": dtype}
+
+
+@pytest.fixture(scope="session")
+def emulated_ops(tmp_path_factory):
+    torch.ops.load_library(built(ROOT, tmp_path_factory.mktemp("emulated")))
+    return torch.ops.fastmargin_emulated
+
+
+@pytest.fixture(scope="module")
+def emulated(emulated_ops):
+    """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
+    ops = emulated_ops
+    functions = {"fwd": ops.nontarget_lse_fwd.default, "bwd": ops.nontarget_lse_bwd.default}
+    IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES)
+    target_logit.IMPLS["emulated"] = Impl({"fwd": ops.target_logit.default}, is_float32)
+    pairwise_potential.IMPLS["emulated"] = Impl({"fwd": ops.pairwise_potential_fwd.default}, is_float32)
+    yield "cpu", "emulated"
+    del IMPLS["emulated"], target_logit.IMPLS["emulated"], pairwise_potential.IMPLS["emulated"]
+
+
+def is_float32(x):
+    return x.dtype == torch.float32

@@ -1,4 +1,4 @@
-// CUDA streams and matrix products for glue.cpp, and the registration of its ops.
+// CUDA streams and matrix products for the host code, and the registration of its ops.
 #include "device.h"
 
 #include <ATen/ops/baddbmm.h>
@@ -30,10 +30,20 @@ void multiply_add(const at::Tensor& out, const at::Tensor& a, const at::Tensor& 
   }
 }
 
+NoTf32::NoTf32() {
+  at::Context& torch = at::globalContext();
+  TORCH_CHECK_VALUE(
+      torch.blasPreferredBackend() != at::BlasBackend::Cublaslt ||
+          torch.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) != at::Float32Precision::TF32,
+      "squared distances need float32 products, and cuBLASLt would round them to TF32: want "
+      "torch.backends.cuda.preferred_blas_library('cublas'), or TF32 off for matrix products");
+}
+
 }  // namespace fastmargin::device
 
 TORCH_LIBRARY_IMPL(fastmargin, CUDA, m) {
   m.impl("target_logit", fastmargin::cuda::target_logit);
   m.impl("nontarget_lse_fwd", fastmargin::cuda::nontarget_lse_fwd);
   m.impl("nontarget_lse_bwd", fastmargin::cuda::nontarget_lse_bwd);
+  m.impl("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

@@ -1,7 +1,9 @@
-// The ops of a GPU, with the signatures of csrc/ops.cpp.
+// The ops of a GPU, with the signatures of csrc/ops.cpp, and what their host code shares.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
 
 #include <optional>
 #include <tuple>
@@ -10,6 +12,13 @@ namespace fastmargin::cuda {
 
 using at::Tensor;
 using std::optional;
+
+#ifndef FASTMARGIN_WAVE_BYTES
+#define FASTMARGIN_WAVE_BYTES (32 << 20)
+#endif
+constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;  // of products, and of operands, at most: about an L2 cache
+
+inline void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
 
 Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
                     const optional<Tensor>& rows, bool normalize_weight);
@@ -27,5 +36,10 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tens
                                                      const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
                                                      const Tensor& d_target, const optional<Tensor>& d_topk,
                                                      bool need_dx, bool need_dw, bool need_db);
+
+std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a, const Tensor& b, const Tensor& a_ids,
+                                                  const Tensor& b_ids, const optional<Tensor>& b_weight,
+                                                  c10::string_view kind, double margin, bool symmetric,
+                                                  bool want_slope);
 
 }  // namespace fastmargin::cuda
