@@ -1,14 +1,14 @@
-// pairwise_potential on a GPU: checks, allocation, and the loop over waves of pairs whose products stay in the L2
-// cache.
+// pairwise_potential on a GPU: checks, allocation, and the loop over waves of pairs whose products fit an L2 cache.
 //
-//   per wave of rows and columns:   u = a b^T, of points less the mean of b;   u becomes -2 phi', potentials are
-//   summed; slope_a += u b;   and per rows, after their last wave:   slope_a += (sum_j 2 phi') a
+//   a wave of rows and columns   u = a b^T, of points less the mean of b;  u becomes -2 phi', potentials are summed;
+//                                slope_a += u b
+//   after a row's last wave      slope_a += (sum_j 2 phi') a
 //
-// Matrix products are ATen's, in float32 throughout; all else is in pairwise_potential.cu. Nothing waits for the
-// device, so a graph can be captured: hence no product is left out for want of an active pair, which the host would
-// have to ask for. The memory beside the results is that of one wave. One side (b is a) is computed like two, every
-// pair from both its ends: half the work cannot be had without sums that blocks share. Formulas:
-// fastmargin/ops/pairwise_potential.py.
+// Matrix products are ATen's, in float32 whatever torch is set to; all else is in pairwise_potential.cu. Nothing waits
+// for the device, so a graph can be captured. Hence no product is left out for want of an active pair: the host would
+// have to ask. The memory beside the results is that of one wave. One side (b is a) is computed like two: to share the
+// products of u would save a quarter of the arithmetic, and cost a second reading of u for the sums of its columns.
+// Formulas: fastmargin/ops/pairwise_potential.py. Letters: N and M points, d features.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/zeros.h>
@@ -29,35 +29,41 @@ constexpr int64_t kMostRows = kNumbers / 1024;  // at least 1024 columns: few pr
 constexpr int64_t kMostColumns = 1 << 14;       // few long rows keep few multiprocessors busy
 constexpr int64_t kLeastColumns = 64;
 
-// One side: the points as the caller gave them, and room for those of a wave.
+// One side: the points as the caller gave them, and those of a wave.
 struct Side {
   Tensor given, ids;        // [n, d], [n]
   optional<Tensor> weight;  // [n]
+  Tensor mean;              // [d]
   int64_t step;             // points of a wave, at most
-  Tensor centred, squares;  // [step, d], [step]
+  void* stream;
+  Tensor room, squares;  // [step, d] for what is centred, [step]
+  Points wave = {};
 
-  Side(const Tensor& points, const Tensor& point_ids, const optional<Tensor>& weights, int64_t points_of_wave)
+  Side(const Tensor& points, const Tensor& point_ids, const optional<Tensor>& weights, const Tensor& b_mean,
+       int64_t points_of_wave)
       : given(points),
         ids(point_ids),
         weight(weights),
+        mean(b_mean),
         step(points_of_wave),
-        centred(at::empty({step, points.size(1)}, points.options())),
+        stream(device::stream_of(points)),
+        room(at::empty({step, points.size(1)}, points.options())),
         squares(at::empty({step}, points.options())) {}
 
-  // The points of a wave from `first` on, less the mean.
-  Points load(int64_t first, const Tensor& mean /* [d] */, void* stream) const {
+  void load(int64_t first) {
     const int64_t n = std::min(step, given.size(0) - first), d = given.size(1);
-    const float* points = given.const_data_ptr<float>() + first * d;
-    check(launch_centre(points, mean.const_data_ptr<float>(), n, d, centred.data_ptr<float>(),
-                        squares.data_ptr<float>(), stream));
-    return {points,
+    wave = {given.const_data_ptr<float>() + first * d,
             ids.const_data_ptr<int64_t>() + first,
             weight ? weight->const_data_ptr<float>() + first : nullptr,
-            centred.const_data_ptr<float>(),
+            room.const_data_ptr<float>(),
             squares.const_data_ptr<float>(),
             n,
             d};
+    check(launch_centre(wave.given, mean.const_data_ptr<float>(), n, d, room.data_ptr<float>(),
+                        squares.data_ptr<float>(), stream));
   }
+
+  Tensor centred() const { return room.narrow(0, 0, wave.n); }  // [wave.n, d]
 };
 
 // The checked arguments, contiguous.
@@ -86,29 +92,33 @@ struct Pairs {
 };
 
 template <typename Phi>
+void add_wave(const Phi& phi, const Side& a, const Side& b, const Tensor& room /* [a.step b.step] */,
+              const PairSums& sums, const Tensor& slope /* [a.wave.n, d], undefined where not wanted */) {
+  const Tensor u = room.narrow(0, 0, a.wave.n * b.wave.n).view({a.wave.n, b.wave.n});
+  device::multiply(u, a.centred(), b.centred().t());
+  check(launch_pairwise_potential(phi, a.wave, b.wave, u.data_ptr<float>(), sums, a.stream));
+  if (slope.defined()) device::multiply_add(slope.unsqueeze(0), u.unsqueeze(0), b.centred().unsqueeze(0));
+}
+
+template <typename Phi>
 std::tuple<Tensor, Tensor> forward(const Phi& phi, const Pairs& in, bool want_slope) {
   const device::NoTf32 guard;
   const int64_t N = in.a.size(0), M = in.b.size(0), d = in.a.size(1);
   const auto options = in.a.options();
-  const Side a(in.a, in.a_ids, std::nullopt, in.rows()), b(in.b, in.b_ids, in.b_weight, in.columns());
-  const Tensor mean = at::mean(in.b, 0), u = at::empty({a.step * b.step}, options);
-  const Tensor sums = at::zeros({2, N}, options.dtype(at::kDouble));
+  const Tensor mean = at::mean(in.b, 0), sums = at::zeros({2, N}, options.dtype(at::kDouble));
+  Side a(in.a, in.a_ids, std::nullopt, mean, in.rows()), b(in.b, in.b_ids, in.b_weight, mean, in.columns());
+  const Tensor room = at::empty({a.step * b.step}, options);
   Tensor potential = at::empty({N}, options), slope = want_slope ? at::zeros({N, d}, options) : at::empty({0}, options);
-  void* stream = device::stream_of(in.a);
   for (int64_t i = 0; i < N; i += a.step) {
-    const Points rows = a.load(i, mean, stream);
+    a.load(i);
+    const Tensor rows = want_slope ? slope.narrow(0, i, a.wave.n) : Tensor();
     const PairSums state{sums.data_ptr<double>() + i, sums.data_ptr<double>() + N + i,
-                         want_slope ? slope.data_ptr<float>() + i * d : nullptr};
+                         want_slope ? rows.data_ptr<float>() : nullptr};
     for (int64_t j = 0; j < M; j += b.step) {
-      const Points columns = b.load(j, mean, stream);
-      const Tensor products = u.narrow(0, 0, rows.n * columns.n).view({rows.n, columns.n});
-      const Tensor points = b.centred.narrow(0, 0, columns.n);
-      device::multiply(products, a.centred.narrow(0, 0, rows.n), points.t());
-      check(launch_pairwise_potential(phi, rows, columns, products.data_ptr<float>(), state, stream));
-      if (want_slope)
-        device::multiply_add(slope.narrow(0, i, rows.n).unsqueeze(0), products.unsqueeze(0), points.unsqueeze(0));
+      b.load(j);
+      add_wave(phi, a, b, room, state, rows);
     }
-    check(launch_pair_sums(rows, state, potential.data_ptr<float>() + i, stream));
+    check(launch_pair_sums(a.wave, state, potential.data_ptr<float>() + i, a.stream));
   }
   return {potential, slope};
 }
