@@ -37,9 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tens
                                                      const Tensor& d_target, const optional<Tensor>& d_topk,
                                                      bool need_dx, bool need_dw, bool need_db);
 
-std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a, const Tensor& b, const Tensor& a_ids,
-                                                  const Tensor& b_ids, const optional<Tensor>& b_weight,
-                                                  c10::string_view kind, double margin, bool symmetric,
-                                                  bool want_slope);
+std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a, const optional<Tensor>& b, const Tensor& a_ids,
+                                                  const optional<Tensor>& b_ids, const optional<Tensor>& b_weight,
+                                                  c10::string_view kind, double margin, bool want_slope);
 
 }  // namespace fastmargin::cuda

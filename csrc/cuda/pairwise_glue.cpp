@@ -66,21 +66,25 @@ struct Side {
   Tensor centred() const { return room.narrow(0, 0, wave.n); }  // [wave.n, d]
 };
 
-// The checked arguments, contiguous.
+// The checked arguments, contiguous. Without b the points meet among themselves.
 struct Pairs {
   Tensor a, b, a_ids, b_ids;
   optional<Tensor> b_weight;
 
-  Pairs(const Tensor& a_, const Tensor& b_, const Tensor& a_ids_, const Tensor& b_ids_,
-        const optional<Tensor>& b_weight_) {
-    TORCH_CHECK_VALUE(a_.dim() == 2 && b_.dim() == 2 && a_.size(1) == b_.size(1) && a_.size(1) > 0,
-                      "want a [N, d], b [M, d]; got ", a_.sizes(), ", ", b_.sizes());
-    const at::Device device = a_.device();
-    a = checked_like("a", a_, a_.sizes(), at::kFloat, device);
-    b = checked_like("b", b_, b_.sizes(), at::kFloat, device);
-    a_ids = checked_like("a_ids", a_ids_, {a.size(0)}, at::kLong, device);
-    b_ids = checked_like("b_ids", b_ids_, {b.size(0)}, at::kLong, device);
-    if (b_weight_) b_weight = checked_like("b_weight", *b_weight_, {b.size(0)}, at::kFloat, device);
+  Pairs(const Tensor& points, const optional<Tensor>& others, const Tensor& ids, const optional<Tensor>& other_ids,
+        const optional<Tensor>& weight) {
+    TORCH_CHECK_VALUE(points.dim() == 2 && points.size(1) > 0, "want a [N, d], d above 0; got ", points.sizes());
+    TORCH_CHECK_VALUE(others.has_value() == other_ids.has_value() && (others || !weight),
+                      "want b with its ids, or neither and no weights");
+    const auto like = [&](const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
+      return checked_like(name, t, sizes, type, points.device());
+    };
+    a = like("a", points, points.sizes(), at::kFloat);
+    a_ids = like("a_ids", ids, {a.size(0)}, at::kLong);
+    const int64_t M = others ? (others->dim() ? others->size(0) : 0) : a.size(0);
+    b = others ? like("b", *others, {M, a.size(1)}, at::kFloat) : a;
+    b_ids = others ? like("b_ids", *other_ids, {M}, at::kLong) : a_ids;
+    if (weight) b_weight = like("b_weight", *weight, {M}, at::kFloat);
   }
 
   // Of a wave. Its products, and its points of either side, are kNumbers at most; 64 columns at least.
@@ -126,11 +130,11 @@ std::tuple<Tensor, Tensor> forward(const Phi& phi, const Pairs& in, bool want_sl
 }  // namespace
 
 std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,                   // [N, d]
-                                                  const Tensor& b,                   // [M, d]
+                                                  const optional<Tensor>& b,         // [M, d]
                                                   const Tensor& a_ids,               // [N]
-                                                  const Tensor& b_ids,               // [M]
+                                                  const optional<Tensor>& b_ids,     // [M]
                                                   const optional<Tensor>& b_weight,  // [M]
-                                                  c10::string_view kind, double margin, bool, bool want_slope) {
+                                                  c10::string_view kind, double margin, bool want_slope) {
   TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
   const Pairs in(a, b, a_ids, b_ids, b_weight);
   const c10::DeviceGuard guard(a.device());

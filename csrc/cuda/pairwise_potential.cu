@@ -119,10 +119,10 @@ __global__ void pairwise_potential_kernel(Phi phi, Points a, Points b, float* pr
 __global__ void pair_sums_kernel(Points a, PairSums sums, float* potential /* [n] */) {
   const int64_t i = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (i >= a.n) return;
-  const float pull = static_cast<float>(sums.pull[i]);
-  if (lane == 0) potential[i] = static_cast<float>(sums.potential[i]);
-  for (int64_t f = lane; sums.slope && pull != 0 && f < a.d; f += kWarp)
-    sums.slope[i * a.d + f] += pull * a.centred[i * a.d + f];
+  const float pull = static_cast<float>(sums.pull[i]), total = static_cast<float>(sums.potential[i]);
+  if (lane == 0) potential[i] = total;
+  const bool wanted = sums.slope && (pull != 0 || total != 0);  // not where no pair counts, but for what is no number
+  for (int64_t f = lane; wanted && f < a.d; f += kWarp) sums.slope[i * a.d + f] += pull * a.centred[i * a.d + f];
 }
 
 }  // namespace
