@@ -34,7 +34,7 @@ class Tile(NamedTuple):
         return blocks | dict(num_warps=self.warps, num_stages=1)
 
 
-# Of those that were compiled, what leaves room for two programs on a multiprocessor and spills no register.
+# Of those that were compiled, the largest that spill no register and leave an H100 room for two programs at once.
 PAIRS = Tile(64, 64, 32, 8)
 SLOPES = Tile(PAIRS.rows, PAIRS.columns, 64, 8)  # in steps of a tile of pairs
 WORKSPACE = 2**23  # pairs of a wave, at most: 32 MiB
@@ -179,11 +179,13 @@ def slopes_kernel(
         first = block * BLOCK_M
         if tl.load(near + tl.program_id(0) * blocks + block) != 0:
             given = points(a, None, rows, f, n, d, a_row, a_feature)
+            part = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
             for j in range(0, BLOCK_M):
                 in_m = first + j < m
                 q_j = tl.load(q + rows * m + first + j, mask=(rows < n) & in_m, other=0.0)
                 b_j = tl.load(b + (first + j).to(tl.int64) * b_row + f * b_feature, mask=(f < d) & in_m, other=0.0)
-                push += q_j[:, None] * (b_j[None, :] - given)
+                part += q_j[:, None] * (b_j[None, :] - given)
+            push += part
         else:
             cols = first.to(tl.int64) + tl.arange(0, BLOCK_M)
             at = rows[:, None] * m + cols[None, :]
