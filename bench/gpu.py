@@ -1,6 +1,7 @@
-"""The head on a GPU: the two ceilings, every contestant at every shape, peak memory. Run by gpu.sh, or by hand:
+"""On a GPU: the two ceilings, the head and sums over pairs by every contestant at every shape, peak memory. Run by
+gpu.sh, or by hand:
 
-    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--device cpu]
+    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--device cpu]
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
 of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --device cpu
@@ -11,7 +12,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import arcface
 import normface
+import pairs
 import torch
 from arcface import Loss, Prepare, head
 from torch import Tensor
@@ -27,6 +30,7 @@ from fastmargin import ArcFace, NormFace
 from fastmargin.backends import describe, native_can_run
 
 SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
+PAIRS = ["512x512x512", "4096x2048x512"]  # N, M, d
 SECONDS = 0.5  # of repeated passes, about
 SLOW = 1.0  # seconds of a pass
 BF16 = torch.bfloat16
@@ -70,6 +74,14 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
             name = f"fastmargin {backend}, bfloat16" + (f", k = {k}" if k else "")
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
+
+
+def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., Loss]]]:
+    """The Git term, with both gradients."""
+    triton = {"fastmargin triton": partial(pairs.ours, "triton")} if device.type == "cuda" else {}
+    for name, loss in (pairs.LOSSES | triton).items():
+        if "native" not in name or native_can_run(torch.empty(0, device=device)):
+            yield name, lambda *given, loss=loss: partial(loss, pairs.BOTH, *given)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -116,10 +128,15 @@ def inputs(B: int, d: int, C: int, device: torch.device) -> tuple[Tensor, Tensor
     return f.requires_grad_(), torch.nn.Parameter(w), torch.randint(0, C, (B,), device=device, generator=generator)
 
 
-def measured(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Seconds without and with gradients, and the peak of the latter in MiB; dw counts."""
-    f, w, y = given
-    loss = prepare(f, w, y)
+def pair_inputs(N: int, M: int, d: int, device: torch.device) -> tuple[Tensor, ...]:
+    a, b, *rest = (t.detach().to(device) for t in pairs.inputs(N, M, d))
+    return a.requires_grad_(), b.requires_grad_(), *rest
+
+
+def measured(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> dict[str, float]:
+    """Seconds without and with gradients, of the first two inputs, and the peak of the latter in MiB; they count."""
+    f, w, *_ = given
+    loss = prepare(*given)
 
     def forward() -> None:
         with torch.no_grad():
@@ -140,7 +157,7 @@ def measured(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> dict[str
     return figures
 
 
-def attempt(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> Any:
+def attempt(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> Any:
     """Figures, or why there are none: a contestant that runs out of memory or refuses does not end the run."""
     torch._dynamo.reset()
     try:
@@ -152,24 +169,39 @@ def attempt(prepare: Prepare, given: tuple[Tensor, Tensor, Tensor]) -> Any:
             torch.cuda.empty_cache()
 
 
+def measure_all(
+    record: dict[str, Any],
+    path: Path,
+    what: str,
+    shapes: Iterable[str],
+    inputs: Callable[..., tuple[Tensor, ...]],
+    contestants: Callable[[torch.device], Iterable[tuple[str, Callable[..., Loss]]]],
+    device: torch.device,
+) -> None:
+    for shape in shapes:
+        figures = record[what][shape] = {}
+        given = inputs(*map(int, shape.split("x")), device)
+        for who, prepare in contestants(device):
+            figures[who] = attempt(prepare, given)
+            print(shape, who, figures[who], flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+        del given
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--pairs", nargs="*", default=PAIRS)
     parser.add_argument("--device", default="cuda", type=torch.device)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
-    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "info": describe(), "shapes": {}}
-    record["ceilings"] = ceilings(options.device)
-    for shape in options.shapes:
-        figures = record["shapes"][shape] = {}
-        given = inputs(*map(int, shape.split("x")), options.device)
-        for who, prepare in contestants(options.device):
-            figures[who] = attempt(prepare, given)
-            print(shape, who, figures[who], flush=True)
-            (options.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        del given
+    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "info": describe()}
+    record |= {"ceilings": ceilings(options.device), "pairs": {}, "shapes": {}}
+    path = options.out / "gpu.json"
+    measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options.device)
+    measure_all(record, path, "shapes", options.shapes, inputs, contestants, options.device)
 
 
 if __name__ == "__main__":

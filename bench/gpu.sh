@@ -34,7 +34,7 @@ sanitize() {
 export -f build sanitize
 
 part build 150 bash -c build
-part tests 170 python3 -m pytest tests -m gpu -q -rs
+part tests 200 python3 -m pytest tests -m gpu -q -rs
 part bench 150 python3 bench/gpu.py "$out"
 part memcheck 45 bash -c "sanitize memcheck"
 part racecheck 45 bash -c "sanitize racecheck"

@@ -1,8 +1,8 @@
-"""Small steps on a GPU by our own kernels, for a sanitizer to watch: several waves, ragged sizes, rows, bias."""
+"""Small steps on a GPU by our own kernels, for a sanitizer to watch: several waves, ragged sizes, rows, bias, pairs."""
 
 import torch
 
-from fastmargin import nontarget_lse
+from fastmargin import nontarget_lse, pairwise_potential
 
 
 def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
@@ -18,7 +18,18 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
     torch.cuda.synchronize()
 
 
+def pair_step(N: int, M: int, d: int, **options: object) -> None:
+    """Backward, too many rows for one wave."""
+    b = torch.randn(M, d, device="cuda")
+    a = (b[:N] + 1e-3 * torch.randn(N, d, device="cuda")).requires_grad_()
+    a_ids, b_ids = (torch.randint(0, 9, (n,), device="cuda") for n in (N, M))
+    pairwise_potential(a, b.requires_grad_(), a_ids, b_ids, **options).sum().backward()
+    torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
     for compute_dtype in (None, torch.bfloat16, torch.float16):
         for plain in (False, True):
             step(513, 41, 40_001, plain, compute_dtype=compute_dtype, backend="native")
+    pair_step(513, 16_501, 41, kind="inverse", backend="native")
+    pair_step(513, 16_501, 41, kind="hinge", margin=50.0, b_weight=torch.rand(16_501, device="cuda"), backend="native")

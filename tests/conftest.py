@@ -1,6 +1,9 @@
 import pytest
 import torch
+from emulation import ROOT, built
 
+from fastmargin.backends import HALVES, Impl
+from fastmargin.ops import class_update, pairwise_potential, target_logit
 from fastmargin.ops.nontarget_lse import IMPLS
 
 
@@ -55,3 +58,37 @@ def rounding(request):
     if name not in IMPLS or dtype not in IMPLS[name].compute(torch.empty(0)):
         pytest.skip(f"no {dtype} operands in the {name} kernels of this machine")
     return {"backend": name, "compute_dtype": dtype}
+
+
+@pytest.fixture(scope="session")
+def emulated_ops(tmp_path_factory):
+    torch.ops.load_library(built(ROOT, tmp_path_factory.mktemp("emulated")))
+    return torch.ops.fastmargin_emulated
+
+
+@pytest.fixture(scope="module")
+def emulated(emulated_ops):
+    """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
+    ops = emulated_ops
+    functions = {
+        "fwd": ops.nontarget_lse_fwd.default,
+        "bwd": ops.nontarget_lse_bwd.default,
+        "bwd_update": ops.nontarget_lse_bwd_update.default,
+    }
+    IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES)
+    updates = {"update": ops.class_update.default, "catch_up": ops.class_catch_up.default}
+    others = {
+        target_logit: {"fwd": ops.target_logit.default},
+        pairwise_potential: {"fwd": ops.pairwise_potential_fwd.default},
+        class_update: updates,
+    }
+    for op, functions in others.items():
+        op.IMPLS["emulated"] = Impl(functions, is_float32)
+    yield "cpu", "emulated"
+    for op in others:
+        del op.IMPLS["emulated"]
+    del IMPLS["emulated"]
+
+
+def is_float32(x):
+    return x.dtype == torch.float32

@@ -4,7 +4,6 @@ cuda_on_cpu/cuda_runtime.h runs the kernels and the host code as they are, with 
 are checked here; what it cannot show is a GPU's memory model and speed.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,55 +14,16 @@ import pytest
 import torch
 from check import error
 from dense import F32, F64, cast, dense, leaves, problem, run, seen, without_topk
+from emulation import ROOT, built, compiler, torch_flags, wants_compiler
 from places import check, moved, run_on
-from torch.utils import cpp_extension
 
-from fastmargin.backends import HALVES, Impl, native_can_run
+from fastmargin.backends import native_can_run
 from fastmargin.ops import target_logit
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
-ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
 BF16, F16 = torch.bfloat16, torch.float16
-
-compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c)), None)
-wants_compiler = pytest.mark.skipif(compiler is None, reason="no C++ compiler: the CUDA kernels are NOT run")
-
-
-def torch_flags():
-    include = [f"-I{path}" for path in cpp_extension.include_paths()]
-    return ["-std=c++20", *include, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-
-
-def built(root, folder):
-    """The library of a tree's kernels and glue for the CPU, with waves so small that a test has several."""
-    stand_in, cuda = root / "tests" / "cuda_on_cpu", root / "csrc" / "cuda"
-    units = [*cuda.glob("*.cu"), cuda / "glue.cpp", stand_in / "device.cpp"]
-    flags = [*torch_flags(), f"-I{stand_in}", "-O1", "-fPIC", "-x", "c++", "-DFASTMARGIN_WAVE_BYTES=65536"]
-    flags += ["-U_FORTIFY_SOURCE"]  # it takes jumps between fibers for a broken stack
-    jobs = [
-        subprocess.Popen([compiler, *flags, "-c", str(unit), "-o", str(folder / f"{unit.parent.name}.{unit.name}.o")])
-        for unit in units
-    ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    library = folder / "libemulated.so"
-    link = [f"-L{path}" for path in cpp_extension.library_paths()]
-    objects = [str(path) for path in folder.glob("*.o")]
-    subprocess.run([compiler, "-shared", *objects, *link, "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
-    return library
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
-    torch.ops.load_library(built(ROOT, tmp_path_factory.mktemp("emulated")))
-    ops = torch.ops.fastmargin_emulated
-    functions = {"fwd": ops.nontarget_lse_fwd.default, "bwd": ops.nontarget_lse_bwd.default}
-    IMPLS["emulated"] = Impl(functions, lambda x: x.dtype == F32, lambda x: HALVES)
-    target_logit.IMPLS["emulated"] = Impl({"fwd": ops.target_logit.default}, lambda x: x.dtype == F32)
-    yield "cpu", "emulated"
-    del IMPLS["emulated"], target_logit.IMPLS["emulated"]
 
 
 @pytest.fixture(
@@ -322,6 +282,7 @@ def test_a_wrong_constant_in_the_shared_arithmetic_is_seen(constant, wrong, tmp_
 # ---------------------------------------------------------------------------------------------- compilation
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
+INSTANCES = {"O": 3, "Phi": 2}  # of a kernel, by its template's parameter
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: the CUDA kernels are NOT compiled")
@@ -339,9 +300,9 @@ def test_kernels_compile_without_spills(source, architecture, tmp_path):
         done.stderr,
         re.DOTALL,
     )
-    assert len(said) == source.read_text().count("__global__") + 2 * source.read_text().count(
-        "template <typename O>\n__global__"
-    )
+    text = source.read_text()
+    templates = re.findall(r"template <typename (\w+)>\n__global__", text)
+    assert len(said) == text.count("__global__") + sum(INSTANCES[name] - 1 for name in templates)
     for name, stack, stores, loads, registers in said:
         kernel = re.search(r"\d([a-z_]+_kernel)", name)[1]
         print(f"{architecture} {kernel}: {registers} registers, {stack} bytes of stack")
@@ -350,7 +311,7 @@ def test_kernels_compile_without_spills(source, architecture, tmp_path):
 
 @wants_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA's headers are not here: the glue is NOT compiled")
-@pytest.mark.parametrize("unit", ["glue.cpp", "device.cpp"])
+@pytest.mark.parametrize("unit", sorted(path.name for path in CUDA.glob("*.cpp")))
 def test_the_glue_compiles_against_torch_without_cuda(unit):
     said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     toolkit = Path(re.search(r"TOP=(\S+)", said)[1])

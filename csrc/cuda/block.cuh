@@ -51,6 +51,11 @@ static __device__ inline V over_block(V v, V* room /* [kWarps] */, const F& merg
   return v;
 }
 
+// This warp, counted over the grid: what it works on.
+static __device__ inline int64_t warp_of_grid() { return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
+
+inline int64_t blocks_of(int64_t warps) { return (warps + kWarps - 1) / kWarps; }
+
 template <typename... Wanted, typename... Given>
 int launch(void (*kernel)(Wanted...), int64_t blocks, void* stream, const Given&... given) {
   if (blocks == 0) return cudaSuccess;

@@ -18,9 +18,4 @@ static __device__ inline float inverse_norm(const float* w, const Classes& c) {
   return norm < 1e-12f ? 0.0f : 1.0f / norm;
 }
 
-// The class of this warp, counted over the grid.
-static __device__ inline int64_t warp_of_grid() { return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
-
-inline int64_t blocks_of(int64_t warps) { return (warps + kWarps - 1) / kWarps; }
-
 }  // namespace fastmargin

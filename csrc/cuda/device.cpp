@@ -1,4 +1,4 @@
-// CUDA streams and matrix products for glue.cpp, and the registration of its ops.
+// CUDA streams and matrix products for the host code, and the registration of its ops.
 #include "device.h"
 
 #include <ATen/ops/baddbmm.h>
@@ -30,6 +30,15 @@ void multiply_add(const at::Tensor& out, const at::Tensor& a, const at::Tensor& 
   }
 }
 
+NoTf32::NoTf32() {
+  at::Context& torch = at::globalContext();
+  TORCH_CHECK_VALUE(
+      torch.blasPreferredBackend() != at::BlasBackend::Cublaslt ||
+          torch.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) != at::Float32Precision::TF32,
+      "squared distances need float32 products, and cuBLASLt would round them to TF32: want "
+      "torch.backends.cuda.preferred_blas_library('cublas'), or TF32 off for matrix products");
+}
+
 }  // namespace fastmargin::device
 
 TORCH_LIBRARY_IMPL(fastmargin, CUDA, m) {
@@ -39,4 +48,5 @@ TORCH_LIBRARY_IMPL(fastmargin, CUDA, m) {
   m.impl("nontarget_lse_bwd_update", fastmargin::cuda::nontarget_lse_bwd_update);
   m.impl("class_update", fastmargin::cuda::class_update);
   m.impl("class_catch_up", fastmargin::cuda::class_catch_up);
+  m.impl("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

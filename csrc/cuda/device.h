@@ -1,6 +1,7 @@
-// What glue.cpp needs of the device beside the kernels; device.cpp does it with CUDA.
+// What the host code needs of the device beside the kernels; device.cpp does it with CUDA.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 
 namespace fastmargin::device {
@@ -13,5 +14,12 @@ void multiply(const at::Tensor& out /* [m, n] */, const at::Tensor& a /* [m, k] 
 // out += a b of every split
 void multiply_add(const at::Tensor& out /* [s, m, n] */, const at::Tensor& a /* [s, m, k] */,
                   const at::Tensor& b /* [s, k, n] */);
+
+// While it lives, this thread's products of float32 operands are not rounded to TF32, whatever torch is set to.
+// cuBLASLt does not look at torch's guard: where the user chose it, and TF32 as well, this raises.
+struct NoTf32 {
+  at::NoTF32Guard guard;
+  NoTf32();
+};
 
 }  // namespace fastmargin::device

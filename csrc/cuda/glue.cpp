@@ -34,16 +34,10 @@
 namespace fastmargin::cuda {
 namespace {
 
-#ifndef FASTMARGIN_WAVE_BYTES
-#define FASTMARGIN_WAVE_BYTES (32 << 20)
-#endif
-constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;   // of logits, and of operands, at most: about an L2 cache
 constexpr int64_t kMostClasses = 1 << 14;               // of a wave: few long rows keep few multiprocessors busy
 constexpr int64_t kMostLift = 100;                      // as a power of two: what a float32 has room for
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's tile, about
 constexpr int64_t kMultiprocessors = 132, kMostSplits = 8;
-
-void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
 
 OperandType operand_type(at::ScalarType t) {
   return t == at::kBFloat16 ? OperandType::kBf16 : t == at::kHalf ? OperandType::kHalf : OperandType::kFloat;

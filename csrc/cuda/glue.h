@@ -1,7 +1,9 @@
-// The ops of a GPU, with the signatures of csrc/ops.cpp.
+// The ops of a GPU, with the signatures of csrc/ops.cpp, and what their host code shares.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
 
 #include <optional>
 #include <string_view>
@@ -11,6 +13,13 @@ namespace fastmargin::cuda {
 
 using at::Tensor;
 using std::optional;
+
+#ifndef FASTMARGIN_WAVE_BYTES
+#define FASTMARGIN_WAVE_BYTES (32 << 20)
+#endif
+constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;  // of products, and of operands, at most: about an L2 cache
+
+inline void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
 
 Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
                     const optional<Tensor>& rows, bool normalize_weight);
@@ -40,5 +49,8 @@ void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, con
                   std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale);
 
 void class_catch_up(const Tensor& w, const optional<Tensor>& v, const optional<Tensor>& rows, const Tensor& products);
+std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a, const optional<Tensor>& b, const Tensor& a_ids,
+                                                  const optional<Tensor>& b_ids, const optional<Tensor>& b_weight,
+                                                  c10::string_view kind, double margin, bool want_slope);
 
 }  // namespace fastmargin::cuda

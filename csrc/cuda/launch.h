@@ -1,10 +1,11 @@
-// What glue.cpp asks of the kernels: raw pointers, sizes, a stream. No torch header, so nvcc compiles them anywhere.
-// Every launcher returns cudaSuccess (0) or the error of the launch.
+// What the host code asks of the kernels: raw pointers, sizes, a stream. No torch header, so nvcc compiles them
+// anywhere. Every launcher returns cudaSuccess (0) or the error of the launch.
 #pragma once
 
 #include <cstdint>
 
 #include "../class_update.h"
+#include "../pairs.h"
 
 namespace fastmargin {
 
@@ -103,5 +104,35 @@ int launch_class_catch_up(const ClassStates& s, const float* products /* [n, 4] 
 
 int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,
                         float* target /* [B] */, void* stream);
+
+// One side of a wave of pairs of points.
+struct Points {
+  const float* given;    // [n, d]
+  const int64_t* id;     // [n]
+  const float* weight;   // [n], or null: 1
+  const float* centred;  // [n, d] less the mean of all b
+  const float* squares;  // [n] of the centred
+  int64_t n, d;
+};
+
+// What is summed for the rows of a wave.
+struct PairSums {
+  double* potential;  // [n]
+  double* pull;       // [n] of 2 phi'
+  float* slope;       // [n, d], or null: not wanted
+};
+
+// centred_i = given_i - mean and its squares
+int launch_centre(const float* given /* [n, d] */, const float* mean /* [d] */, int64_t n, int64_t d,
+                  float* centred /* [n, d] */, float* squares /* [n] */, void* stream);
+
+// The products of a and b become -2 phi'(u), near pairs 0. Potentials and pulls are summed, the slopes of near pairs.
+int launch_pairwise_potential(const Inverse& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
+                              const PairSums& sums, void* stream);
+int launch_pairwise_potential(const Hinge& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
+                              const PairSums& sums, void* stream);
+
+// slope_i += pull_i a_i, and the potential as a float
+int launch_pair_sums(const Points& a, const PairSums& sums, float* potential /* [n] */, void* stream);
 
 }  // namespace fastmargin

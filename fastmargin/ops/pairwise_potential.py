@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import BUILD, Impl, native_can_run, pick
+from fastmargin.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops import pairwise_potential_portable as portable
 from fastmargin.ops.checks import check_points
 
@@ -117,6 +117,16 @@ def pairwise_potential(
     return PairwisePotential.apply(a, b, a_ids, b_ids, b_weight, options)
 
 
+@portable.portable
+def triton_fwd(
+    a: Tensor,  # [N, d]
+    *given: Any,
+) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
+    from fastmargin.kernels import pairwise_potential as kernels  # needs triton
+
+    return kernels.forward(a, *given)
+
+
 IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.pairwise_potential_fwd.default}, native_can_run)
@@ -126,5 +136,6 @@ if BUILD.facts:
         return a.new_empty(a.shape[0]), a.new_empty(a.shape if want_slope else (0,))
 
 
+IMPLS["triton"] = Impl({"fwd": triton_fwd}, triton_can_run)
 IMPLS["stream"] = Impl({"fwd": portable.stream_fwd}, lambda a: True)
 IMPLS["reference"] = Impl({"fwd": portable.reference_fwd}, lambda a: True)

@@ -52,6 +52,7 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> fibers;
+inline unsigned threads;  // of the block
 inline jmp_buf scheduler;
 inline unsigned current;
 inline std::function<void()> body;
@@ -101,7 +102,8 @@ inline void prepare(Fiber& f) {
   makecontext(&f.start, start, 0);
 }
 
-inline void run_block(unsigned threads) {
+inline void run_block(unsigned of_block) {
+  threads = of_block;
   const bool forward = blockIdx.x % 2 == 0;
   const unsigned warps = (threads + 31) / 32;
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
@@ -116,24 +118,49 @@ inline void run_block(unsigned threads) {
     if (fibers[i].state != State::kDone) throw std::runtime_error("a barrier that not all threads reach");
 }
 
-inline long long exchange(long long word, int lane) {
+// Hands a word to all threads that wait at the same barrier, and what `read` makes of theirs to this one.
+template <typename F>
+auto exchange(State at, long long word, const F& read) {
   const unsigned me = current;
   fibers[me].word = word;
-  wait(State::kAtWarp);
-  const long long other = fibers[me ^ unsigned(lane)].word;
-  wait(State::kAtWarp);
-  return other;
+  wait(at);
+  const auto result = read(me);
+  wait(at);
+  return result;
+}
+
+inline long long shuffled(long long word, int lane) {
+  return exchange(State::kAtWarp, word, [&](unsigned me) { return fibers[me ^ unsigned(lane)].word; });
 }
 
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::State::kAtBlock); }
 
-inline long long __shfl_xor_sync(unsigned, long long v, int lane) { return emulated::exchange(v, lane); }
+inline int __syncthreads_or(int vote) {
+  return emulated::exchange(emulated::State::kAtBlock, vote, [](unsigned) {
+    int any = 0;
+    for (unsigned i = 0; i < emulated::threads; ++i) any |= emulated::fibers[i].word != 0;
+    return any;
+  });
+}
+
+inline unsigned __ballot_sync(unsigned, int vote) {
+  return emulated::exchange(emulated::State::kAtWarp, vote, [](unsigned me) {
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+      bits |= unsigned(emulated::fibers[me / 32 * 32 + lane].word != 0) << lane;
+    return bits;
+  });
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+inline long long __shfl_xor_sync(unsigned, long long v, int lane) { return emulated::shuffled(v, lane); }
 inline float __shfl_xor_sync(unsigned, float v, int lane) {
   long long word = 0;
   __builtin_memcpy(&word, &v, 4);
-  word = emulated::exchange(word, lane);
+  word = emulated::shuffled(word, lane);
   __builtin_memcpy(&v, &word, 4);
   return v;
 }

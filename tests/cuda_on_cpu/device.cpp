@@ -1,6 +1,8 @@
-// The CPU in the place of a GPU, for the tests: glue.cpp and the kernels run as they are, on CPU tensors.
+// The CPU in the place of a GPU, for the tests: host code and kernels run as they are, on CPU tensors. Products are
+// exact, but where torch allows TF32 and nothing forbids it: there float32 operands are rounded, as a GPU does.
 #include "../../csrc/cuda/device.h"
 
+#include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/matmul.h>
 #include <torch/library.h>
 
@@ -10,13 +12,30 @@ namespace fastmargin::device {
 
 void* stream_of(const at::Tensor&) { return nullptr; }
 
+namespace {
+
+bool allows_tf32() {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
+}
+
+at::Tensor operand(const at::Tensor& t) {
+  if (t.scalar_type() != at::kFloat || !allows_tf32()) return t.to(at::kDouble);
+  return at::bitwise_and(t.contiguous().view(at::kInt), ~((1 << 13) - 1)).view(at::kFloat).to(at::kDouble);
+}
+
+}  // namespace
+
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  out.copy_(at::matmul(a.to(at::kDouble), b.to(at::kDouble)));
+  out.copy_(at::matmul(operand(a), operand(b)));
 }
 
 void multiply_add(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  out.add_(at::matmul(a.to(at::kDouble), b.to(at::kDouble)));
+  out.add_(at::matmul(operand(a), operand(b)));
 }
+
+NoTf32::NoTf32() {}
 
 }  // namespace fastmargin::device
 
@@ -39,4 +58,5 @@ TORCH_LIBRARY(fastmargin_emulated, m) {
       fastmargin::cuda::class_update);
   m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()",
         fastmargin::cuda::class_catch_up);
+  m.def("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

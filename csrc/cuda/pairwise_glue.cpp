@@ -1,0 +1,144 @@
+// pairwise_potential on a GPU: checks, allocation, and the loop over waves of pairs whose products fit an L2 cache.
+//
+//   a wave of rows and columns   u = a b^T, of points less the mean of b;  u becomes -2 phi', potentials are summed;
+//                                slope_a += u b
+//   after a row's last wave      slope_a += (sum_j 2 phi') a
+//
+// Matrix products are ATen's, in float32 whatever torch is set to; all else is in pairwise_potential.cu. Nothing waits
+// for the device, so a graph can be captured. Hence no product is left out for want of an active pair: the host would
+// have to ask. The memory beside the results is that of one wave. One side (b is a) is computed like two: to share the
+// products of u would save a quarter of the arithmetic, and cost a second reading of u for the sums of its columns.
+// Formulas: fastmargin/ops/pairwise_potential.py. Letters: N and M points, d features.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+
+#include "../check.h"
+#include "device.h"
+#include "glue.h"
+#include "launch.h"
+
+namespace fastmargin::cuda {
+namespace {
+
+constexpr int64_t kNumbers = kWaveBytes / 4;    // of a wave, at most
+constexpr int64_t kMostRows = kNumbers / 1024;  // at least 1024 columns: few products with long sums
+constexpr int64_t kMostColumns = 1 << 14;       // few long rows keep few multiprocessors busy
+constexpr int64_t kLeastColumns = 64;
+
+// One side: the points as the caller gave them, and those of a wave.
+struct Side {
+  Tensor given, ids;        // [n, d], [n]
+  optional<Tensor> weight;  // [n]
+  Tensor mean;              // [d]
+  int64_t step;             // points of a wave, at most
+  void* stream;
+  Tensor room, squares;  // [step, d] for what is centred, [step]
+  Points wave = {};
+
+  Side(const Tensor& points, const Tensor& point_ids, const optional<Tensor>& weights, const Tensor& b_mean,
+       int64_t points_of_wave)
+      : given(points),
+        ids(point_ids),
+        weight(weights),
+        mean(b_mean),
+        step(points_of_wave),
+        stream(device::stream_of(points)),
+        room(at::empty({step, points.size(1)}, points.options())),
+        squares(at::empty({step}, points.options())) {}
+
+  void load(int64_t first) {
+    const int64_t n = std::min(step, given.size(0) - first), d = given.size(1);
+    wave = {given.const_data_ptr<float>() + first * d,
+            ids.const_data_ptr<int64_t>() + first,
+            weight ? weight->const_data_ptr<float>() + first : nullptr,
+            room.const_data_ptr<float>(),
+            squares.const_data_ptr<float>(),
+            n,
+            d};
+    check(launch_centre(wave.given, mean.const_data_ptr<float>(), n, d, room.data_ptr<float>(),
+                        squares.data_ptr<float>(), stream));
+  }
+
+  Tensor centred() const { return room.narrow(0, 0, wave.n); }  // [wave.n, d]
+};
+
+// The checked arguments, contiguous. Without b the points meet among themselves.
+struct Pairs {
+  Tensor a, b, a_ids, b_ids;
+  optional<Tensor> b_weight;
+
+  Pairs(const Tensor& points, const optional<Tensor>& others, const Tensor& ids, const optional<Tensor>& other_ids,
+        const optional<Tensor>& weight) {
+    TORCH_CHECK_VALUE(points.dim() == 2 && points.size(1) > 0, "want a [N, d], d above 0; got ", points.sizes());
+    TORCH_CHECK_VALUE(others.has_value() == other_ids.has_value() && (others || !weight),
+                      "want b with its ids, or neither and no weights");
+    const auto like = [&](const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
+      return checked_like(name, t, sizes, type, points.device());
+    };
+    a = like("a", points, points.sizes(), at::kFloat);
+    a_ids = like("a_ids", ids, {a.size(0)}, at::kLong);
+    const int64_t M = others ? (others->dim() ? others->size(0) : 0) : a.size(0);
+    b = others ? like("b", *others, {M, a.size(1)}, at::kFloat) : a;
+    b_ids = others ? like("b_ids", *other_ids, {M}, at::kLong) : a_ids;
+    if (weight) b_weight = like("b_weight", *weight, {M}, at::kFloat);
+  }
+
+  // Of a wave. Its products, and its points of either side, are kNumbers at most; 64 columns at least.
+  int64_t rows() const { return std::min(a.size(0), std::clamp<int64_t>(kNumbers / a.size(1), 1, kMostRows)); }
+  int64_t columns() const {
+    const int64_t fit = kNumbers / std::max(rows(), a.size(1)) / kLeastColumns * kLeastColumns;
+    return std::min(b.size(0), std::clamp(fit, kLeastColumns, kMostColumns));
+  }
+};
+
+template <typename Phi>
+void add_wave(const Phi& phi, const Side& a, const Side& b, const Tensor& room /* [a.step b.step] */,
+              const PairSums& sums, const Tensor& slope /* [a.wave.n, d], undefined where not wanted */) {
+  const Tensor u = room.narrow(0, 0, a.wave.n * b.wave.n).view({a.wave.n, b.wave.n});
+  device::multiply(u, a.centred(), b.centred().t());
+  check(launch_pairwise_potential(phi, a.wave, b.wave, u.data_ptr<float>(), sums, a.stream));
+  if (slope.defined()) device::multiply_add(slope.unsqueeze(0), u.unsqueeze(0), b.centred().unsqueeze(0));
+}
+
+template <typename Phi>
+std::tuple<Tensor, Tensor> forward(const Phi& phi, const Pairs& in, bool want_slope) {
+  const device::NoTf32 guard;
+  const int64_t N = in.a.size(0), M = in.b.size(0), d = in.a.size(1);
+  const auto options = in.a.options();
+  const Tensor mean = at::mean(in.b, 0), sums = at::zeros({2, N}, options.dtype(at::kDouble));
+  Side a(in.a, in.a_ids, std::nullopt, mean, in.rows()), b(in.b, in.b_ids, in.b_weight, mean, in.columns());
+  const Tensor room = at::empty({a.step * b.step}, options);
+  Tensor potential = at::empty({N}, options), slope = want_slope ? at::zeros({N, d}, options) : at::empty({0}, options);
+  for (int64_t i = 0; i < N; i += a.step) {
+    a.load(i);
+    const Tensor rows = want_slope ? slope.narrow(0, i, a.wave.n) : Tensor();
+    const PairSums state{sums.data_ptr<double>() + i, sums.data_ptr<double>() + N + i,
+                         want_slope ? rows.data_ptr<float>() : nullptr};
+    for (int64_t j = 0; j < M; j += b.step) {
+      b.load(j);
+      add_wave(phi, a, b, room, state, rows);
+    }
+    check(launch_pair_sums(a.wave, state, potential.data_ptr<float>() + i, a.stream));
+  }
+  return {potential, slope};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,                   // [N, d]
+                                                  const optional<Tensor>& b,         // [M, d]
+                                                  const Tensor& a_ids,               // [N]
+                                                  const optional<Tensor>& b_ids,     // [M]
+                                                  const optional<Tensor>& b_weight,  // [M]
+                                                  c10::string_view kind, double margin, bool want_slope) {
+  TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
+  const Pairs in(a, b, a_ids, b_ids, b_weight);
+  const c10::DeviceGuard guard(a.device());
+  return kind == "hinge" ? forward(Hinge{margin}, in, want_slope) : forward(Inverse(), in, want_slope);
+}
+
+}  // namespace fastmargin::cuda
