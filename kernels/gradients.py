@@ -1,65 +1,228 @@
-"""What stands around the kernels of a backward pass, in PyTorch: products, the top-k's share, the projection.
+"""Gradients of rows and weights from the products of a backward pass; the targets and the top-k are added in float32.
 
-Weights enter the products as o_j = w_j power_j, rounded, with power_j factor_j = 1 / ||w_j||, and g carries the factor:
+    dx_i = sum_j g_ij o_j / lift + sum of e w^_c over the row's entries (c, e)
+    dw_j = power_j (I - w^_j w^_j^T) (sum_i g_ij x_i / lift + factor_j * sum of e x_i over the class's entries (i, e))
+    db_j = sum_i g_ij / lift + sum of e over the class's entries
 
-    dx_i = sum_j g_ij o_j     dw_j = power_j (I - w^_j w^_j^T) sum_i g_ij x_i
-
-Letters: B rows, n classes of a wave, d features, k.
+Entries are d_target at the row's own class and d_topk at its best; sorted by class, so that no sum depends on timing.
+g carries factor_j. Letters: B rows, C classes, n classes of a wave, d features, k, m entries in all.
 """
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from .operands import Wave, whole_rows
+from .tile import inverse_norms, weight_rows
+from .tiles import H100
+
+MOST_SPLITS = 8
+TILE_ROWS, TILE_FEATURES = 128, 256  # of a product's tile, about
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def weight_gradient_kernel(
+    dw,  # [n, d] sum_i g_ij x_i, changed, or None
+    db,  # [n] sum_i g_ij, changed, or None
+    x,  # [B, d] float32
+    w,  # [C, d]
+    rows,  # [all] or None
+    power,  # [n] or None
+    factor,  # [n] or None
+    bounds,  # [blocks + 1] int32: where the entries of each block of all classes begin
+    entry_place,  # [m] int32
+    entry_row,  # [m] int64
+    entry_value,  # [m] float32
+    lift,  # []
+    first,
+    n,
+    w_row,
+    w_feature,
+    d: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    j, f = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    inside, in_d = j < n, f < d
+    block = first // BLOCK_C + tl.program_id(0)
+    at, last = tl.load(bounds + block), tl.load(bounds + block + 1)
+    entries = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
+    count = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    while at < last:
+        own, value = first + j == tl.load(entry_place + at), tl.load(entry_value + at)
+        xt = tl.load(x + tl.load(entry_row + at) * d + f, mask=in_d, other=0.0)
+        entries += tl.where(own[:, None], value * xt[None, :], 0.0)
+        count += tl.where(own, value, 0.0)
+        at += 1
+    drop = 1 / tl.load(lift)
+    if db is not None:
+        tl.store(db + j, tl.load(db + j, mask=inside, other=0.0) * drop + count, mask=inside)
+    if dw is not None:
+        out, mask = dw + j.to(tl.int64)[:, None] * d + f[None, :], inside[:, None] & in_d[None, :]
+        products = tl.load(out, mask=mask, other=0.0) * drop
+        if factor is None:
+            products += entries
+        else:
+            p, q = tl.load(power + j, mask=inside, other=0.0), tl.load(factor + j, mask=inside, other=0.0)
+            unit = weight_rows(w, rows, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D) * (p * q)[:, None]
+            products += q[:, None] * entries
+            products = p[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
+        tl.store(out, products, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "n", "splits"])
+def row_gradient_kernel(
+    dx,  # [B, d] float32, out
+    sums,  # [splits, B, d]
+    w,  # [C, d]
+    rows,  # [n] or None
+    places,  # [B, entries] int64
+    values,  # [B, entries]
+    lift,  # []
+    B,
+    n,
+    splits,
+    w_row,
+    w_feature,
+    d: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    f = tl.arange(0, BLOCK_D)
+    in_b = i < B
+    at, mask = i[:, None] * d + f[None, :], in_b[:, None] & (f < d)[None, :]
+    total = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
+    split = 0
+    while split < splits:
+        total += tl.load(sums + tl.cast(split, tl.int64) * B * d + at, mask=mask, other=0.0)
+        split += 1
+    total = total / tl.load(lift)
+    t = 0
+    while t < ENTRIES:
+        place = tl.load(places + i * ENTRIES + t, mask=in_b, other=-1)
+        inside = (place >= 0) & (place < n)
+        value = tl.load(values + i * ENTRIES + t, mask=inside, other=0.0)
+        wt = weight_rows(w, rows, place, inside, w_row, w_feature, d, BLOCK_D)
+        if NORMALIZE:
+            value = value * inverse_norms(wt)
+        total += value[:, None] * wt
+        t += 1
+    tl.store(dx + at, total, mask=mask)
+
+
+class Entries(NamedTuple):
+    """d_target and d_topk, by row and sorted by class."""
+
+    places: Tensor  # [B, 1 + k]
+    values: Tensor  # [B, 1 + k]
+    bounds: Tensor  # [blocks + 1] int32: where each block of classes begins in what follows
+    place: Tensor  # [m] int32
+    row: Tensor  # [m]
+    value: Tensor  # [m]
+
+
+def entries_of(
+    y: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    d_topk: Tensor | None,  # [B, k]
+    n: int,
+    block: int,
+) -> Entries:
+    places, values = y[:, None], d_target.contiguous()[:, None]
+    if d_topk is not None:
+        places, values = torch.cat((places, topk_classes), 1), torch.cat((values, d_topk), 1)
+    place, order = places.flatten().clamp(-1, n).int().sort(stable=True)
+    edges = torch.arange(0, n + block, block, dtype=torch.int32, device=y.device)
+    bounds = torch.searchsorted(place, edges, out_int32=True)
+    return Entries(places, values, bounds, place, order // places.shape[1], values.flatten()[order])
+
+
+def finish_wave(
+    wave: Wave,
+    dw: Tensor | None,  # [n, d] sum_i g_ij x_i, changed
+    db: Tensor | None,  # [n] sum_i g_ij, changed
+    x: Tensor,  # [B, d] float32
+    w: Tensor,  # [C, d]
+    rows: Tensor | None,  # [all]
+    entries: Entries,
+    lift: Tensor,  # []
+) -> None:
+    n, blocks = len(wave.o), whole_rows(w.shape[1])
+    weight_gradient_kernel[(triton.cdiv(n, blocks["BLOCK_C"]),)](
+        dw, db, x, w, rows, wave.power, wave.factor, entries.bounds, entries.place, entries.row,
+        entries.value, lift, wave.first, n, *w.stride(), d=w.shape[1], **blocks,
+    )  # fmt: skip
+
+
+def finish_rows(
+    dx: Tensor,  # [B, d], out
+    sums: Tensor,  # [splits, B, d]
+    w: Tensor,  # [C, d]
+    rows: Tensor | None,  # [n]
+    entries: Entries,
+    lift: Tensor,  # []
+    n: int,
+    normalize_weight: bool,
+) -> None:
+    splits, B, d = sums.shape
+    blocks = whole_rows(d)
+    row_gradient_kernel[(triton.cdiv(B, blocks["BLOCK_C"]),)](
+        dx, sums, w, rows, entries.places, entries.values, lift, B, n, splits, *w.stride(),
+        d=d, ENTRIES=entries.places.shape[1], NORMALIZE=normalize_weight,
+        BLOCK_B=blocks["BLOCK_C"], BLOCK_D=blocks["BLOCK_D"],
+    )  # fmt: skip
 
 
 def lift_of(
+    d_rest: Tensor,  # [B]
     compute_dtype: torch.dtype | None,
-    *gradients: Tensor | None,  # [B, ...]
 ) -> Tensor:  # []
     """float16 has few exponents: a power of two, 1 for other types, lifts g up to where the largest is near 2^14."""
-    given = [t.abs().amax() for t in gradients if t is not None and t.numel()]
-    if compute_dtype != torch.float16 or not given:
-        return torch.ones((), device=gradients[0].device)
-    return torch.ldexp(torch.ones_like(given[0]), (14 - torch.stack(given).amax().frexp().exponent).clamp(max=100))
+    one = d_rest.new_ones(())
+    if compute_dtype != torch.float16 or d_rest.numel() == 0:
+        return one
+    return torch.ldexp(one, (14 - d_rest.abs().amax().frexp().exponent).clamp(max=100))
 
 
-def split(
-    scale: Tensor | None,  # [n]
-    compute_dtype: torch.dtype | None,
-) -> tuple[Tensor | float, Tensor | float]:  # [n, 1], [n, 1]
-    """`split_scale` in PyTorch."""
-    if scale is None or compute_dtype is None:
-        return 1.0, 1.0 if scale is None else scale[:, None]
-    mantissa, exponent = scale.frexp()
-    return torch.ldexp(torch.ones_like(scale), exponent - 1)[:, None], 2 * mantissa[:, None]
+def splits_of(B: int, d: int) -> int:
+    """Into how many products dx = g o is split, so that its few tiles keep a GPU busy: a power of two divides waves."""
+    tiles = triton.cdiv(B, TILE_ROWS) * triton.cdiv(d, TILE_FEATURES)
+    return 1 << min(max(H100 // tiles, 1).bit_length() - 1, MOST_SPLITS.bit_length() - 1)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:  # [m, k], [k, n] -> [m, n] float32
-    """With float32 sums of operands of any type."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def add_(
-    g: Tensor,  # [B, n], changed in place
-    place: Tensor,  # [B, k]; outside [0, n): nothing to add
-    value: Tensor,  # [B, k]
-    factor: Tensor | float,  # [n, 1]
+def add_row_products(
+    sums: Tensor,  # [splits, B, d], changed
+    g: Tensor,  # [B, n]
+    o: Tensor,  # [n, d]
 ) -> None:
-    inside, place = (place >= 0) & (place < g.shape[1]), place.clamp(0, g.shape[1] - 1)
-    if isinstance(factor, Tensor):
-        value = value * factor[place, 0]
-    g.scatter_add_(1, place, torch.where(inside, value, 0.0).to(g.dtype))
+    """sums += g o in parts; a wave that does not divide evenly goes to the first."""
+    n = g.shape[1]
+    s = 1 if n % len(sums) else len(sums)
+    parts = g.unflatten(1, (s, n // s)).transpose(0, 1), o.unflatten(0, (s, n // s))
+    if g.dtype == torch.float32:
+        sums[:s].baddbmm_(*parts)
+    elif g.is_cuda:
+        torch.baddbmm(sums[:s], *parts, out_dtype=torch.float32, out=sums[:s])
+    else:
+        sums[:s].baddbmm_(*(p.float() for p in parts))
 
 
-def weight_gradient(
-    dw: Tensor,  # [n, d] sum_i g_ij x_i, with the factor of the scale in g
-    w: Tensor,  # [n, d]
-    power: Tensor | float,  # [n, 1]
-    factor: Tensor | float,  # [n, 1]
-    normalize_weight: bool,
-) -> Tensor:  # [n, d]
-    if not normalize_weight:
-        return dw
-    unit = w * (power * factor)
-    return power * (dw - (dw * unit).sum(1, keepdim=True) * unit)
+def multiply(
+    out: Tensor,  # [m, n] float32
+    a: Tensor,  # [m, k]
+    b: Tensor,  # [k, n]
+) -> None:
+    """With float32 sums of operands of any type."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)

@@ -1,8 +1,9 @@
-"""What the kernels compute tiles of: places in the class list, scales of weights, logits.
+"""What the kernels share: whole rows of weights, the scales that make operands of them, tiles of logits.
 
-    z_ij = <x_i, w_j / ||w_j||>     (or <x_i, w_j> + b_j), of operands rounded to COMPUTE, summed in float32
+    operands  o_j = w_j power_j, rounded;  power_j factor_j = 1 / ||w_j||, := 0 for ||w_j|| < 1e-12
+    logits    z_ij = <x_i, o_j> factor_j     (or <x_i, o_j> + b_j), of rounded operands, summed in float32
 
-Letters: B rows, n classes, d features.
+Letters: B rows, C classes, n classes of a wave, d features.
 """
 
 import triton
@@ -10,70 +11,120 @@ import triton.language as tl
 
 
 @triton.jit
-def class_ids(
-    rows,  # [n] or None
-    cols,  # [BLOCK] int64 places
-    in_c,  # [BLOCK]
+def weight_rows(
+    w,  # [C, d] float32
+    rows,  # [all] int64 or None
+    places,  # [BLOCK] int64
+    inside,  # [BLOCK]
+    w_row,
+    w_feature,
+    d: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # d or more
 ):
-    """The row of w of each place."""
-    ids = cols
+    """[BLOCK, BLOCK_D]; 0 past the last feature and where a place is not inside."""
+    ids = places
     if rows is not None:
-        ids = tl.load(rows + cols, mask=in_c, other=0)
-    return ids
+        ids = tl.load(rows + places, mask=inside, other=0)
+    f = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask = inside[:, None] & (f < d)[None, :]
+    return tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0)
+
+
+@triton.jit
+def inverse_norms(
+    wt,  # [BLOCK, BLOCK_D]
+):
+    norm = tl.sqrt_rn(tl.sum(wt * wt, 1))
+    tiny = norm < 1e-12
+    return tl.where(tiny, 0.0, 1 / tl.where(tiny, 1.0, norm))
 
 
 @triton.jit
 def split_scale(
-    scale,  # [n] 1/||w_j||
-    cols,  # [BLOCK] int64 places
-    in_c,  # [BLOCK]
+    scale,  # [BLOCK] 1/||w||
     COMPUTE: tl.constexpr,
 ):
-    """A power of two, which brings a weight near to unit norm before it is rounded, and the rest of 1/||w||."""
-    power = tl.full(cols.shape, 1.0, tl.float32)
-    factor = power
-    if scale is not None:
-        factor = tl.load(scale + cols, mask=in_c, other=0.0)
-        if COMPUTE != tl.float32:
-            power = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            factor = tl.where(power == 0, 0.0, factor / tl.where(power == 0, 1.0, power))
+    """power, which brings a weight near to unit norm before it is rounded, and factor, the rest of its scale.
+
+    float16 has few exponents; a power of two changes no other bit.
+    """
+    power = tl.full(scale.shape, 1.0, tl.float32)
+    factor = scale
+    if COMPUTE != tl.float32:
+        power = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        factor = tl.where(power == 0, 0.0, scale / tl.where(power == 0, 1.0, power))
     return power, factor
 
 
 @triton.jit
+def operand_tile(
+    t,  # [count, d], or a descriptor of it
+    first,
+    start,
+    count,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[BLOCK, BLOCK_D] from row `first` and feature `start` on; 0 outside."""
+    if TMA:
+        tile = t.load([first, start])
+    else:
+        at, f = tl.arange(0, BLOCK), start + tl.arange(0, BLOCK_D)
+        mask = (first + at < count)[:, None] & (f < d)[None, :]
+        tile = tl.load(t + first.to(tl.int64) * d + at[:, None] * d + f[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def logits(
-    x,  # [B, d]
-    w,  # [C, d]
-    bias,  # [C] or None
-    rows,  # [n] or None
-    scale,  # [n] 1/||w_j||, or None
-    at,  # [BLOCK_B] int64
-    cols,  # [BLOCK_C] int64
+    x,  # [B, d] operands, or a descriptor of them
+    o,  # [n, d] likewise
+    factor,  # [n] or None
+    bias,  # [n] or None
+    row,
+    col,
     B,
     n,
-    x_row,
-    x_feature,
-    w_row,
-    w_feature,
     d: tl.constexpr,
-    COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """A tile of z [BLOCK_B, BLOCK_C], of operands rounded to COMPUTE; -inf at places past the last class."""
-    in_b, in_c = at < B, cols < n
-    ids = class_ids(rows, cols, in_c)
+    """z [BLOCK_B, BLOCK_C] from `row` and `col` on; what lies past the last class is left to the caller."""
     z = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
-    power, _ = split_scale(scale, cols, in_c, COMPUTE)
     for start in range(0, d, BLOCK_D):
-        f = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        in_d = f < d
-        xt = tl.load(x + at[:, None] * x_row + f[None, :] * x_feature, mask=in_b[:, None] & in_d[None, :], other=0.0)
-        wt = tl.load(w + ids[None, :] * w_row + f[:, None] * w_feature, mask=in_d[:, None] & in_c[None, :], other=0.0)
-        z = tl.dot(xt.to(COMPUTE), (wt * power[None, :]).to(COMPUTE), z, input_precision="ieee")
-    _, factor = split_scale(scale, cols, in_c, COMPUTE)  # again: held over the loop it would cost registers
-    z = z * factor[None, :]
+        xt = operand_tile(x, row, start, B, d, BLOCK_B, BLOCK_D, TMA)
+        ot = operand_tile(o, col, start, n, d, BLOCK_C, BLOCK_D, TMA)
+        z = tl.dot(xt, ot.T, z, input_precision="ieee")
+    cols = col + tl.arange(0, BLOCK_C)
+    if factor is not None:
+        z = z * tl.load(factor + cols, mask=cols < n, other=0.0)[None, :]
     if bias is not None:
-        z = z + tl.load(bias + ids, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    return tl.where(in_c[None, :], z, float("-inf"))
+        z = z + tl.load(bias + cols, mask=cols < n, other=0.0)[None, :]
+    return z
+
+
+@triton.jit
+def own_columns(
+    y,  # [B] int64
+    at,  # [BLOCK_B]
+    B,
+    first,
+    n,
+):
+    """Each row's own class as a column of the wave that begins at place `first`; -1 where it is not there."""
+    own = tl.load(y + at, mask=at < B, other=-1) - first
+    return tl.where((own >= 0) & (own < n), own, -1).to(tl.int32)
+
+
+@triton.jit
+def contains_any(
+    own,  # [BLOCK_B]
+    col,
+    BLOCK_C: tl.constexpr,
+):
+    """Whether some row's own class is in the tile: few tiles pay for a mask, where there are many classes."""
+    return tl.max(((own >= col) & (own < col + BLOCK_C)).to(tl.int32), 0) > 0

@@ -20,8 +20,9 @@ def seeded():
 
 
 @pytest.fixture
-def poison():
+def poison(monkeypatch):
     """Fresh memory holds NaN (the largest integer), in Python and in C++: an element that is not written shows."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses products on a GPU
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

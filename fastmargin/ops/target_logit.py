@@ -27,9 +27,11 @@ def target_logit(
     normalize_weight: bool,
 ) -> Tensor:  # [B]
     check_ids(y, rows, len(w))
-    if len(w) == 0 or (rows is not None and len(rows) == 0):
+    n = len(w) if rows is None else len(rows)
+    if n == 0:
         return x.new_zeros(len(x))
-    safe = y.clamp(min=0)
+    inside = (y >= 0) & (y < n)
+    safe = torch.where(inside, y, 0)
     ids = safe if rows is None else rows[safe]
     wy = w[ids]
     target = (x * wy).sum(1)
@@ -37,7 +39,7 @@ def target_logit(
         target = target * inverse_norms(wy)
     if bias is not None:
         target = target + bias[ids]
-    return target.masked_fill(y < 0, 0.0)
+    return target.masked_fill(~inside, 0.0)
 
 
 IMPLS: dict[str, Impl] = {}

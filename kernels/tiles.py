@@ -1,0 +1,111 @@
+"""Which tiles the kernels compute z in, and how many a program: a table, by generation, operand type and rows.
+
+Not triton.autotune: it times its candidates in the first call of a process. That waits for the device, cannot be
+captured in a CUDA graph, and lets a clock choose the order of the sums, so that two machines, or two runs without the
+cache, differ in the last bits. `python bench/gpu.py OUT --tiles` times the CANDIDATES, and TABLE takes the fastest of
+them. No GPU has done so yet: TABLE holds, of those that spill no register, the tile that moves the fewest bytes a
+product.
+
+The copy engine (TMA) of Hopper and later reads operands of 16 bits whose rows are multiples of 16 bytes. All else goes
+through pointers: float32 products run on the ordinary units, which read the layout it writes badly; consumer Blackwell
+(capability 12) has the shared memory of the older ones. Letters: B rows, n classes of a wave, d features.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .operands import wave_size
+
+
+class Tile(NamedTuple):
+    rows: int
+    classes: int
+    features: int  # of a step of the product
+    warps: int
+    stages: int
+
+
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10  # generations, by compute capability
+FLOAT, HALF = 4, 2  # bytes of an operand
+H100 = 132  # multiprocessors
+
+CANDIDATES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (AMPERE, FLOAT): (Tile(128, 128, 16, 8, 2), Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+    (AMPERE, HALF): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 3)),
+    (HOPPER, HALF): (
+        Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 4)
+    ),
+    (BLACKWELL, HALF): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+}  # fmt: skip
+# With the largest number of rows that a tile is taken for; None: any.
+TABLE: dict[tuple[int, int], tuple[tuple[int | None, Tile], ...]] = {
+    (AMPERE, FLOAT): ((64, Tile(64, 64, 32, 8, 2)), (None, Tile(128, 128, 16, 8, 2))),
+    (AMPERE, HALF): ((64, Tile(64, 64, 64, 4, 3)), (None, Tile(128, 128, 32, 8, 3))),
+    (HOPPER, HALF): ((64, Tile(64, 128, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 4)), (None, Tile(256, 128, 64, 8, 3))),
+    (BLACKWELL, HALF): ((None, Tile(128, 128, 64, 8, 3)),),
+}
+
+
+class Plan(NamedTuple):
+    tile: Tile
+    tma: bool
+    step: int  # classes of a wave
+    strip: int  # class blocks of a program
+
+    def blocks(self, t: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:  # [m, n]
+        """What a kernel is given for a tensor that it reads or writes in such blocks."""
+        return TensorDescriptor.from_tensor(t, [rows, columns]) if self.tma else t
+
+    def operands(
+        self,
+        x: Tensor,  # [B, d]
+        o: Tensor,  # [n, d]
+    ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+        tile = self.tile
+        return self.blocks(x, tile.rows, tile.features), self.blocks(o, tile.classes, tile.features)
+
+    def grid(self, B: int, n: int) -> tuple[int, int]:
+        """Blocks of rows, strips of classes."""
+        return triton.cdiv(B, self.tile.rows), triton.cdiv(triton.cdiv(n, self.tile.classes), self.strip)
+
+    def options(self) -> dict[str, int]:
+        tile = self.tile
+        blocks = dict(BLOCK_B=tile.rows, BLOCK_C=tile.classes, BLOCK_D=tile.features, STRIP=self.strip, TMA=self.tma)
+        return blocks | dict(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def plan_of(
+    x: Tensor,  # [B, d] operands
+    n: int,
+    bytes_of_a_class: int,
+) -> Plan:
+    key = key_of(x)
+    tile = next(tile for rows, tile in TABLE[key] if rows is None or len(x) <= rows)
+    step = wave_size(n, bytes_of_a_class, tile.classes)
+    return Plan(tile, key[0] != AMPERE, step, strip_of(len(x), step, tile, multiprocessors(x.device)))
+
+
+def strip_of(B: int, n: int, tile: Tile, count: int) -> int:
+    """Class blocks of a program: about two programs for each of `count` multiprocessors, of equal length.
+
+    A program loads ahead over the ends of its blocks, which the next program cannot. Two let one work while the other
+    waits where both fit, and cost one more start where they do not. B = 1024 and d = 512 in bfloat16 are 4 x 253 blocks
+    a wave: 256 programs of 4 blocks, and 132 multiprocessors do 7.7 blocks each in the time of 8.
+    """
+    return max(triton.cdiv(triton.cdiv(B, tile.rows) * triton.cdiv(n, tile.classes), 2 * count), 1)
+
+
+def key_of(x: Tensor) -> tuple[int, int]:  # [B, d] operands
+    """Generation and operand size. The interpreter takes what Hopper would."""
+    if x.element_size() != HALF or x.shape[1] * HALF % 16:
+        return AMPERE, x.element_size()
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else HOPPER
+    return major if major in (HOPPER, BLACKWELL) else AMPERE, HALF
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H100
