@@ -46,12 +46,11 @@ inline void refuse(const std::optional<at::Tensor>& bend, int64_t pool) {
   TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
 }
 
-inline void check_rows(const Operands& o) {
-  if (!o.rows) return;
-  const int64_t* r = o.rows->const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < o.rows->size(0); ++j)
-    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < o.w.size(0) && (j == 0 || r[j - 1] < r[j]), "rows[", j, "] = ", r[j],
-                      ": want sorted, unique class ids in [0, ", o.w.size(0), ")");
+inline void check_rows(const at::Tensor& rows /* [n] contiguous */, int64_t classes) {
+  const int64_t* r = rows.const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < rows.size(0); ++j)
+    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < classes && (j == 0 || r[j - 1] < r[j]), "rows[", j, "] = ", r[j],
+                      ": want sorted, unique class ids in [0, ", classes, ")");
 }
 
 inline void check_labels(const Operands& o) {
@@ -79,7 +78,7 @@ inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tens
                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
                         bool normalize_weight) {
   Operands o = laid_out(x, w, y, bias, rows, normalize_weight);
-  check_rows(o);
+  if (o.rows) check_rows(*o.rows, w.size(0));
   check_labels(o);
   return o;
 }

@@ -22,6 +22,17 @@ TORCH_LIBRARY(fastmargin, m) {
       "d_target, "
       "Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def(
+      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "normalize_weight, "
+      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor "
+      "d_target, "
+      "Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, Tensor? grad_scale) "
+      "-> (Tensor dx, Tensor db)");
+  m.def(
+      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? rows, str rule, float[] hyper, Tensor? "
+      "grad_scale) -> ()");
+  m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()");
+  m.def(
       "pairwise_potential_fwd(Tensor a, Tensor? b, Tensor a_ids, Tensor? b_ids, Tensor? b_weight, str kind, float "
       "margin, bool want_slope) -> (Tensor potential, Tensor slope)");
 }

@@ -9,12 +9,6 @@
 
 #include "tile.h"
 
-#if defined(__CUDACC__)
-#define FM_MEMBER __host__ __device__ __forceinline__
-#else
-#define FM_MEMBER inline __attribute__((always_inline))
-#endif
-
 namespace fastmargin {
 
 // phi and 2 phi' of one pair.

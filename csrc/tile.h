@@ -13,10 +13,11 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define FM_INLINE static __host__ __device__ __forceinline__
+#define FM_MEMBER __host__ __device__ __forceinline__
 #else
-#define FM_INLINE static inline __attribute__((always_inline))
+#define FM_MEMBER inline __attribute__((always_inline))
 #endif
+#define FM_INLINE static FM_MEMBER
 
 namespace fastmargin {
 

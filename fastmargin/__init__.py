@@ -17,6 +17,10 @@ _HOME = {
     "MarginRamp": "fastmargin.schedules",
     "DoppelgangerTable": "fastmargin.mining",
     "DoppelgangerBatchSampler": "fastmargin.mining",
+    **dict.fromkeys(("CenterBank", "batch_means", "center_loss"), "fastmargin.losses.center"),
+    "git_loss": "fastmargin.losses.git",
+    "minimum_margin_loss": "fastmargin.losses.minimum_margin",
+    **dict.fromkeys(("marginal_loss", "margin_based_loss", "range_loss"), "fastmargin.losses.pairs"),
     **dict.fromkeys(
         (
             "Margin", "Softmax", "NormFace", "L2Softmax", "SphereFace", "CosFace", "AMSoftmax", "ArcFace",

@@ -50,23 +50,45 @@ def evaluate_embeddings(
 
     "tar@1e-2", "tar@1e-3" over all pairs of images (NaN: not resolvable). "rank1": one random image of each
     identity enrolled, all others probes, mean of 5 draws. "accuracy": ten folds, "insightface", on up to
-    6,000 pairs of `sample_pairs`; NaN where there are too few identities for it. Counts: "genuine_pairs",
-    "impostor_pairs", "identities", "images". Work grows with N^2; 5,000 images take seconds.
-    ValueError: as `cosine_scores`.
+    6,000 pairs of `sample_pairs`; NaN where there are too few identities for it. "inter_distance",
+    "intra_distance": `class_distances`. Counts: "genuine_pairs", "impostor_pairs", "identities", "images".
+    Work grows with N^2; 5,000 images take seconds. ValueError: as `cosine_scores`.
     """
     genuine, impostor = cosine_scores(embeddings, labels)
     unit = _unit(embeddings)
     identity = _identities(labels, len(unit))
+    inter, intra = class_distances(embeddings, labels)
     return {
         "tar@1e-2": tar_at_far(genuine, impostor, 1e-2),
         "tar@1e-3": tar_at_far(genuine, impostor, 1e-3),
         "rank1": _mean_rank1(unit, identity, seed),
         "accuracy": _sampled_accuracy(unit, identity, seed),
+        "inter_distance": inter,
+        "intra_distance": intra,
         "genuine_pairs": genuine.size,
         "impostor_pairs": impostor.size,
         "identities": int(identity.max()) + 1,
         "images": identity.size,
     }
+
+
+def class_distances(
+    embeddings: Array,  # [N, d]
+    labels: Array,  # [N]
+) -> tuple[float, float]:
+    """(inter, intra), Euclidean and of embeddings as they are (Git Loss, Table 1): the mean distance of two class
+    means, NaN for one class; the mean over classes of the mean distance to the own class mean.
+    ValueError for wrong shapes, no rows, rows that are not finite.
+    """
+    rows = _array(embeddings).astype(np.float64)
+    if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
+        raise ValueError(f"embeddings are {rows.shape}; wanted [N, d], at least one row, all finite")
+    identity = _identities(labels, len(rows))
+    sizes = np.bincount(identity)
+    means = np.stack([np.bincount(identity, column) for column in rows.T], axis=1) / sizes[:, None]
+    own = np.bincount(identity, np.linalg.norm(rows - means[identity], axis=1)) / sizes
+    apart = np.concatenate([np.linalg.norm(means[k + 1 :] - mean, axis=1) for k, mean in enumerate(means)])
+    return float(apart.mean() if apart.size else np.nan), float(own.mean())
 
 
 def cosine_scores(

@@ -3,7 +3,7 @@ import torch
 from emulation import ROOT, built
 
 from fastmargin.backends import HALVES, Impl
-from fastmargin.ops import pairwise_potential, target_logit
+from fastmargin.ops import class_update, pairwise_potential, target_logit
 from fastmargin.ops.nontarget_lse import IMPLS
 
 
@@ -70,12 +70,24 @@ def emulated_ops(tmp_path_factory):
 def emulated(emulated_ops):
     """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
     ops = emulated_ops
-    functions = {"fwd": ops.nontarget_lse_fwd.default, "bwd": ops.nontarget_lse_bwd.default}
+    functions = {
+        "fwd": ops.nontarget_lse_fwd.default,
+        "bwd": ops.nontarget_lse_bwd.default,
+        "bwd_update": ops.nontarget_lse_bwd_update.default,
+    }
     IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES)
-    target_logit.IMPLS["emulated"] = Impl({"fwd": ops.target_logit.default}, is_float32)
-    pairwise_potential.IMPLS["emulated"] = Impl({"fwd": ops.pairwise_potential_fwd.default}, is_float32)
+    updates = {"update": ops.class_update.default, "catch_up": ops.class_catch_up.default}
+    others = {
+        target_logit: {"fwd": ops.target_logit.default},
+        pairwise_potential: {"fwd": ops.pairwise_potential_fwd.default},
+        class_update: updates,
+    }
+    for op, functions in others.items():
+        op.IMPLS["emulated"] = Impl(functions, is_float32)
     yield "cpu", "emulated"
-    del IMPLS["emulated"], target_logit.IMPLS["emulated"], pairwise_potential.IMPLS["emulated"]
+    for op in others:
+        del op.IMPLS["emulated"]
+    del IMPLS["emulated"]
 
 
 def is_float32(x):

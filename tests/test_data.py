@@ -1,4 +1,4 @@
-"""Split, data order and augmentation: bijections, purity and distributions."""
+"""Identities, their split and what is compared of them; data order: bijections, purity and distributions."""
 
 import hashlib
 import math
@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmargin.driver import augment as aug
-from fastmargin.driver.augment import augment, to_float
-from fastmargin.driver.data import Identities, Permutation, UniformBatches, hash64, mix64
+from fastmargin.driver.data import Identities, Permutation, UniformBatches, dense, hash64, mix64
+from fastmargin.driver.datasets.glyphs import first_code_point
 
 
 def toy_identities(names: list[str], each: int = 3) -> Identities:
@@ -39,7 +38,7 @@ def test_hash_depends_on_every_word_and_on_their_order() -> None:
 
 def test_split_is_by_md5_of_seed_and_first_code_point() -> None:
     names = [chr(code) + "x" for code in range(0x100, 0x300)]
-    train, test = toy_identities(names, each=1).split(0.2, 5)
+    train, test = toy_identities(names, each=1).split(0.2, 5, first_code_point)
     fraction = [int(hashlib.md5(f"5:{ord(name[0])}".encode()).hexdigest(), 16) / 2**128 for name in names]
     assert test.names == [name for name, part in zip(names, fraction, strict=True) if part < 0.2]
     assert sorted(train.names + test.names) == sorted(names)
@@ -72,6 +71,118 @@ def test_split_seed_and_share() -> None:
     for holdout in (-0.1, 1.0):
         with pytest.raises(ValueError, match=str(holdout)):
             whole.split(holdout, 0)
+
+
+def test_two_identities_that_can_be_compared_are_always_held_out() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 3, 4, 4])  # the first and the fourth have one image
+    images = torch.zeros(8, 4, 4, dtype=torch.uint8)
+    for seed in range(50):
+        data = Identities(images, labels, list("abcde"))
+        train, test = data.split(1e-6, seed)
+        order = sorted("bce", key=lambda name: hashlib.md5(f"{seed}:{name}".encode()).hexdigest())
+        assert test.names == sorted(order[:2]) and len(train.labels) == 4
+    assert data.split(0, 0)[1].names == []
+
+
+class Remembered:
+    """Stored images that remember what was read; image i is all i."""
+
+    def __init__(self, count: int) -> None:
+        self.shape, self.read = (count, 4, 4), []
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray) -> Tensor:
+        self.read += index.tolist()
+        return torch.from_numpy(index.astype(np.uint8))[:, None, None].expand(-1, 4, 4)
+
+    def checksums(self) -> np.ndarray:
+        return np.arange(len(self), dtype=np.uint32)
+
+
+def test_stored_images_are_split_without_being_read() -> None:
+    names = [chr(code) for code in range(65, 91)]
+    memory, images = toy_identities(names), Remembered(78)
+    stored = Identities(images, memory.labels, names)
+    for part, wanted in zip(stored.split(0.4, 1), memory.split(0.4, 1), strict=True):
+        again = part.take(np.arange(len(part.labels))[::2])
+        assert part.names == wanted.names and torch.equal(part.labels, wanted.labels)
+        assert part.images.shape == wanted.images.shape and len(again.images) == len(again.labels)
+        assert images.read == []
+        assert torch.equal(again.images[np.array([1, 0])], wanted.images[[2, 0]])
+        images.read.clear()
+
+
+def test_fingerprints_tell_names_labels_and_images_apart() -> None:
+    base, stored = (
+        toy_identities(["a", "b"]),
+        Identities(Remembered(6), torch.arange(2).repeat_interleave(3), ["a", "b"]),
+    )
+    others = [
+        Identities(base.images.flip(0), base.labels, base.names),
+        Identities(base.images, base.labels.flip(0), base.names),
+        Identities(base.images, base.labels, ["a", "c"]),
+        stored,
+        stored.take(np.array([0, 1, 2, 3, 5, 4])),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert stored.take(np.arange(6)).fingerprint == stored.fingerprint
+    assert base.take(np.arange(6)).fingerprint == base.fingerprint
+
+
+# What is compared
+
+
+def uneven(sizes: list[int]) -> Identities:
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images = torch.arange(len(labels))[:, None, None].expand(-1, 4, 4)  # wide enough for every number
+    return Identities(images[order], labels[order], [f"id{label}" for label in range(len(sizes))])
+
+
+def test_identities_of_one_image_are_not_compared() -> None:
+    data = uneven([3, 1, 2, 1, 5])
+    kept = data.comparable(1000, 0)
+    assert kept.names == ["id0", "id2", "id4"] and torch.bincount(kept.labels).tolist() == [3, 2, 5]
+    wanted = [i for i, label in enumerate(data.labels.tolist()) if label in (0, 2, 4)]
+    assert torch.equal(kept.images, data.images[wanted])
+    assert uneven([1, 1]).comparable(10, 0).names == [] and uneven([]).comparable(10, 0).names == []
+    whole = uneven([4, 2])
+    assert torch.equal(whole.comparable(6, 0).images, whole.images)
+
+
+@pytest.mark.parametrize("sizes", [[200, 300, 7], [30] * 40, [2] * 300, [1, 500], [11, 12, 13] * 9])
+def test_what_is_compared_keeps_to_its_limit(sizes: list[int]) -> None:
+    limit = 100
+    data = uneven(sizes)
+    kept = data.comparable(limit, 3)
+    counts = torch.bincount(kept.labels)
+    most = max(10, limit // sum(size > 1 for size in sizes))
+    before = {f"id{label}": size for label, size in enumerate(sizes)}
+    assert counts.tolist() == [min(before[name], most) for name in kept.names]
+    full = sum(min(size, most) for size in sizes if size > 1)
+    assert limit - most < len(kept.images) <= limit or len(kept.images) == full <= limit
+    assert kept.images[:, 0, 0].unique().numel() == len(kept.images)
+    assert data.comparable(limit, 3).names == kept.names
+
+
+def test_images_of_a_large_identity_are_evenly_spread() -> None:
+    labels = torch.zeros(1000, dtype=torch.int64)
+    data = Identities(torch.arange(1000)[:, None, None].expand(-1, 4, 4), labels, ["a"])
+    chosen = data.comparable(40, 0).images[:, 0, 0]
+    assert len(chosen) == 40 and chosen.diff().tolist() == [25] * 39
+
+
+def test_the_seed_decides_who_is_compared() -> None:
+    data = uneven([20] * 50)
+    assert data.comparable(100, 0).names != data.comparable(100, 1).names
+    assert 10 <= len(data.comparable(100, 0).names) <= 10
+
+
+def test_dense_labels_keep_their_order() -> None:
+    labels, values = dense(np.array([70, 3, 3, 1000, 70], np.int32))
+    assert labels.tolist() == [1, 0, 0, 2, 1] and values.tolist() == [3, 70, 1000] and labels.dtype == torch.int64
 
 
 # Order
@@ -136,142 +247,3 @@ def test_empty_orders_are_refused() -> None:
     for n, batch in ((0, 4), (4, 0)):
         with pytest.raises(ValueError, match=f"got {n} and {batch}"):
             UniformBatches(n, batch, 0)
-
-
-# Augmentation
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    """Blobs of grey on black, 32 x 32, different everywhere."""
-    generator = torch.Generator().manual_seed(0)
-    inner = torch.randint(0, 256, (64, 24, 24), dtype=torch.uint8, generator=generator)
-    return torch.nn.functional.pad(inner, (4, 4, 4, 4))
-
-
-INDEX, EPOCH = np.arange(64) * 7, np.arange(64) % 3
-
-
-def test_to_float_keeps_black_and_white(images: Tensor) -> None:
-    result = to_float(images)
-    assert result.shape == (64, 1, 32, 32) and result.dtype == torch.float32
-    assert torch.equal(result[:, 0].double(), (images.double() / 255).float().double())
-    assert result.min() == 0 and result.max() == 1
-
-
-def test_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
-    together = augment(images, INDEX, EPOCH, 0)
-    assert together.shape == (64, 1, 32, 32) and together.dtype == torch.float32
-    for i in (0, 1, 31, 63):
-        alone = augment(images[i : i + 1], INDEX[i : i + 1], EPOCH[i : i + 1], 0)
-        assert torch.equal(alone[0], together[i])
-    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1)).numpy()
-    assert torch.equal(augment(images[shuffled], INDEX[shuffled], EPOCH[shuffled], 0), together[shuffled])
-
-
-def test_an_image_does_not_depend_on_threads(images: Tensor) -> None:
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append(augment(images, INDEX, EPOCH, 0))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_seed_epoch_and_index_all_matter(images: Tensor) -> None:
-    one = images[:1].expand(4, -1, -1)
-    results = [
-        augment(one, [0, 0, 1, 1], [0, 1, 0, 1], 0),
-        augment(one, [0, 0, 1, 1], [0, 1, 0, 1], 1),
-    ]
-    flat = torch.cat(results).flatten(1)
-    assert torch.pdist(flat).min() > 0.5  # no two of the eight are alike
-
-
-def test_range_and_input_are_kept(images: Tensor) -> None:
-    before = images.clone()
-    result = augment(images, INDEX, EPOCH, 0)
-    assert torch.equal(images, before)
-    assert result.min() > -6 * aug.NOISE and result.max() < 1 + 6 * aug.NOISE
-    assert abs(result.mean() - to_float(images).mean()) < 0.02
-
-
-def test_noise_level_is_uniform_up_to_the_limit() -> None:
-    black = torch.zeros(400, 32, 32, dtype=torch.uint8)
-    sigma = augment(black, np.arange(400), np.zeros(400, int), 0).flatten(1).std(1) / aug.NOISE
-    assert sigma.max() < 1.1 and sigma.min() < 0.02
-    assert abs(sigma.mean() - 0.5) < 4 / math.sqrt(12 * 400)
-
-
-def test_half_of_the_images_are_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aug, "NOISE", 0.0)
-    monkeypatch.setattr(aug, "warp", lambda images, amounts: images)
-    point = torch.zeros(400, 5, 5, dtype=torch.uint8)
-    point[:, 2, 2] = 255
-    centre = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
-    assert set(centre.tolist()) == {0.25, 1.0}
-    assert abs((centre < 1).sum().item() - 200) < 4 * 10
-
-
-def test_empty_batch_and_odd_pixel_count() -> None:
-    assert augment(torch.zeros(0, 32, 32, dtype=torch.uint8), [], [], 0).shape == (0, 1, 32, 32)
-    assert augment(torch.zeros(2, 5, 5, dtype=torch.uint8), [0, 1], [0, 0], 0).shape == (2, 1, 5, 5)
-
-
-def naive_warp(image: np.ndarray, amounts: np.ndarray) -> np.ndarray:
-    """Bilinear sampling, pixel by pixel, in float64."""
-    angle, scale, shear, right, down = amounts * [math.radians(8), 0.1, 0.12, 0.12, 0.12]
-    turn = (1 + scale) * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    matrix = turn @ np.array([[1, shear], [0, 1]])
-    side = len(image)
-    padded = np.pad(image, 2 * side)
-    result = np.zeros_like(image)
-    for row in range(side):
-        for column in range(side):
-            u = (2 * np.array([column, row]) + 1) / side - 1
-            x, y = ((matrix @ u + [right, down] + 1) * side - 1) / 2 + 2 * side
-            i, j = int(y), int(x)
-            top = (1 - x + j) * padded[i, j] + (x - j) * padded[i, j + 1]
-            bottom = (1 - x + j) * padded[i + 1, j] + (x - j) * padded[i + 1, j + 1]
-            result[row, column] = (1 - y + i) * top + (y - i) * bottom
-    return result
-
-
-def test_warp_equals_brute_force() -> None:
-    generator = torch.Generator().manual_seed(2)
-    pictures = torch.rand(6, 1, 9, 9, generator=generator)
-    amounts = 2 * torch.rand(6, 5, generator=generator) - 1
-    amounts[0] = 0
-    amounts[1] = torch.tensor([1.0, 1, 1, 1, 1])
-    result = aug.warp(pictures, amounts)
-    for picture, amount, got in zip(pictures, amounts, result, strict=True):
-        wanted = naive_warp(picture[0].double().numpy(), amount.double().numpy())
-        assert np.abs(got[0].numpy() - wanted).max() < 1e-5
-    assert (result[0] - pictures[0]).abs().max() < 1e-6
-
-
-def test_blur_is_the_binomial_filter() -> None:
-    pictures = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(3))
-    line = torch.tensor([1.0, 2.0, 1.0]) / 4
-    wanted = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
-    assert (aug.blur(pictures) - wanted).abs().max() < 1e-6
-
-
-def test_uniform_and_gaussian_draws_have_their_moments() -> None:
-    words = aug.stream(hash64(0, np.arange(500)), 0, 400)
-    flat = aug.uniform(words >> np.uint64(32)).ravel()
-    n = flat.size
-    assert flat.min() > 0 and flat.max() < 1
-    assert abs(flat.mean() - 0.5) < 4 / math.sqrt(12 * n)
-    normal = aug.gaussian(words)
-    assert normal.shape == (500, 800) and normal.dtype == np.float32
-    x = normal.astype(float)
-    assert abs(x.mean()) < 4 / math.sqrt(2 * n)
-    assert abs(x.var() - 1) < 4 * math.sqrt(2 / (2 * n))
-    assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / (2 * n))
-    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # across images
-    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # along one
-    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # of one word

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fastmargin.driver import checkpoint, engine, folder, run
+from fastmargin.driver import checkpoint, engine, folder, loader, run
 from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
 from fastmargin.driver.data import Identities
+from fastmargin.driver.datasets.glyphs import first_code_point
 
 CLASSES, IMAGES, SIDE = 30, 8, 16
 SMALL = TrainConfig(
@@ -34,6 +36,10 @@ def identities(seed: int = 0) -> Identities:
     return Identities((pattern + noise).flatten(0, 1).byte(), labels, [chr(0x391 + i) for i in range(CLASSES)])
 
 
+def load_data(config: DataConfig, _: object, seed: int = 0) -> tuple[Identities, Identities]:
+    return identities(seed).split(config.holdout, config.split_seed, first_code_point)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Batches of 16 are too small to share, and waiting for a second core costs more than it gives."""
@@ -45,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_glyphs", lambda config, log: identities())
+    monkeypatch.setattr(run, "load_data", load_data)
 
 
 def train_loop(config: TrainConfig, out: Path) -> run.Run:
@@ -80,7 +86,7 @@ def records(where: Path) -> list[dict[str, float]]:
         MINING,
         replace(MINING, head=HeadConfig("ElasticFace", topk=3)),  # draws from torch's generator; deeper table
         replace(SMALL, head=HeadConfig("AdaFace")),  # running statistics of the norms
-        replace(SMALL, head=HeadConfig("SphereFace"), data=replace(SMALL.data, augment=False)),  # anneals lambda
+        replace(SMALL, head=HeadConfig("SphereFace"), data=replace(SMALL.data, augment="none")),  # anneals lambda
         replace(SMALL, head=HeadConfig("L2Softmax")),  # learns its scale, and a bias
     ],
     ids=["uniform", "doppelganger", "elastic", "ada", "sphere", "l2"],
@@ -100,6 +106,23 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert got.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert torch.equal(got.tensors[name], tensor), name
+    assert records(parts) == records(whole)
+
+
+@pytest.mark.parametrize("config", [SMALL, MINING], ids=["uniform", "doppelganger"])
+def test_a_run_resumes_bit_for_bit_with_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_loop(config, whole)
+    for workers, stop in ((2, 7), (1, 11)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(patch, stop)
+            train_loop(replace(config, data=replace(config.data, workers=workers)), parts)
+    train_loop(replace(config, data=replace(config.data, workers=3)), parts)
+    expected, got = (checkpoint.load_latest(where / "checkpoints") for where in (whole, parts))
+    assert expected is not None and got is not None and got.step == 12
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
     assert records(parts) == records(whole)
 
 
@@ -137,10 +160,10 @@ def test_learning_rate() -> None:
 def test_first_step_is_nesterov_sgd_by_hand(tmp_path: Path) -> None:
     """v = g + wd w; w <- w - lr (v + momentum v) on the first step, for class weights as for convolutions."""
     current = run.build(SMALL, print)
-    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head).items()}
-    engine.train_step(current, *next(engine.batches(current)))
+    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head, current.terms).items()}
+    engine.train_step(current, *next(loader.batches(current)))
     optim, rate = SMALL.optim, SMALL.optim.lr / SMALL.optim.warmup
-    for name, p in run.learnt(current.model, current.head).items():
+    for name, p in run.learnt(current.model, current.head, current.terms).items():
         assert p.grad is not None
         v = p.grad + optim.weight_decay * before[name]
         torch.testing.assert_close(p.detach(), before[name] - rate * (v + optim.momentum * v))
@@ -160,27 +183,16 @@ def test_records_and_ramp(tmp_path: Path) -> None:
 def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainConfig) -> None:
     """After each step the visited classes hold this step's nearest wrong classes."""
     current = run.build(config, print)
-    batches = engine.batches(current)
+    batches = loader.batches(current)
     for _ in range(4):
-        index, epoch = next(batches)
-        out = engine.train_step(current, index, epoch)
-        labels = current.train.labels[index]
+        images, labels = next(batches)
+        out = engine.train_step(current, images, labels)
         for label in labels.unique().tolist():
             rows = labels == label
             best = out.hard_scores[rows, 0].max()
             assert current.table.scores[label, 0] == best
             assert int(current.table.classes[label, 0]) in out.hard_classes[rows, 0].tolist()
             assert int(current.table.classes[label, 0]) != label
-
-
-def test_repeated_images_are_augmented_anew() -> None:
-    current = run.build(MINING, print)
-    numbers = set()
-    for _ in range(5):
-        index, epoch = next(engine.batches(current))
-        engine.train_step(current, index, epoch)
-        numbers |= set(zip(index.tolist(), epoch.tolist(), strict=True))
-    assert len(numbers) == 5 * MINING.optim.batch_size
 
 
 def test_edges_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +232,7 @@ def test_a_huge_learning_rate_is_a_value_error(tmp_path: Path) -> None:
 
 def test_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_loop(SMALL, tmp_path)
-    monkeypatch.setattr(run, "load_glyphs", lambda config, log: identities(seed=1))
+    monkeypatch.setattr(run, "load_data", lambda config, log: load_data(config, log, seed=1))
     with pytest.raises(ValueError, match="other images"):
         train_loop(SMALL, tmp_path)
 
@@ -260,8 +272,10 @@ def test_measured_defaults_belong_to_arcface_alone() -> None:
 
 
 def test_too_few_identities(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"30 identities to train on and 0 held out"):
-        run.build(replace(SMALL, data=replace(SMALL.data, holdout=1e-9)), print)
+    few = identities().take(np.arange(3 * IMAGES))
+    monkeypatch.setattr(run, "load_data", lambda config, log: few.split(config.holdout, config.split_seed))
+    with pytest.raises(ValueError, match=r"1 identities to train on and 2 held out"):
+        run.build(SMALL, print)
 
 
 def test_embedding_is_in_evaluation_mode_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,18 +287,26 @@ def test_embedding_is_in_evaluation_mode_and_the_mode_comes_back(monkeypatch: py
     assert current.model.training and not together.requires_grad
 
 
+def test_raw_pixels_are_averaged_over_tiles() -> None:
+    small, large = torch.rand(3, 1, 32, 32), torch.rand(3, 3, 96, 96)
+    assert torch.equal(engine.RawPixels()(small), small.flatten(1))
+    tiles = large.double().unfold(2, 3, 3).unfold(3, 3, 3).mean((-1, -2))
+    assert (engine.RawPixels()(large) - tiles.flatten(1)).abs().max() < 1e-6
+    assert torch.equal(engine.RawPixels()(torch.zeros(1, 1, 8, 8)), torch.ones(1, 64)), "black has no direction"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, long enough to learn its patterns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_glyphs", lambda config, log: identities())
+        patch.setattr(run, "load_data", load_data)
         config = replace(SMALL, optim=replace(SMALL.optim, steps=40), save_every=20, log_every=10)
         return engine.train(config, str(tmp_path_factory.mktemp("trained") / "run"), print)
 
 
 def test_a_whole_run(trained: Path) -> None:
     metrics = json.loads((trained / folder.METRICS).read_bytes())
-    held_out = len(identities().split(0.3, 0)[1].names)
+    held_out = load_data(SMALL.data, None)[1].num_classes
     for block in ("model", "raw_pixels"):
         assert metrics[block]["identities"] == held_out
         assert metrics[block]["images"] == held_out * IMAGES

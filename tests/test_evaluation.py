@@ -11,6 +11,7 @@ from embeddings import blobs, unit
 
 from fastmargin import evaluation
 from fastmargin.evaluation import (
+    class_distances,
     cmc,
     cosine_scores,
     evaluate_embeddings,
@@ -216,7 +217,23 @@ def test_evaluate_embeddings_agrees_with_its_parts():
     assert numbers["accuracy"] == pytest.approx(expected, abs=2 / len(drawn.same))
     assert 0.5 < numbers["accuracy"] < 1 and 0.2 < numbers["tar@1e-3"] < 1
     assert numbers == evaluate_embeddings(x.astype(np.float32), y, seed=3)
+    assert (numbers["inter_distance"], numbers["intra_distance"]) == class_distances(x.astype(np.float32), y)
     assert numbers["rank1"] != evaluate_embeddings(x, y, seed=4)["rank1"]
+
+
+def test_class_distances_equal_loops_over_classes_and_pairs():
+    x, y = blobs(60, 7)
+    x, y = x + 50, y - 3  # far from the origin, any labels
+    means = {k: x[y == k].mean(0) for k in set(y.tolist())}
+    intra = np.mean([np.mean([np.linalg.norm(row - means[k]) for row in x[y == k]]) for k in means])
+    inter = np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(means.values(), 2)])
+    np.testing.assert_allclose(class_distances(torch.from_numpy(x), torch.from_numpy(y)), (inter, intra), rtol=1e-12)
+    alone = class_distances(x, np.zeros(60))
+    assert math.isnan(alone[0]) and alone[1] == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean())
+    assert class_distances(np.zeros((2, 3)), [0, 1]) == (0, 0), "a distance needs no direction"
+    for bad in (x[:0], x[:, 0], np.where(x > 50, np.nan, x)):
+        with pytest.raises(ValueError, match=r"wanted \[N, d\], at least one row, all finite"):
+            class_distances(bad, y[: len(bad)])
 
 
 def test_perfect_embeddings():

@@ -12,10 +12,10 @@ import torch
 from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 
-from fastmargin.driver import glyphs
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data import Identities
-from fastmargin.driver.glyphs import Glyphs, cache_file, find_fonts, load_glyphs
+from fastmargin.driver.datasets import glyphs
+from fastmargin.driver.datasets.glyphs import Glyphs, cache_file, find_fonts, load_glyphs
 
 SHIPPED = Path(matplotlib.get_data_path()) / "fonts/ttf"
 FEW = ["DejaVuSans.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf"]
@@ -303,7 +303,7 @@ def test_cache_key_holds_what_the_images_depend_on(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     moved = cache_file(DataConfig(fonts=folder), fonts)
     assert moved == tmp_path / "fastmargin" / base.name
-    assert cache_file(DataConfig(fonts=folder, holdout=0.5, split_seed=1, augment=False), fonts) == moved
+    assert cache_file(DataConfig(fonts=folder, holdout=0.5, split_seed=1, augment="none"), fonts) == moved
     shutil.copytree(str(folder), tmp_path / "fonts")
     flip(tmp_path / "fonts" / FEW[0])
     others = [

@@ -17,6 +17,13 @@ def test_output_shape(dim: int, size: int) -> None:
     assert build_model(dim, size).eval()(torch.rand(3, 1, size, size)).shape == (3, dim)
 
 
+def test_colour() -> None:
+    grey, colored = build_model(16, 32), build_model(16, 32, channels=3)
+    assert colored.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (grey, colored)]
+    assert counts[1] - counts[0] == 25 * 2 * 32  # two more input channels of the first convolution alone
+
+
 def test_parameter_count() -> None:
     convolutions = 25 * 1 * 32 + 9 * (32 * 64 + 64 * 128 + 128 * 128)
     slopes_and_norms = 3 * (32 + 64 + 128 + 128)  # PReLU, gamma, beta per channel

@@ -31,13 +31,16 @@ def records(margin: float | None = 0.4) -> list[dict[str, float | None]]:
     ]
 
 
-def identities(names: list[str], images: int = 9) -> Identities:
+def identities(names: list[str], images: int = 9, colored: bool = False) -> Identities:
     labels = torch.arange(len(names)).repeat_interleave(images)
     pixels = torch.arange(len(labels), dtype=torch.uint8)[:, None, None].expand(-1, 8, 8)
-    return Identities(pixels, labels, names)
+    return Identities(pixels[..., None].expand(-1, -1, -1, 3) if colored else pixels, labels, names)
 
 
-def test_all_pictures_are_there_and_can_be_opened(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("glyphs", [True, False])
+def test_all_pictures_are_there_and_can_be_opened(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, glyphs: bool
+) -> None:
     """Among the names: a dollar (mathematics to matplotlib), a character that DejaVu Sans lacks, a merged identity."""
     names = ["$", "一", "AΑА", "_"]
     report.draw(
@@ -46,7 +49,8 @@ def test_all_pictures_are_there_and_can_be_opened(tmp_path: Path, recwarn: pytes
         curves={"model": CURVE, "raw_pixels": CURVE},
         cosines={"start": torch.zeros(100), "end": torch.full((100,), 0.8)},
         pairs=[report.Pair(0, 1, 0.9), report.Pair(2, 3, 0.8), report.Pair(0, 3, 0.7)],
-        identities=identities(names),
+        identities=identities(names, colored=not glyphs),
+        glyphs=glyphs,
     )
     pictures = {path.name: Image.open(path) for path in (tmp_path / "report").iterdir()}
     assert set(pictures) == {"loss.png", "roc.png", "theta.png", "doppelgangers.png"}
@@ -65,6 +69,7 @@ def test_without_cosines_there_are_no_angles(tmp_path: Path, figures: list[Figur
         cosines={"start": torch.empty(0), "end": torch.empty(0)},
         pairs=[],
         identities=identities(["a"]),
+        glyphs=False,
     )
     assert not (tmp_path / "report" / "theta.png").exists()
     assert "logit" in figures[0].axes[1].get_ylabel()
@@ -124,12 +129,20 @@ def test_strip_shows_images_of_the_identity_alone() -> None:
     shown = report.strip(many, 1)[1:-1].reshape(8, report.EXAMPLES, 8)[0, :, 0]
     assert shown[0] == 9 and shown[-1] == 17 and (np.diff(shown.astype(int)) > 0).all()
     assert report.strip(few, 1)[1, ::8].tolist() == [2, 3, 0, 0, 0, 0]
+    colored = report.strip(identities(["a", "b"], images=2, colored=True), 1)
+    assert colored.shape == (10, 8 * report.EXAMPLES, 3) and (colored == report.strip(few, 1)[..., None]).all()
 
 
 def test_caption() -> None:
     assert report.caption("A") == "A U+0041"
     assert report.caption("AΑА") == "A U+0041+2"
     assert report.caption("一") == "U+4E00", "DejaVu Sans has no such character"
+
+
+def test_names_are_short_and_can_be_drawn() -> None:
+    assert report.shortened("n000123") == "n000123"
+    assert report.shortened("Balinese/character01") == "…/character01" and report.NAME == 13
+    assert report.shortened("一$é") == "?$é"
 
 
 def test_table_and_progress() -> None:

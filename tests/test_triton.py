@@ -20,9 +20,10 @@ from fastmargin.backends import describe, pick
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested")
-from fastmargin.kernels import nontarget_lse as kernels  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from fastmargin.kernels import nontarget_lse as kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels are NOT run")

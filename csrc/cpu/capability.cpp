@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "class_update_kernel.h"
 #include "gemm.h"
 #include "nontarget_lse_kernel.h"
 #include "pairwise_potential_kernel.h"
@@ -16,7 +17,9 @@ namespace fastmargin {
   extern const NontargetLseKernels<float> nontarget_lse_float_##CAPABILITY;   \
   extern const NontargetLseKernels<double> nontarget_lse_double_##CAPABILITY; \
   extern const PairKernels<float> pair_kernels_float_##CAPABILITY;            \
-  extern const PairKernels<double> pair_kernels_double_##CAPABILITY;
+  extern const PairKernels<double> pair_kernels_double_##CAPABILITY;          \
+  extern const ClassUpdateKernels<float> class_update_float_##CAPABILITY;     \
+  extern const ClassUpdateKernels<double> class_update_double_##CAPABILITY;
 FM_TABLES(DEFAULT)
 #ifdef FASTMARGIN_X86
 FM_TABLES(AVX2)
@@ -95,10 +98,19 @@ const PairKernels<T>& pair_kernels() {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+template <typename T>
+const ClassUpdateKernels<T>& class_update_kernels() {
+  static const std::string capability = cpu_kernels();
+  FM_PICK_ANY(class_update)
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 template const NontargetLseKernels<float>& nontarget_lse_kernels<float>();
 template const NontargetLseKernels<double>& nontarget_lse_kernels<double>();
 template const NontargetLseKernels<Bf16>& nontarget_lse_kernels<Bf16>();
 template const PairKernels<float>& pair_kernels<float>();
 template const PairKernels<double>& pair_kernels<double>();
+template const ClassUpdateKernels<float>& class_update_kernels<float>();
+template const ClassUpdateKernels<double>& class_update_kernels<double>();
 
 }  // namespace fastmargin

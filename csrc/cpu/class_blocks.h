@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "capability.h"
 #include "class_rows.h"
 #include "gemm.h"
 #include "nontarget_lse_kernel.h"
@@ -18,6 +19,19 @@ namespace fastmargin {
 
 using at::Tensor;
 using std::optional;
+
+inline void check_compute(at::ScalarType dtype, const optional<at::ScalarType>& compute_dtype) {
+  TORCH_CHECK_VALUE(
+      !compute_dtype || (*compute_dtype == at::kBFloat16 && dtype == at::kFloat && cpu_computes_bfloat16()),
+      "compute_dtype ", *compute_dtype, " of ", dtype, " operands is not supported on this machine");
+}
+
+// Calls f with a value of the operands' type.
+template <typename F>
+auto dispatch_operands(at::ScalarType dtype, const optional<at::ScalarType>& compute_dtype, const F& f) {
+  if (compute_dtype) return f(Bf16());
+  return dispatch(dtype, f);
+}
 
 constexpr int64_t kBlock = 256;    // classes of a tile
 constexpr int64_t kRowTile = 256;  // rows of a tile, at most

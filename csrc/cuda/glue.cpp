@@ -23,8 +23,10 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../check.h"
+#include "../class_rule.h"
 #include "../tile.h"
 #include "device.h"
 #include "launch.h"
@@ -172,36 +174,74 @@ void add_row_products(const Tensor& splits /* [s, B, d] */, const Tensor& g /* [
                        o.as_strided({s, part, o.size(1)}, {part * o.stride(0), o.stride(0), 1}));
 }
 
-// dx, dw and db; those that are not wanted are undefined.
+// dx, dw and db; those that are not wanted are undefined. dw holds all classes, or one wave after the other.
 struct Gradients {
   at::TensorOptions options;
-  Tensor dx, dw, db;  // [B, d], [C, d], [C]
+  Tensor dx, dw, db;  // [B, d], [C, d] or [step, d], [C]
 
-  Gradients(const Waves& waves, bool need_dx, bool need_dw, bool need_db) : options(waves.in.x.options()) {
+  Gradients(const Waves& waves, bool need_dx, optional<int64_t> classes, bool need_db) : options(waves.in.x.options()) {
     if (need_dx) dx = at::empty({waves.B, waves.d}, options);
-    if (need_dw) dw = waves.B ? at::empty({waves.C, waves.d}, options) : at::zeros({waves.C, waves.d}, options);
+    if (classes) dw = waves.B ? at::empty({*classes, waves.d}, options) : at::zeros({*classes, waves.d}, options);
     if (need_db) db = at::zeros({waves.C}, options);
   }
 
-  std::tuple<Tensor, Tensor, Tensor> given() const {
-    const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, options); };
-    return {or_empty(dx), or_empty(dw), or_empty(db)};
-  }
+  Tensor given(const Tensor& t) const { return t.defined() ? t : at::empty({0}, options); }
 };
 
 // The gradients of one wave of classes: dx is added to, dw and db are complete.
 void add_wave(const Waves& waves, const Classes& c, const Upstream& u, const Entries& entries, const Tensor& room,
-              const Tensor& splits, const Gradients& out) {
+              const Tensor& splits, const Gradients& out, const Tensor& dw /* [n, d] or undefined */) {
   const Logits z = waves.products(c);
   check(launch_nontarget_lse_bwd(operand_type(waves.type), z, c, u, room.data_ptr(), waves.stream));
   const Tensor g = waves.wide(room, c);
   if (out.dx.defined()) add_row_products(splits, g, waves.operands(c));
-  if (out.dw.defined()) device::multiply(out.dw.narrow(0, c.first, c.n), g.t(), waves.x);
+  if (dw.defined()) device::multiply(dw, g.t(), waves.x);
   if (out.db.defined()) out.db.narrow(0, c.first, c.n).copy_(at::sum(g, {0}, false, at::kFloat));
-  if (!out.dw.defined() && !out.db.defined()) return;
+  if (!dw.defined() && !out.db.defined()) return;
   check(launch_weight_gradient(c, u, entries, waves.power.const_data_ptr<float>(), waves.factor.const_data_ptr<float>(),
-                               out.dw.defined() ? out.dw.data_ptr<float>() + c.first * c.d : nullptr,
+                               dw.defined() ? dw.data_ptr<float>() : nullptr,
                                out.db.defined() ? out.db.data_ptr<float>() + c.first : nullptr, waves.stream));
+}
+
+// The whole backward pass; `take` is called after every wave with the gradient of its classes.
+template <typename F>
+void sweep(const Waves& waves, const Saved& saved, const Gradients& out, const F& take) {
+  const Operands& in = waves.in;
+  const auto options = in.x.options();
+  const Tensor lift = lift_of(saved.d_rest, waves.type);
+  const Upstream u = saved.raw(in.x, lift);
+  const SortedEntries entries(in.y, saved);
+  const Tensor splits = at::zeros({out.dx.defined() ? splits_of(waves.B, waves.d) : 0, waves.B, waves.d}, options);
+  const Tensor room = waves.type == at::kFloat ? waves.z : at::empty({waves.B * waves.step}, options.dtype(waves.type));
+  if (out.dx.defined())  // the targets and the best first, of weights as they are now
+    check(launch_row_gradient(classes_of(in, 0, 0), u, in.y.const_data_ptr<int64_t>(), waves.B,
+                              out.dx.data_ptr<float>(), waves.stream));
+  const bool all = out.dw.defined() && out.dw.size(0) == waves.C;
+  for (int64_t first = 0; first < waves.C; first += waves.step) {
+    const Classes c = waves.classes(first);
+    const Tensor dw = out.dw.defined() ? out.dw.narrow(0, all ? first : 0, c.n) : Tensor();
+    add_wave(waves, c, u, entries.raw(), room, splits, out, dw);
+    take(c, dw);
+  }
+  if (out.dx.defined())
+    check(launch_add_splits(u, splits.const_data_ptr<float>(), splits.size(0), waves.B * waves.d,
+                            out.dx.data_ptr<float>(), waves.stream));
+}
+
+ClassStates states_of(const Tensor& w, at::TensorList state, const optional<Tensor>& rows,
+                      const optional<Tensor>& grad_scale) {
+  const auto data = [&](size_t i) { return state.size() > i ? state[i].data_ptr<float>() : nullptr; };
+  return {w.data_ptr<float>(),
+          data(0),
+          data(1),
+          rows ? rows->const_data_ptr<int64_t>() : nullptr,
+          grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
+          w.size(1)};
+}
+
+void step(const Rule& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n, void* stream) {
+  check(rule.is_sgd ? launch_class_update(rule.sgd, s, g, first, n, stream)
+                    : launch_class_update(rule.adamw, s, g, first, n, stream));
 }
 
 }  // namespace
@@ -272,20 +312,76 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
   const c10::DeviceGuard guard(x.device());
   const Waves waves(in, compute_dtype);
   const Saved saved = checked_saved(in.x, rest, topk_classes, d_rest, d_target, d_topk);
-  const Gradients out(waves, need_dx, need_dw, need_db);
-  if (waves.B == 0) return out.given();
-  const Tensor lift = lift_of(saved.d_rest, waves.type);
-  const Upstream u = saved.raw(in.x, lift);
-  const SortedEntries entries(in.y, saved);
-  const auto options = in.x.options();
-  const Tensor splits = at::zeros({need_dx ? splits_of(waves.B, waves.d) : 0, waves.B, waves.d}, options);
-  const Tensor room = waves.type == at::kFloat ? waves.z : at::empty({waves.B * waves.step}, options.dtype(waves.type));
-  for (int64_t first = 0; first < waves.C; first += waves.step)
-    add_wave(waves, waves.classes(first), u, entries.raw(), room, splits, out);
-  if (need_dx)
-    check(launch_row_gradient(classes_of(in, 0, 0), u, in.y.const_data_ptr<int64_t>(), splits.const_data_ptr<float>(),
-                              splits.size(0), waves.B, out.dx.data_ptr<float>(), waves.stream));
-  return out.given();
+  const Gradients out(waves, need_dx, need_dw ? optional(waves.C) : std::nullopt, need_db);
+  if (waves.B) sweep(waves, saved, out, [](const Classes&, const Tensor&) {});
+  return {out.given(out.dx), out.given(out.dw), out.given(out.db)};
+}
+
+std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,               // [B, d]
+                                                    const Tensor& w,               // [C, d], changed
+                                                    const Tensor& y,               // [B]
+                                                    const optional<Tensor>& bias,  // [C]
+                                                    const optional<Tensor>& rows,  // [n]
+                                                    const optional<Tensor>& bend,  // [B, 4]
+                                                    bool normalize_weight, int64_t pool,
+                                                    optional<at::ScalarType> compute_dtype,
+                                                    const Tensor& rest,              // [B]
+                                                    const Tensor& topk_classes,      // [B, k]
+                                                    const Tensor&,                   // [0]
+                                                    const Tensor& d_rest,            // [B]
+                                                    const Tensor& d_target,          // [B]
+                                                    const optional<Tensor>& d_topk,  // [B, k]
+                                                    bool need_dx, bool need_db,
+                                                    at::TensorList state,  // [C, d] each, changed
+                                                    std::string_view rule, at::ArrayRef<double> hyper,
+                                                    const optional<Tensor>& grad_scale /* [] */) {
+  const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
+  refuse(bend, pool);
+  check_types(x.scalar_type(), compute_dtype);
+  const c10::DeviceGuard guard(x.device());
+  const Waves waves(in, compute_dtype);
+  const Saved saved = checked_saved(in.x, rest, topk_classes, d_rest, d_target, d_topk);
+  const Gradients out(waves, need_dx, waves.step, need_db);
+  const Rule how = rule_of(rule, hyper, w, state);
+  const ClassStates states = states_of(w, state, in.rows, grad_scale);
+  if (waves.B) {
+    sweep(waves, saved, out, [&](const Classes& c, const Tensor& dw) {
+      step(how, states, dw.const_data_ptr<float>(), c.first, c.n, waves.stream);
+    });
+  } else {
+    for (int64_t first = 0; first < waves.C; first += waves.step)
+      step(how, states, out.dw.const_data_ptr<float>(), first, std::min(waves.step, waves.C - first), waves.stream);
+  }
+  return {out.given(out.dx), out.given(out.db)};
+}
+
+void class_update(const Tensor& w,               // [C, d], changed
+                  at::TensorList state,          // [C, d] each, changed
+                  const Tensor& grad,            // [n, d]
+                  const optional<Tensor>& rows,  // [n]
+                  std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale /* [] */) {
+  check_types(w.scalar_type(), {});
+  const int64_t n = rows ? rows->numel() : w.size(0);
+  const Rule how = rule_of(rule, hyper, w, state);
+  const Tensor g = checked_like("grad", grad, {n, w.size(1)}, at::kFloat, w.device());
+  const auto ids = rows ? optional(checked_like("rows", *rows, {n}, at::kLong, w.device())) : std::nullopt;
+  const c10::DeviceGuard guard(w.device());
+  step(how, states_of(w, state, ids, grad_scale), g.const_data_ptr<float>(), 0, n, device::stream_of(w));
+}
+
+void class_catch_up(const Tensor& w,               // [C, d], changed
+                    const optional<Tensor>& v,     // [C, d], changed
+                    const optional<Tensor>& rows,  // [n]
+                    const Tensor& products /* [n, 4] */) {
+  check_types(w.scalar_type(), {});
+  const int64_t n = rows ? rows->numel() : w.size(0);
+  std::vector<Tensor> state;
+  if (v) state.push_back(*v);
+  rule_of("sgd", std::vector<double>(4), w, state);
+  const Tensor p = checked_like("products", products, {n, 4}, at::kFloat, w.device());
+  const auto ids = rows ? optional(checked_like("rows", *rows, {n}, at::kLong, w.device())) : std::nullopt;
+  const c10::DeviceGuard guard(w.device());
+  check(launch_class_catch_up(states_of(w, state, ids, {}), p.const_data_ptr<float>(), n, device::stream_of(w)));
 }
 
 }  // namespace fastmargin::cuda

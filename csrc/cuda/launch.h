@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../class_update.h"
 #include "../pairs.h"
 
 namespace fastmargin {
@@ -59,6 +60,15 @@ struct Upstream {
   const float* lift;          // [1] a power of two that g is multiplied by
 };
 
+// Class weights and the states of their optimiser, of which a rule may use fewer; all may change.
+struct ClassStates {
+  float* w;                 // [C, d]
+  float *first, *second;    // [C, d] each, or null
+  const int64_t* rows;      // [n] ids of the classes that change, or null: all
+  const float* grad_scale;  // [] or null
+  int64_t d;
+};
+
 // o_j = w_j * power_j, rounded, with power_j factor_j = 1 / ||w_j||; power is 1 for float operands, which may be null.
 int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, float* power /* [n] */,
                     float* factor /* [n] */, void* stream);
@@ -78,9 +88,19 @@ int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e
                            const float* factor /* [n] */, float* dw /* [n, d] or null */, float* db /* [n] or null */,
                            void* stream);
 
-// dx_i = sum over splits / lift + the gradients of its target and its best times their unit weights
-int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /* [B] */, const float* splits,
-                        int64_t count /* splits [count, B, d] */, int64_t B, float* dx /* [B, d] */, void* stream);
+// dx_i = the gradients of its target and its best times their unit weights
+int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /* [B] */, int64_t B,
+                        float* dx /* [B, d] */, void* stream);
+
+// dx += sum over splits / lift
+int launch_add_splits(const Upstream& u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
+                      float* dx /* [n] */, void* stream);
+
+int launch_class_update(const Sgd& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n,
+                        void* stream);
+int launch_class_update(const AdamW& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n,
+                        void* stream);
+int launch_class_catch_up(const ClassStates& s, const float* products /* [n, 4] */, int64_t n, void* stream);
 
 int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,
                         float* target /* [B] */, void* stream);

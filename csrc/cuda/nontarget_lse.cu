@@ -4,7 +4,7 @@
 //   forward   z_ij = <x_i, o_j> factor_j: sum of exponentials and the k best         a block a row
 //   backward  g_ij = lift d_rest_i exp(z_ij - rest_i) factor_j, 0 at the targets     a block a row
 //             dw_j = power_j (I - w^_j w^_j^T) (sum_i g_ij x_i / lift + factor_j * entries of j)     a warp a class
-//             dx_i = sum_j g_ij o_j / lift + its entries' unit weights               a block a row
+//             dx_i = its entries' unit weights, before the first wave, + sum_j g_ij o_j / lift     a block a row
 //
 // A row belongs to one block in every wave, and waves follow each other on the stream: sums and lists are merged in the
 // order of the classes, without atomics, so a run repeats bit for bit. Letters: B rows, n classes of a wave, d, k.
@@ -150,17 +150,21 @@ __device__ inline void add_unit(const Classes& c, int64_t place, float value, fl
   for (int64_t f = threadIdx.x; f < c.d; f += kThreads) dx[f] += value * (w[f * c.column] * scale);
 }
 
-__global__ void row_gradient_kernel(Classes c, Upstream u, const int64_t* y /* [B] */, const float* splits,
-                                    int64_t count /* splits [count, B, d] */, int64_t B, float* dx /* [B, d] */) {
+// dx of a row's target and its best alone.
+__global__ void row_gradient_kernel(Classes c, Upstream u, const int64_t* y /* [B] */, float* dx /* [B, d] */) {
   const int64_t i = blockIdx.x;
-  const float drop = 1.0f / *u.lift;
-  for (int64_t f = threadIdx.x; f < c.d; f += kThreads) {
-    float sum = 0;
-    for (int64_t s = 0; s < count; ++s) sum += splits[(s * B + i) * c.d + f];
-    dx[i * c.d + f] = sum * drop;
-  }
+  for (int64_t f = threadIdx.x; f < c.d; f += kThreads) dx[i * c.d + f] = 0;
   add_unit(c, y[i], u.d_target[i], dx + i * c.d);
   for (int64_t t = i * u.k; u.d_topk && t < (i + 1) * u.k; ++t) add_unit(c, u.top_places[t], u.d_topk[t], dx + i * c.d);
+}
+
+__global__ void add_splits_kernel(Upstream u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
+                                  float* dx /* [n] */) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= n) return;
+  float sum = 0;
+  for (int64_t s = 0; s < count; ++s) sum += splits[s * n + at];
+  dx[at] += sum * (1.0f / *u.lift);
 }
 
 }  // namespace
@@ -193,9 +197,12 @@ int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e
   return launch(weight_gradient_kernel, blocks_of(c.n), stream, c, u, e, power, factor, dw, db);
 }
 
-int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y, const float* splits, int64_t count,
-                        int64_t B, float* dx, void* stream) {
-  return launch(row_gradient_kernel, B, stream, c, u, y, splits, count, B, dx);
+int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y, int64_t B, float* dx, void* stream) {
+  return launch(row_gradient_kernel, B, stream, c, u, y, dx);
+}
+
+int launch_add_splits(const Upstream& u, const float* splits, int64_t count, int64_t n, float* dx, void* stream) {
+  return launch(add_splits_kernel, (n + kThreads - 1) / kThreads, stream, u, splits, count, n, dx);
 }
 
 }  // namespace fastmargin

@@ -1,4 +1,4 @@
-"""Augmentation of grey images, counter-based: a pure function of (seed, epoch, index) of each image.
+"""Augmentation of characters, counter-based: a pure function of (seed, epoch, index) of each image.
 
 Image i in epoch e owns the splitmix64 stream that starts at hash(seed, e, i): draw j is mix64(start + j G),
 with G the golden ratio of 2^64. Eight draws choose the warp, the blur and the noise level; the others are
@@ -34,25 +34,26 @@ PARAMETERS = 8  # draws before the noise
 
 
 def to_float(
-    images: Tensor,  # [B, H, W] uint8
-) -> Tensor:  # [B, 1, H, W] float32
+    images: Tensor,  # [B, H, W] or [B, H, W, 3] uint8
+) -> Tensor:  # [B, 1, H, W] or [B, 3, H, W] float32
     """Intensities in [0, 1], 0 is background."""
-    return images.unsqueeze(1).float() / 255
+    channels_first = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return channels_first.float().div_(255)
 
 
 def augment(
-    images: Tensor,  # [B, H, W] uint8
+    images: Tensor,  # [B, H, W] or [B, H, W, 3] uint8
     index: ArrayLike,  # [B] int64
     epoch: ArrayLike,  # [B] int64
     seed: int,
-) -> Tensor:  # [B, 1, H, W] float32
+) -> Tensor:  # [B, 1, H, W] or [B, 3, H, W] float32
     """Warped, perhaps blurred, noisy images; the same (seed, epoch, index) always gives the same image."""
     start = hash64(AUGMENT, seed, epoch, index)  # [B]
     draws = torch.from_numpy(uniform(stream(start, 0, PARAMETERS) >> np.uint64(32)))  # [B, PARAMETERS]
     result = warp(to_float(images), 2 * draws[:, :5] - 1)
     blurred = draws[:, 5] < BLURRED
     result[blurred] = blur(result[blurred])
-    pixels = images.shape[1] * images.shape[2]
+    pixels = math.prod(images.shape[1:])
     noise = torch.from_numpy(gaussian(stream(start, PARAMETERS, (pixels + 1) // 2)))[:, :pixels]
     return result + (NOISE * draws[:, 6:7] * noise).view_as(result)
 
@@ -83,9 +84,9 @@ def gaussian(
 
 
 def warp(
-    images: Tensor,  # [B, 1, H, W] float32
+    images: Tensor,  # [B, c, H, W] float32
     amounts: Tensor,  # [B, 5] in (-1, 1): rotation, scale, shear, shift right, shift down
-) -> Tensor:  # [B, 1, H, W]
+) -> Tensor:  # [B, c, H, W]
     """Rotate, scale, shear and shift each image about its centre, bilinearly; black comes in from outside."""
     limits = torch.tensor([ROTATION, SCALE, SHEAR, SHIFT, SHIFT])
     angle, scale, shear, right, down = (amounts * limits).T[:, :, None, None]  # [B, 1, 1] each
@@ -99,8 +100,8 @@ def warp(
 
 
 def blur(
-    images: Tensor,  # [B, 1, H, W]
-) -> Tensor:  # [B, 1, H, W]
+    images: Tensor,  # [B, c, H, W]
+) -> Tensor:  # [B, c, H, W]
     """The 3 x 3 binomial filter (1 2 1)/4 in both directions, black outside."""
     padded = pad(images, (1, 1, 1, 1))
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]

@@ -9,7 +9,7 @@ torch is imported by the commands, not here.
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,7 +57,7 @@ def new_parser(**options: Any) -> ArgumentParser:
 
 
 def train_parser() -> ArgumentParser:
-    parser = new_parser(description="Train on glyph identities, evaluate on unseen ones, report.")
+    parser = new_parser(description="Train on glyphs or images of your own, evaluate on identities never seen, report.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
     parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
     for name, kind, default, help in options(TrainConfig):
@@ -72,7 +72,8 @@ def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
         if is_dataclass(hints[entry.name]):
             yield from options(hints[entry.name], f"{prefix}{entry.name}.")
         else:
-            yield prefix + entry.name, hints[entry.name], entry.default, entry.metadata["help"]
+            default = {} if entry.default is MISSING else entry.default  # only a mapping is made by a factory
+            yield prefix + entry.name, hints[entry.name], default, entry.metadata["help"]
 
 
 def train(given: Any) -> None:

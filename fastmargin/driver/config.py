@@ -5,10 +5,15 @@ Every default, its help text and its range live here and nowhere else. This modu
 """
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+GLYPHS = "glyphs"  # the source that needs no files
+# Options on which no result depends: a run is resumed with any of them.
+FREE = ("data.workers", "data.cache")
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
@@ -25,21 +30,40 @@ def require(ok: bool, name: str, given: object, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Glyph identities: characters drawn in many faces; whole characters are held out for evaluation."""
+    """Identities and their images; whole identities are held out for evaluation.
 
-    fonts: str | None = option(None, "folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
-    faces: int = option(6, "an identity has at least this many different images")
-    size: int = option(32, "pixels per side")
+    A null is decided by the kind of the source: `driver.datasets` has the list. `fonts` and `faces` concern
+    glyphs alone.
+    """
+
+    source: str = option(
+        GLYPHS,
+        "glyphs; synthetic:CLASSESxIMAGES; a folder that holds a folder of images for each identity; InsightFace's "
+        "train.rec; an IDX file of images; Omniglot's zips, with commas between them; a safetensors file",
+    )
+    size: int | None = option(None, "pixels per side; null: photographs 112, characters 32, tensors as they are")
+    color: Literal["grey", "rgb"] | None = option(None, "null: the images' own")
+    augment: Literal["glyphs", "faces", "none"] | None = option(
+        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, colour, erasing; null: by source"
+    )
     holdout: float = option(0.2, "share of the identities that training never sees")
     split_seed: int = option(0, "which identities are held out")
-    cache: str | None = option(None, "folder of rendered arrays; null: ~/.cache/fastmargin")
-    augment: bool = option(True, "small random rotations, shifts, blur and noise")
+    cache: str | None = option(None, "folder of rendered and packed images; null: ~/.cache/fastmargin")
+    workers: int = option(0, "threads that prepare batches ahead, worth it with a GPU; no result depends on them")
+    fonts: str | None = option(None, "glyphs: folder of .ttf, .otf, .ttc files; null: the fonts matplotlib ships")
+    faces: int = option(6, "glyphs: an identity has at least this many different images")
 
     def __post_init__(self) -> None:
-        require(self.faces >= 2, "data.faces", self.faces, "at least 2")
-        require(self.size >= 16, "data.size", self.size, "at least 16 pixels")
+        require(self.size is None or self.size >= 16, "data.size", self.size, "at least 16 pixels")
         require(0 <= self.split_seed < 2**63, "data.split_seed", self.split_seed, "0 or more, below 2**63")
         require(0 < self.holdout < 1, "data.holdout", self.holdout, "a share between 0 and 1, both excluded")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more threads")
+        require(self.faces >= 2, "data.faces", self.faces, "at least 2")
+        require(self.fonts is None or self.source == GLYPHS, "data.fonts", self.fonts, "null: glyphs alone have fonts")
+
+    def cache_folder(self) -> Path:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(self.cache) if self.cache is not None else Path(home) / "fastmargin"
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,14 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class TermConfig:
+    """A term of the loss beside the head's; `driver.terms` has the names and the options."""
+
+    weight: float = option(1.0, "factor of the term")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the term"})
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -113,12 +145,21 @@ class TrainConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    terms: dict[str, TermConfig] = field(
+        default_factory=dict,
+        metadata={"help": "losses beside the head's, by name: center, git, minimum_margin, marginal, range, "
+                          "margin_based, or a class of pytorch_metric_learning.losses"},
+    )  # fmt: skip
+    init_from: str | None = option(None, "folder of another run's checkpoint, whose weights training starts from")
     dim: int = option(128, "features of the embedding")
     seed: int = option(0, "weights, order of the images and augmentation")
     log_every: int = option(20, "steps between two records")
     save_every: int = option(400, "steps between two checkpoints")
 
     def __post_init__(self) -> None:
+        for name, term in self.terms.items():
+            require(0 <= term.weight < math.inf, f"terms.{name}.weight", term.weight, "a number of 0 or more")
+            require(isinstance(term.options, Mapping), f"terms.{name}.options", term.options, "arguments by name")
         require(self.dim >= 1, "dim", self.dim, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
@@ -139,6 +180,9 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         if is_dataclass(hints[name]):
             require(isinstance(given, Mapping), name, given, "options of its own")
             return from_dict(hints[name], given)
+        if hints[name] == dict[str, TermConfig]:
+            require(isinstance(given, Mapping), name, given, "terms by name")
+            return {term: from_dict(TermConfig, options) for term, options in given.items()}
         return tuple(given) if isinstance(given, list) else given
 
     for name, given in values.items():
@@ -161,12 +205,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, entry.name)
         if is_dataclass(value):
             flat |= flatten(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, dict):
+            flat[prefix + entry.name] = {name: asdict(term) for name, term in value.items()}
         else:
             flat[prefix + entry.name] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
 def differing(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """Dotted names of the options in which two configurations differ."""
+    """Dotted names of the options in which two configurations differ and their results may."""
     other = flatten(theirs)
-    return [name for name, value in flatten(ours).items() if value != other[name]]
+    return [name for name, value in flatten(ours).items() if value != other[name] and name not in FREE]

@@ -10,31 +10,31 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from fastmargin import __version__
 from fastmargin.driver import checkpoint, folder, report
-from fastmargin.driver.augment import augment, to_float
-from fastmargin.driver.config import OptimConfig, TrainConfig
-from fastmargin.driver.data import UniformBatches
-from fastmargin.driver.run import Log, Run, build, learnt, restore, state, tensors
+from fastmargin.driver.augment import to_float
+from fastmargin.driver.config import GLYPHS, OptimConfig, TrainConfig
+from fastmargin.driver.data import Stored
+from fastmargin.driver.loader import augmentation, batches
+from fastmargin.driver.run import Log, Run, build, learnt, restore, start_from, state, tensors
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
 
-Indices = NDArray[np.int64]
-
 EDGE = 20  # steps at the start and at the end whose angles are kept
 EMBED = 512  # images embedded at once
+RAW_SIDE = 32  # pixels a side of the images that are compared as they are
 
 
 def train(config: TrainConfig, out: str | None, log: Log) -> Path:
@@ -44,8 +44,14 @@ def train(config: TrainConfig, out: str | None, log: Log) -> Path:
     damaged, and a loss that is no longer finite.
     """
     run = build(config, log)
+    begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
+    if config.init_from is not None and not begun:
+        start_from(run, Path(config.init_from), log)
     where = folder.claim(out, config)
-    log(f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on")
+    log(
+        f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
+        f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}"
+    )
     resume(run, where, log)
     loop(run, where, log)
     finish(run, where, log)
@@ -77,15 +83,15 @@ def loop(run: Run, where: Path, log: Log) -> None:
     config, last = run.config, run.config.optim.steps
     since, clock = run.step, time.perf_counter()
     with tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty()) as bar:
-        for index, epoch in batches(run):
-            out = train_step(run, index, epoch)
+        for images, labels in batches(run):
+            out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
             bar.update()
             saving = run.step % config.save_every == 0 or run.step == last
             if saving or run.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
                 run.seconds += seconds
-                record = measure(run, out, len(index) * (run.step - since) / seconds)
+                record = measure(run, out, len(labels) * (run.step - since) / seconds)
                 folder.append_record(where, record)
                 if not bar.disable:
                     bar.set_postfix_str(report.progress(record))
@@ -98,17 +104,19 @@ def loop(run: Run, where: Path, log: Log) -> None:
 
 def train_step(
     run: Run,
-    index: Indices,  # [B]
-    epoch: Indices,  # [B]
+    images: Tensor,  # [B, c, H, W] float32
+    labels: Tensor,  # [B] int64
 ) -> HeadOutput:
-    images, labels = run.train.images[index], run.train.labels[index]
-    pixels = augment(images, index, epoch, run.config.seed) if run.config.data.augment else to_float(images)
+    lr = learning_rate(run.config.optim, run.step)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.config.optim, run.step)
-    out = run.head(run.model(pixels), labels)
+        group["lr"] = lr
+    embeddings = run.model(images)
+    out = run.head(embeddings, labels)
+    loss = out.loss + run.terms(embeddings, labels)
     run.optimizer.zero_grad()
-    out.loss.backward()
+    loss.backward()
     run.optimizer.step()
+    run.terms.update(embeddings, labels, lr)
     run.table.update(labels, out.hard_classes, out.hard_scores)
     if run.schedule:
         run.schedule.step()
@@ -116,21 +124,6 @@ def train_step(
         run.order.step()
     run.step += 1
     return out
-
-
-def batches(run: Run) -> Iterator[tuple[Indices, Indices]]:
-    """Image numbers [B] and their epochs [B], as long as there are steps to make.
-
-    What the doppelganger sampler draws is numbered, so that an image it repeats is augmented anew each time.
-    """
-    size, steps = run.config.optim.batch_size, run.config.optim.steps
-    if isinstance(run.order, UniformBatches):
-        while run.step < steps:
-            yield run.order.indices(run.step), run.order.epochs(run.step)
-    else:
-        drawn = iter(run.order)
-        while run.step < steps:
-            yield np.array(next(drawn)), run.step * size + np.arange(size)
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -159,15 +152,16 @@ def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, An
     record = {
         "step": run.step,
         "loss": out.loss.item(),
+        "terms": {name: value.item() for name, value in run.terms.last.items()},
         "target_score": out.target_score.mean().item(),
         "lr": run.optimizer.param_groups[0]["lr"],
         "margin": getattr(run.head.margin, "m", None),
         "images_per_second": round(images_per_second, 1),
     }
-    weights = learnt(run.model, run.head).values()
-    if not math.isfinite(record["loss"]) or not all(weight.isfinite().all() for weight in weights):
+    weights, losses = learnt(run.model, run.head, run.terms).values(), (record["loss"], *record["terms"].values())
+    if not all(map(math.isfinite, losses)) or not all(weight.isfinite().all() for weight in weights):
         raise ValueError(
-            f"training diverged by step {run.step}: the loss is {record['loss']}, or a weight not finite. "
+            f"training diverged by step {run.step}: the loss is {record['loss']}, or a term or a weight not finite. "
             "The last checkpoint is kept; a smaller optim.lr may help"
         )
     return record
@@ -180,7 +174,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
     """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done."""
     begin = time.perf_counter()
     images, labels = run.test.images, run.test.labels
-    compared = {"model": embed(run.model, images), "raw_pixels": to_float(images).flatten(1)}
+    compared = {"model": embed(run.model, images), "raw_pixels": embed(RawPixels(), images)}
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
     report.draw(
@@ -190,6 +184,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
         cosines=run.cosines,
         pairs=report.mined_pairs(run.table.classes, run.table.scores),
         identities=run.train,
+        glyphs=run.config.data.source == GLYPHS,
     )
     metrics = {
         "step": run.step,
@@ -212,14 +207,30 @@ def resolvable(result: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in result.items()}
 
 
+class RawPixels(nn.Module):
+    """Images as they are, averaged over tiles down to RAW_SIDE pixels a side.
+
+    A black one, which has no direction, is taken for a white one.
+    """
+
+    def forward(
+        self,
+        images: Tensor,  # [B, c, H, W]
+    ) -> Tensor:  # [B, c * H * W]
+        side = min(RAW_SIDE, images.shape[-1])
+        x = adaptive_avg_pool2d(images, side).flatten(1)
+        return x.masked_fill(~x.any(dim=1, keepdim=True), 1)
+
+
 @torch.inference_mode()
 def embed(
     model: nn.Module,
-    images: Tensor,  # [N, H, W] uint8
+    images: Tensor | Stored,  # [N, H, W] or [N, H, W, 3] uint8
 ) -> Tensor:  # [N, d]
     """Embeddings in evaluation mode; the mode is put back afterwards."""
     training = model.training
     model.eval()
-    embeddings = torch.cat([model(to_float(block)) for block in images.split(EMBED)])
+    blocks = np.array_split(np.arange(len(images)), range(EMBED, len(images), EMBED))
+    embeddings = torch.cat([model(to_float(images[block])) for block in blocks])
     model.train(training)
     return embeddings

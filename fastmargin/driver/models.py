@@ -9,19 +9,19 @@ import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-WIDTHS = (1, 32, 64, 128, 128)  # channels, from the grey image on
+WIDTHS = (32, 64, 128, 128)  # channels
 KERNELS = (5, 3, 3, 3)
 
 
-def build_model(dim: int, size: int) -> nn.Module:
-    """Network from images [B, 1, size, size] to embeddings [B, dim]; 0.31 M parameters at dim 128, size 32.
+def build_model(dim: int, size: int, channels: int = 1) -> nn.Module:
+    """Network from images [B, channels, size, size] to embeddings [B, dim]; 0.31 M parameters at dim 128, size 32.
 
     The layout is channels_last, the faster one on a CPU. Weights are drawn from torch's global generator.
     ValueError unless dim and size are at least 1.
     """
     if dim < 1 or size < 1:
         raise ValueError(f"dim and size are at least 1, got dim = {dim}, size = {size}")
-    blocks = [block(*shape) for shape in zip(WIDTHS[:-1], WIDTHS[1:], KERNELS, strict=True)]
+    blocks = [block(*shape) for shape in zip((channels, *WIDTHS[:-1]), WIDTHS, KERNELS, strict=True)]
     side = -(-size // 2 ** len(blocks))  # each block halves the side and rounds up
     model = nn.Sequential(*blocks, output(WIDTHS[-1], side, dim))
     return convert_conv2d_weight_memory_format(model, torch.channels_last)

@@ -20,6 +20,7 @@ from fastmargin.driver.data import Identities
 
 COLORS = {"model": "tab:blue", "raw_pixels": "tab:orange", "start": "tab:orange", "end": "tab:blue"}
 DPI = 110
+NAME = 13  # characters of a name
 COLUMNS, ROWS, EXAMPLES = 4, 7, 6  # of the contact sheet: pairs across and down, images of each identity
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # FAR [p], TAR [p]
@@ -39,15 +40,19 @@ def draw(
     cosines: Mapping[str, Tensor],
     pairs: Sequence[Pair],
     identities: Identities,
+    glyphs: bool,
 ) -> None:
-    """All pictures into the folder; without cosines (a plain layer) there is no theta.png."""
+    """All pictures into the folder; without cosines (a plain layer) there is no theta.png.
+
+    Glyphs are drawn black on white and called by code point, other images are shown as they are.
+    """
     pictures.mkdir(exist_ok=True)
     angles = {name: values for name, values in cosines.items() if len(values)}
     plot_loss(pictures / "loss.png", records, "cosine" if angles else "logit")
     plot_roc(pictures / "roc.png", curves)
     if angles:
         plot_theta(pictures / "theta.png", angles)
-    plot_doppelgangers(pictures / "doppelgangers.png", pairs, identities)
+    plot_doppelgangers(pictures / "doppelgangers.png", pairs, identities, glyphs)
 
 
 def plot_loss(
@@ -116,7 +121,7 @@ def mined_pairs(
     return list(pairs.values())
 
 
-def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities) -> None:
+def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities, glyphs: bool) -> None:
     """A contact sheet: in each cell some images of one identity above those of its doppelganger."""
     rows = max(1, -(-len(pairs) // COLUMNS))
     gaps = ConstrainedLayoutEngine(wspace=0.06, hspace=0.02)  # the four strips of a row stay apart
@@ -124,8 +129,9 @@ def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities
     grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for axes, pair in zip(grid, pairs, strict=False):
         cell = np.concatenate([strip(identities, pair.one), strip(identities, pair.other)])
-        axes.imshow(cell, cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
-        names = " / ".join(caption(identities.names[label]) for label in (pair.one, pair.other))
+        axes.imshow(cell, cmap="gray_r" if glyphs else "gray", vmin=0, vmax=255, interpolation="nearest")
+        name = caption if glyphs else shortened
+        names = " / ".join(name(identities.names[label]) for label in (pair.one, pair.other))
         axes.set_title(f"{names}   {pair.score:.2f}", fontsize=10, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
@@ -137,20 +143,30 @@ def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities
     )
 
 
-def strip(identities: Identities, label: int) -> NDArray[np.uint8]:  # [H + 2, EXAMPLES * W]
-    """Images of one identity side by side, spread over its faces; fewer are followed by blanks."""
-    own = identities.images[identities.labels == label].numpy()
-    chosen = own[np.unique(np.linspace(0, len(own) - 1, EXAMPLES).round().astype(int))]
-    blank = np.zeros((EXAMPLES - len(chosen), *own.shape[1:]), np.uint8)
+def strip(identities: Identities, label: int) -> NDArray[np.uint8]:  # [H + 2, EXAMPLES * W] or [..., 3]
+    """Images of one identity side by side, spread over all it has; fewer are followed by blanks."""
+    own = np.flatnonzero(identities.labels.numpy() == label)
+    chosen = identities.images[own[np.unique(np.linspace(0, len(own) - 1, EXAMPLES).round().astype(int))]].numpy()
+    blank = np.zeros((EXAMPLES - len(chosen), *chosen.shape[1:]), np.uint8)
     row = np.concatenate([*chosen, *blank], axis=1)
-    return np.pad(row, ((1, 1), (0, 0)))
+    return np.pad(row, [(1, 1), *[(0, 0)] * (row.ndim - 1)])
+
+
+def shortened(name: str) -> str:
+    """The end of a long name, which tells more than its beginning; ? for what DejaVu Sans cannot draw."""
+    drawn = "".join(character if drawable(character) else "?" for character in name)
+    return drawn if len(drawn) <= NAME else f"…{drawn[1 - NAME :]}"
 
 
 def caption(name: str) -> str:
     """First character of an identity, where DejaVu Sans can draw it, its code point, and how many more."""
-    drawn = f"{name[0]} " if get_font(findfont("DejaVu Sans")).get_char_index(ord(name[0])) else ""
+    drawn = f"{name[0]} " if drawable(name[0]) else ""
     more = f"+{len(name) - 1}" if len(name) > 1 else ""
     return f"{drawn}U+{ord(name[0]):04X}{more}"
+
+
+def drawable(character: str) -> bool:
+    return get_font(findfont("DejaVu Sans")).get_char_index(ord(character)) > 0
 
 
 def save(figure: Figure, path: Path, title: str, *framed: Axes) -> None:

@@ -4,26 +4,27 @@ Images, their order and their augmentation are functions of (seed, step); everyt
 and changes is in the checkpoint.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
-from fastmargin.driver.checkpoint import Checkpoint
+from fastmargin.driver.checkpoint import Checkpoint, load
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
-from fastmargin.driver.data import Identities, UniformBatches
-from fastmargin.driver.glyphs import load_glyphs
+from fastmargin.driver.data import Identities, Log, UniformBatches
+from fastmargin.driver.datasets import load_data
 from fastmargin.driver.models import build_model
+from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
-Log = Callable[[str], None]
 Order = UniformBatches | DoppelgangerBatchSampler
 
 
@@ -36,6 +37,7 @@ class Run:
     test: Identities
     model: nn.Module
     head: MarginHead
+    terms: Terms
     optimizer: torch.optim.SGD
     schedule: Schedule | None
     table: DoppelgangerTable
@@ -49,17 +51,16 @@ class Run:
 
 def build(config: TrainConfig, log: Log) -> Run:
     """Data, network, head, optimiser, mining. ValueError for options that do not fit together."""
-    train, test = load_glyphs(config.data, log).split(config.data.holdout, config.data.split_seed)
+    train, test = load_data(config.data, log)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
-        raise ValueError(f"{split}; wanted at least 2 of each: more fonts, or another data.holdout")
+        raise ValueError(f"{split}; wanted at least 2 of each: more data, another data.holdout or data.split_seed")
     if config.head.topk >= train.num_classes:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
-    if config.optim.batch_size > len(train.images):
-        raise ValueError(f"optim.batch_size is {config.optim.batch_size}; there are {len(train.images)} images")
     torch.manual_seed(config.seed)
-    model = build_model(config.dim, config.data.size)
+    model = build_model(config.dim, train.images.shape[1], train.channels)
     head = build_head(config, train.num_classes)
+    terms = Terms(config.terms, train.num_classes, config.dim)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     return Run(
         config=config,
@@ -67,7 +68,8 @@ def build(config: TrainConfig, log: Log) -> Run:
         test=test,
         model=model,
         head=head,
-        optimizer=build_optimizer(config.optim, model, head),
+        terms=terms,
+        optimizer=build_optimizer(config.optim, model, head, terms),
         schedule=build_schedule(config, head.margin),
         table=table,
         order=build_order(config, train, table),
@@ -103,9 +105,9 @@ def build_schedule(config: TrainConfig, margin: margins.Margin) -> Schedule | No
     return MarginRamp(margin, "m", steps) if steps and hasattr(margin, "m") else None
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, head: MarginHead) -> torch.optim.SGD:
+def build_optimizer(config: OptimConfig, model: nn.Module, head: MarginHead, terms: Terms) -> torch.optim.SGD:
     return torch.optim.SGD(
-        learnt(model, head).values(),
+        learnt(model, head, terms).values(),
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -128,9 +130,9 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
     )
 
 
-def learnt(model: nn.Module, head: MarginHead) -> dict[str, nn.Parameter]:
+def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
     """What the optimiser moves, by name."""
-    named = nn.ModuleDict({"model": model, "head": head}).named_parameters()
+    named = nn.ModuleDict({"model": model, "head": head, "terms": terms}).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
@@ -139,10 +141,11 @@ def learnt(model: nn.Module, head: MarginHead) -> dict[str, nn.Parameter]:
 
 def tensors(run: Run) -> dict[str, Tensor]:
     """All tensors that the next step depends on, and the cosines kept for the report."""
-    moved = learnt(run.model, run.head)
+    moved = learnt(run.model, run.head, run.terms)
     parts = {
         "model": run.model.state_dict(),
         "head": run.head.state_dict(),
+        "terms": run.terms.state_dict(),
         "momentum": {name: run.optimizer.state[p]["momentum_buffer"] for name, p in moved.items()},
         "table": run.table.state_dict(),
         "order": {} if isinstance(run.order, UniformBatches) else run.order.state_dict(),
@@ -156,7 +159,7 @@ def state(run: Run) -> dict[str, Any]:
     """What is not tensors, as JSON."""
     return {
         "config": asdict(run.config),
-        "data": fingerprint(run.train),
+        "data": run.train.fingerprint,
         "schedule": run.schedule.state_dict() if run.schedule else None,
         "seconds": run.seconds,
     }
@@ -164,17 +167,15 @@ def state(run: Run) -> dict[str, Any]:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Brings a run just built to where the checkpoint was made. ValueError if the images are others."""
-    if saved.state["data"] != fingerprint(run.train):
-        raise ValueError("the run was trained on other images: the fonts, or what draws them, have changed")
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}/"): v for k, v in saved.tensors.items() if k.startswith(f"{name}/")}
-
+    if saved.state["data"] != run.train.fingerprint:
+        raise ValueError("the run was trained on other images: they, or what reads or draws them, have changed")
+    part = partial(part_of, saved.tensors)
     run.model.load_state_dict(part("model"))
     run.head.load_state_dict(part("head"))
+    run.terms.load_state_dict(part("terms"))
     run.table.load_state_dict(part("table"))
     momentum = part("momentum")
-    for name, p in learnt(run.model, run.head).items():
+    for name, p in learnt(run.model, run.head, run.terms).items():
         run.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
     if isinstance(run.order, DoppelgangerBatchSampler):
         run.order.load_state_dict(part("order"))
@@ -184,8 +185,22 @@ def restore(run: Run, saved: Checkpoint) -> None:
     run.cosines, run.step, run.seconds = part("cosines"), saved.step, saved.state["seconds"]
 
 
-def fingerprint(data: Identities) -> str:
-    digest = hashlib.sha256("\n".join(data.names).encode())
-    digest.update(data.labels.numpy().tobytes())
-    digest.update(data.images.numpy().tobytes())
-    return digest.hexdigest()
+def start_from(run: Run, path: Path, log: Log) -> None:
+    """Takes the weights alone from a checkpoint of another run: the network's, and where that run was trained on the
+    same images, the head's and what its terms hold that this run has too. ValueError for weights of other shapes.
+    """
+    step, saved, its_state = load(path)
+    same = its_state["data"] == run.train.fingerprint
+    try:
+        run.model.load_state_dict(part_of(saved, "model"))
+        if same:
+            run.head.load_state_dict(part_of(saved, "head"))
+            run.terms.load_state_dict(part_of(saved, "terms"), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error
+    others = "" if same else "; it saw other images, so head and terms start afresh"
+    log(f"weights of step {step} of {path}{others}")
+
+
+def part_of(saved: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}

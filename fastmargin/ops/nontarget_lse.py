@@ -34,8 +34,9 @@ from fastmargin.backends import (
     triton_can_run,
     triton_compute,
 )
+from fastmargin.ops import class_update, target_logit
 from fastmargin.ops import nontarget_lse_portable as portable
-from fastmargin.ops import target_logit
+from fastmargin.ops import nontarget_lse_reference as reference
 from fastmargin.ops.checks import check_ids, check_operands
 
 
@@ -46,6 +47,7 @@ class Options:
     compute_dtype: torch.dtype | None
     backend: str
     want_a: bool
+    optimizer: class_update.SteppingBackward | None
 
 
 class NontargetLSE(torch.autograd.Function):
@@ -84,11 +86,20 @@ class NontargetLSE(torch.autograd.Function):
         need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
         d_rest = torch.zeros_like(rest) if d_rest is None else d_rest
         d_target = torch.zeros_like(rest) if d_target is None else d_target
-        dx, dw, db = IMPLS[ctx.options.backend].functions["bwd"](
-            x, w, y, bias, rows, None, ctx.options.normalize_weight, 1, ctx.options.compute_dtype,
-            rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
-        )  # fmt: skip
-        dw = scatter(dw, rows, w) if need_dw else None
+        o, functions = ctx.options, IMPLS[ctx.options.backend].functions
+        given = (x, w, y, bias, rows, None, o.normalize_weight, 1, o.compute_dtype,
+                 rest, topk_classes, a, d_rest, d_target, d_topk, need_dx)  # fmt: skip
+        if o.optimizer is None or not need_dw:
+            dx, dw, db = functions["bwd"](*given, need_dw, need_db)
+            dw = scatter(dw, rows, w) if need_dw else None
+        elif "bwd_update" in functions:
+            dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward())
+            dw = None
+        else:
+            step = o.optimizer.begin_backward()
+            dx, dw, db = functions["bwd"](*given, True, need_db)
+            class_update.IMPLS[pick(class_update.IMPLS, w)].functions["update"](w, step.state, dw, rows, *step[1:])
+            dw = None
         db = scatter(db, rows, bias) if need_db else None
         return dx if need_dx else None, dw, None, db, None, None
 
@@ -115,6 +126,7 @@ def nontarget_lse(
     topk: int = 0,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    optimizer: class_update.SteppingBackward | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
     """Log-sum-exp over the classes that are not the row's own, the own class's logit, and the k nearest others.
 
@@ -135,6 +147,8 @@ def nontarget_lse(
             backend has no such kernels on this machine, it warns once and runs in float32. float16 holds no number
             above 65,504: longer rows, and weights that are not normalised, may not fit.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on x's device and dtype.
+        optimizer: of w, one of `fastmargin.optim` with in_backward=True: the backward pass makes its step, and w has no
+            gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
@@ -147,7 +161,9 @@ def nontarget_lse(
         raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
     want_a = x.requires_grad and torch.is_grad_enabled()
     backend = pick(IMPLS, x, backend)
-    options = Options(normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, want_a)
+    options = Options(
+        normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, want_a, optimizer
+    )
     return NontargetLSE.apply(x, w, y, bias, rows, options)
 
 
@@ -183,7 +199,13 @@ IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
-        {"fwd": _ops.nontarget_lse_fwd.default, "bwd": _ops.nontarget_lse_bwd.default}, native_can_run, native_compute
+        {
+            "fwd": _ops.nontarget_lse_fwd.default,
+            "bwd": _ops.nontarget_lse_bwd.default,
+            "bwd_update": _ops.nontarget_lse_bwd_update.default,
+        },
+        native_can_run,
+        native_compute,
     )
 
     @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
@@ -204,9 +226,21 @@ if BUILD.facts:
             x.new_empty(n if need_db else 0),
         )
 
+    @torch.library.register_fake("fastmargin::nontarget_lse_bwd_update")
+    def _(  # type: ignore[no-untyped-def]
+        x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
+        rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_db, state, rule, hyper, grad_scale,
+    ):  # fmt: skip
+        n = w.shape[0] if rows is None else rows.shape[0]
+        return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(n if need_db else 0)
+
 
 IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute)
-IMPLS["stream"] = Impl({"fwd": portable.stream_fwd, "bwd": portable.stream_bwd}, lambda x: True, lambda x: HALVES)
+IMPLS["stream"] = Impl(
+    {"fwd": portable.stream_fwd, "bwd": portable.stream_bwd, "bwd_update": portable.stream_bwd_update},
+    lambda x: True,
+    lambda x: HALVES,
+)
 IMPLS["reference"] = Impl(
-    {"fwd": portable.reference_fwd, "bwd": portable.reference_bwd}, lambda x: True, lambda x: HALVES
+    {"fwd": reference.reference_fwd, "bwd": reference.reference_bwd}, lambda x: True, lambda x: HALVES
 )

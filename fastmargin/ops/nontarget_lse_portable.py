@@ -1,7 +1,6 @@
 """nontarget_lse in plain PyTorch, with the signatures of the registered ops (formulas: nontarget_lse.py).
 
-`stream` walks over blocks of classes and runs on any device. `reference` stores the B x C logits; it is the truth of
-the tests and is written to be read, not to be fast. Letters: B rows, C classes, n classes of a block, d, k.
+`stream` walks over blocks of classes and runs on any device. Letters: B rows, C classes, n classes of a block, d, k.
 """
 
 import functools
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.ops.checks import check_ids
+from fastmargin.ops.class_update import stream_update
 from fastmargin.ops.target_logit import inverse_norms
 
 INF = math.inf
@@ -214,24 +214,101 @@ def stream_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     refuse(bend, pool)
-    dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
-    if need_dx:
-        dx = d_rest[:, None] * a + pulled(w, rows, normalize_weight, y[:, None], d_target[:, None])
-        if d_topk is not None:
-            dx += pulled(w, rows, normalize_weight, topk_classes, d_topk)
+    _, dw, db = empty_gradients(x, w, rows, False, need_dw, need_db)
+    dx = row_gradient(x, w, y, rows, normalize_weight, topk_classes, a, d_rest, d_target, d_topk, need_dx)
+    given = x, w, y, bias, rows, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
+    for block, g, operands in gradients(*given) if need_dw or need_db else ():
+        at = slice(block.first, block.first + g.shape[1])
+        if need_dw:
+            dw[at] = weight_gradient(block, g, operands)
+        if need_db:
+            db[at] = g.sum(0)
+    return dx, dw, db
+
+
+@portable
+def stream_bwd_update(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d], changed
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    compute_dtype: torch.dtype | None,
+    rest: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    a: Tensor,  # [B, d], or [0] without dx
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+    need_dx: bool,
+    need_db: bool,
+    state: list[Tensor],  # [C, d] each, changed
+    rule: str,
+    hyper: list[float],
+    grad_scale: Tensor | None,  # []
+) -> tuple[Tensor, Tensor]:  # dx [B, d], db [n]; each [0] where not needed
+    """An optimiser step on every block as soon as its gradient is complete."""
+    refuse(bend, pool)
+    dx = row_gradient(x, w, y, rows, normalize_weight, topk_classes, a, d_rest, d_target, d_topk, need_dx)
+    _, _, db = empty_gradients(x, w, rows, False, False, need_db)
+    given = x, w, y, bias, rows, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
+    for block, g, operands in gradients(*given):
+        at = slice(block.first, block.first + g.shape[1])
+        dw = weight_gradient(block, g, operands)
+        if need_db:
+            db[at] = g.sum(0)
+        if rows is None:
+            stream_update(w[at], [t[at] for t in state], dw, None, rule, hyper, grad_scale)
+        else:
+            stream_update(w, state, dw, rows[at], rule, hyper, grad_scale)
+    return dx, db
+
+
+def row_gradient(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    rows: Tensor | None,  # [n]
+    normalize_weight: bool,
+    topk_classes: Tensor,  # [B, k]
+    a: Tensor,  # [B, d], or [0] without dx
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+    need_dx: bool,
+) -> Tensor:  # [B, d], or [0]
+    if not need_dx:
+        return x.new_empty(0)
+    dx = d_rest[:, None] * a + pulled(w, rows, normalize_weight, y[:, None], d_target[:, None])
+    return dx if d_topk is None else dx + pulled(w, rows, normalize_weight, topk_classes, d_topk)
+
+
+def gradients(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    normalize_weight: bool,
+    compute_dtype: torch.dtype | None,
+    rest: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Block by block: the block, g [B, n] and x [B, d] as the products see it."""
     above = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
     x = rounded(x, compute_dtype)
-    for block in blocks(x, w, bias, rows, normalize_weight, compute_dtype) if need_dw or need_db else ():
+    for block in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
         g = block.z.sub_(above).exp_().mul_(d_rest[:, None])
         put_(g, y[:, None], block.first, d_target[:, None])
         if d_topk is not None:
             put_(g, topk_classes, block.first, d_topk, add=True)
-        at = slice(block.first, block.first + g.shape[1])
-        if need_dw:
-            dw[at] = weight_gradient(block, g, x)
-        if need_db:
-            db[at] = g.sum(0)
-    return dx, dw, db
+        yield block, g, x
 
 
 def empty_gradients(
@@ -269,73 +346,3 @@ def weight_gradient(block: Block, g: Tensor, x: Tensor) -> Tensor:  # [B, n], [B
         return dw
     along = (dw * block.unit).sum(1, keepdim=True)
     return block.scale[:, None] * (dw - along * block.unit)
-
-
-@portable
-def reference_fwd(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
-    bend: Tensor | None,  # [B, 4]
-    normalize_weight: bool,
-    pool: int,
-    topk: int,
-    compute_dtype: torch.dtype | None,
-    want_a: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
-    refuse(bend, pool)
-    check_ids(y, rows, len(w))
-    x = rounded(x, compute_dtype)
-    _, operands, _, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
-    z = z.masked_fill(own_class(y, z), -INF)
-    rest = z.logsumexp(1)
-    values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, weight(z, rest[:, None]) @ operands if want_a else x.new_empty(0)
-
-
-@portable
-def reference_bwd(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
-    bend: Tensor | None,  # [B, 4]
-    normalize_weight: bool,
-    pool: int,
-    compute_dtype: torch.dtype | None,
-    rest: Tensor,  # [B]
-    topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [B, d], or [0] without dx
-    d_rest: Tensor,  # [B]
-    d_target: Tensor,  # [B]
-    d_topk: Tensor | None,  # [B, k]
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    refuse(bend, pool)
-    x = rounded(x, compute_dtype)
-    block = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
-    g = d_rest[:, None] * weight(block.z, rest[:, None])
-    g = torch.where(own_class(y, g), d_target[:, None], g)
-    if d_topk is not None:
-        at = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
-        g = g + (at * d_topk[:, :, None]).sum(1)
-    dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
-    return (
-        g @ block.w if need_dx else dx,
-        weight_gradient(block, g, x) if need_dw else dw,
-        g.sum(0) if need_db else db,
-    )
-
-
-def own_class(y: Tensor, z: Tensor) -> Tensor:  # [B], [B, n] -> [B, n]
-    return y[:, None] == torch.arange(z.shape[1], device=y.device)
-
-
-def weight(z: Tensor, rest: Tensor) -> Tensor:  # [B, n], [B, 1] -> [B, n]
-    """exp(z - rest), 0 where rest is -inf: there is nothing to weigh."""
-    return torch.where(rest == -INF, 0.0, (z - rest).exp())

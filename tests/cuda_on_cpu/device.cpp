@@ -44,5 +44,19 @@ TORCH_LIBRARY(fastmargin_emulated, m) {
         fastmargin::cuda::target_logit);
   m.def("nontarget_lse_fwd", fastmargin::cuda::nontarget_lse_fwd);
   m.def("nontarget_lse_bwd", fastmargin::cuda::nontarget_lse_bwd);
+  m.def(
+      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor "
+      "d_rest, "
+      "Tensor d_target, Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, "
+      "Tensor? "
+      "grad_scale) -> (Tensor dx, Tensor db)",
+      fastmargin::cuda::nontarget_lse_bwd_update);
+  m.def(
+      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? rows, str rule, float[] hyper, Tensor? "
+      "grad_scale) -> ()",
+      fastmargin::cuda::class_update);
+  m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()",
+        fastmargin::cuda::class_catch_up);
   m.def("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

@@ -30,7 +30,6 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +42,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
-from fastmargin.driver.config import DataConfig
-from fastmargin.driver.data import Identities
+from fastmargin.driver.config import DataConfig, require
+from fastmargin.driver.data import Identities, Log
 
+SIZE = 32  # pixels a side, if data.size does not say
 RULES = 1  # to be raised with every change of a rule: it makes old caches invalid
 CATEGORIES = frozenset("Lu Ll Lt Lo Nd Nl No Sm Sc So".split())
 BRAILLE = range(0x2800, 0x2900)
@@ -54,8 +54,6 @@ TEX = re.compile(r"cm[a-z]+\d+")
 TEX_TEXT = re.compile(r"cm(r|b|ss|ti|tt)10")
 TWIN, COPY = 0.995, 0.999  # cosines of raw pixels
 BLOCK = 1024  # rows of a similarity matrix held at once
-
-Log = Callable[[str], None]
 
 
 class Face(NamedTuple):
@@ -76,15 +74,21 @@ def load_glyphs(config: DataConfig, log: Log = print) -> Identities:
     """All identities of the configured fonts, from the cache or rendered into it.
 
     A cache that is damaged or cannot be written is logged and done without. ValueError if the folder holds
-    no fonts or no identity is left of them; OSError if a font file cannot be opened.
+    no fonts or no identity is left of them, or if colour is asked for; OSError if a font file cannot be opened.
     """
+    require(config.color != "rgb", "data.color", config.color, "grey: glyphs have no colour")
     fonts = find_fonts(config.fonts)
     cache = cache_file(config, fonts)
     identities = read_cache(cache, log)
     if identities is None:
-        identities = render(fonts, config.faces, config.size, log)
+        identities = render(fonts, config.faces, config.size or SIZE, log)
         write_cache(cache, identities, log)
     return identities
+
+
+def first_code_point(name: str) -> int:
+    """What decides whether an identity is held out: the split survives new fonts, rules and characters."""
+    return ord(name[0])
 
 
 def find_fonts(folder: str | None) -> list[Path]:
@@ -293,13 +297,11 @@ def cache_file(config: DataConfig, fonts: list[Path]) -> Path:
     facts = {
         "rules": RULES,
         "faces": config.faces,
-        "size": config.size,
+        "size": config.size or SIZE,
         "fonts": [[path.name, sha256(path.read_bytes())] for path in fonts],
         "versions": [PIL.__version__, features.version("freetype2"), unicodedata.unidata_version],
     }
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(config.cache) if config.cache is not None else Path(home) / "fastmargin"
-    return folder / f"glyphs-{sha256(json.dumps(facts).encode())[:16]}.safetensors"
+    return config.cache_folder() / f"glyphs-{sha256(json.dumps(facts).encode())[:16]}.safetensors"
 
 
 def sha256(data: bytes) -> str:
@@ -325,6 +327,7 @@ def read_cache(path: Path, log: Log) -> Identities | None:
 def write_cache(path: Path, identities: Identities, log: Log) -> None:
     """Keep the identities; a folder that cannot be written is logged."""
     images, labels = identities.images, identities.labels
+    assert isinstance(images, Tensor)
     names = torch.frombuffer(bytearray("\n".join(identities.names), "utf-8"), dtype=torch.uint8)
     data = safetensors.torch.save({"images": images, "labels": labels, "names": names})
     manifest = {"sha256": sha256(data), "identities": identities.num_classes, "images": len(images)}

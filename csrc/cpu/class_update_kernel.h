@@ -1,0 +1,28 @@
+// What class_update.cpp asks of a compiled kernel object; there is one such table per type and CPU capability.
+#pragma once
+
+#include <cstdint>
+
+#include "../class_update.h"
+
+namespace fastmargin {
+
+// A class weight and the states of its optimiser; a state that the rule does not use is null.
+template <typename T>
+struct ClassRow {
+  T *w, *first, *second;  // [d]
+};
+
+template <typename T>
+struct ClassUpdateKernels {
+  // A step with the gradient g times `factor`. False, and nothing is done, where `finite` is asked for and g is not.
+  bool (*sgd)(const Sgd&, const ClassRow<T>&, const T* g /* [d] */, T factor, bool finite, int64_t d);
+  bool (*adamw)(const AdamW&, const ClassRow<T>&, const T* g /* [d] */, T factor, bool finite, int64_t d);
+  // (first, w) := p (first, w) for each number, p [4] = a 2 x 2 matrix by rows
+  void (*transform)(const ClassRow<T>&, const T* p /* [4] */, int64_t d);
+};
+
+template <typename T>
+const ClassUpdateKernels<T>& class_update_kernels();  // the table for this machine
+
+}  // namespace fastmargin

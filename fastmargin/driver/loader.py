@@ -1,0 +1,88 @@
+"""Batches: which images, read and augmented, perhaps ahead of training.
+
+Batch t is a function of (seed, t) and, with the doppelganger sampler, of what it has drawn: of no thread and of no
+earlier batch. So any number of workers gives the same batches, bit for bit, and those that were prepared when a run
+stopped are prepared again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice, starmap
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmargin.driver.augment import augment, to_float
+from fastmargin.driver.augment_faces import augment_faces
+from fastmargin.driver.config import DataConfig
+from fastmargin.driver.data import UniformBatches
+from fastmargin.driver.datasets import KINDS, recognise
+from fastmargin.driver.run import Run
+
+Indices = NDArray[np.int64]
+Augment = Callable[[Tensor, Indices, Indices, int], Tensor]
+
+AUGMENTS: dict[str, Augment] = {
+    "none": lambda images, index, epoch, seed: to_float(images),
+    "glyphs": augment,
+    "faces": augment_faces,
+}
+AHEAD = 2  # batches prepared ahead by each worker
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [B, 1, H, W] or [B, 3, H, W] float32
+    labels: Tensor  # [B] int64
+
+
+def batches(run: Run) -> Iterator[Batch]:
+    """The batches of the steps that the run has still to make; what a thread raises is raised here."""
+    workers, wanted = run.config.data.workers, numbers(run)
+    prepare = partial(load, run, AUGMENTS[augmentation(run.config.data)])
+    if workers == 0:
+        yield from starmap(prepare, wanted)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))  # the rest is for training
+    try:
+        started = deque(pool.submit(prepare, *batch) for batch in islice(wanted, 1 + ahead(run)))
+        while started:
+            yield started.popleft().result()
+            started.extend(pool.submit(prepare, *batch) for batch in islice(wanted, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads yet to come: a worker's setting is theirs too
+
+
+def ahead(run: Run) -> int:
+    """Batches prepared beside the one that is trained on: the doppelganger sampler draws `lag` of them in all."""
+    most = AHEAD * run.config.data.workers
+    return most if isinstance(run.order, UniformBatches) else min(most, run.order.lag - 1)
+
+
+def numbers(run: Run) -> Iterator[tuple[Indices, Indices]]:
+    """Image numbers [B] and their epochs [B], for each step that is left.
+
+    What the doppelganger sampler draws is numbered, so that an image it repeats is augmented anew each time.
+    """
+    size, left = run.config.optim.batch_size, range(run.step, run.config.optim.steps)
+    if isinstance(run.order, UniformBatches):
+        for step in left:
+            yield run.order.indices(step), run.order.epochs(step)
+    else:
+        for step, drawn in zip(left, run.order, strict=False):  # it has no end
+            yield np.array(drawn), step * size + np.arange(size)
+
+
+def load(run: Run, transform: Augment, index: Indices, epoch: Indices) -> Batch:
+    return Batch(transform(run.train.images[index], index, epoch, run.config.seed), run.train.labels[index])
+
+
+def augmentation(config: DataConfig) -> str:
+    """The set that is asked for, or the one that suits the kind of the source."""
+    return config.augment or KINDS[recognise(config.source)].augment

@@ -1,0 +1,85 @@
+"""What the losses share: the checks of a batch, the centres of its classes, unit rows, the reduction.
+
+Letters: B rows, C classes, K of them in the batch, d features.
+"""
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmargin.margins import require
+from fastmargin.ops.checks import DTYPES, check_one_device
+
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+
+def check_batch(
+    x: Tensor,  # [B, d]
+    labels: Tensor,  # [B]
+) -> None:
+    """ValueError unless x is floating [B, d] and labels int64 [B], on one device. No look at the data."""
+    for name, given in (("x", x), ("labels", labels)):
+        require(isinstance(given, Tensor), name, type(given).__name__, "a tensor")
+    if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(f"want floating x [B, d], d above 0; got {x.dtype} {[*x.shape]}")
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"want int64 labels [{len(x)}]; got {labels.dtype} {[*labels.shape]}")
+    check_one_device({"x": x, "labels": labels})
+
+
+def check_centers(
+    centers: Tensor,  # [C, d]
+    labels: Tensor | None,  # [B]
+) -> None:
+    """ValueError unless centers are float32 or float64 [C, d] and labels int64 [B], on the CPU in [0, C)."""
+    require(isinstance(centers, Tensor), "centers", type(centers).__name__, "a tensor")
+    if centers.ndim != 2 or centers.shape[1] == 0 or centers.dtype not in DTYPES:
+        raise ValueError(f"want float32 or float64 centers [C, d], d above 0; got {centers.dtype} {[*centers.shape]}")
+    if labels is None:
+        return
+    require(isinstance(labels, Tensor), "labels", type(labels).__name__, "a tensor")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"want int64 labels [B]; got {labels.dtype} {[*labels.shape]}")
+    check_one_device({"centers": centers, "labels": labels})
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        for i in ((labels < 0) | (labels >= len(centers))).nonzero()[:1].flatten().tolist():
+            raise ValueError(f"label {int(labels[i])} of row {i} is outside [0, {len(centers)})")
+
+
+def check_rows(
+    x: Tensor,  # [B, d]
+    labels: Tensor,  # [B]
+    centers: Tensor,  # [C, d]
+) -> None:
+    check_batch(x, labels)
+    check_centers(centers, labels)
+    if x.shape[1] != centers.shape[1]:
+        raise ValueError(f"x {[*x.shape]} and centers {[*centers.shape]} differ in their features")
+
+
+def centers_of(
+    centers: Tensor,  # [C, d]
+    classes: Tensor,  # [n]
+) -> Tensor:  # [n, d]
+    """Rows of the centres. The gradient of a leaf is a sparse COO tensor of these rows: never C x d numbers."""
+    return F.embedding(classes, centers, sparse=centers.is_leaf)
+
+
+def wide(x: Tensor) -> Tensor:  # [B, d]
+    """float32 of the half precisions; float32 and float64 as they are."""
+    return x if x.dtype in DTYPES else x.float()
+
+
+def unit_rows(x: Tensor) -> Tensor:  # [B, d] -> [B, d]
+    """Rows of length 1; a zero row stays zero and has no gradient."""
+    norms = x.norm(dim=1, keepdim=True)
+    return torch.where(norms == 0, 0.0, x / norms.clamp(min=1e-6))
+
+
+def reduced(rows: Tensor, reduction: Reduction) -> Tensor:  # [n] -> [] or [n]; the mean of no rows is 0
+    require(reduction in ("mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'")
+    if reduction == "none":
+        return rows
+    return rows.sum() / (max(1, len(rows)) if reduction == "mean" else 1)

@@ -1,0 +1,91 @@
+"""nontarget_lse as its formulas say it (nontarget_lse.py), with the signatures of the registered ops.
+
+It stores the B x C logits; it is the truth of the tests and is written to be read, not to be fast. Letters: B rows, C
+classes, d features, k mined classes.
+"""
+
+import torch
+from torch import Tensor
+
+from fastmargin.ops.checks import check_ids
+from fastmargin.ops.nontarget_lse_portable import (
+    INF,
+    block_of,
+    count,
+    empty_gradients,
+    padded,
+    portable,
+    refuse,
+    rounded,
+    weight_gradient,
+)  # fmt: skip
+
+
+@portable
+def reference_fwd(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    topk: int,
+    compute_dtype: torch.dtype | None,
+    want_a: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
+    refuse(bend, pool)
+    check_ids(y, rows, len(w))
+    x = rounded(x, compute_dtype)
+    _, operands, _, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
+    z = z.masked_fill(own_class(y, z), -INF)
+    rest = z.logsumexp(1)
+    values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
+    return rest, values, classes, weight(z, rest[:, None]) @ operands if want_a else x.new_empty(0)
+
+
+@portable
+def reference_bwd(
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    bias: Tensor | None,  # [C]
+    rows: Tensor | None,  # [n]
+    bend: Tensor | None,  # [B, 4]
+    normalize_weight: bool,
+    pool: int,
+    compute_dtype: torch.dtype | None,
+    rest: Tensor,  # [B]
+    topk_classes: Tensor,  # [B, k]
+    a: Tensor,  # [B, d], or [0] without dx
+    d_rest: Tensor,  # [B]
+    d_target: Tensor,  # [B]
+    d_topk: Tensor | None,  # [B, k]
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
+    refuse(bend, pool)
+    x = rounded(x, compute_dtype)
+    block = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
+    g = d_rest[:, None] * weight(block.z, rest[:, None])
+    g = torch.where(own_class(y, g), d_target[:, None], g)
+    if d_topk is not None:
+        at = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
+        g = g + (at * d_topk[:, :, None]).sum(1)
+    dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
+    return (
+        g @ block.w if need_dx else dx,
+        weight_gradient(block, g, x) if need_dw else dw,
+        g.sum(0) if need_db else db,
+    )
+
+
+def own_class(y: Tensor, z: Tensor) -> Tensor:  # [B], [B, n] -> [B, n]
+    return y[:, None] == torch.arange(z.shape[1], device=y.device)
+
+
+def weight(z: Tensor, rest: Tensor) -> Tensor:  # [B, n], [B, 1] -> [B, n]
+    """exp(z - rest), 0 where rest is -inf: there is nothing to weigh."""
+    return torch.where(rest == -INF, 0.0, (z - rest).exp())

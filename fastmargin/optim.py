@@ -1,0 +1,251 @@
+"""Optimisers of class weights: torch's SGD and AdamW on the rows that were used, if wanted inside the backward pass.
+
+Each is a torch Optimizer of one parameter, `head.weight`: param_groups, state_dict and learning-rate schedulers work as
+ever, and what else a model learns (the backbone, `head.replicated_parameters()`) has an ordinary optimiser of its own.
+
+in_backward=True steps inside the backward pass, a block of classes at a time: no gradient of the size of the weight
+exists, in memory there are the weight and the optimiser's state. `step()` still ends every step.
+
+Where a head samples its classes, a step reads and changes those rows alone. What SGD without a gradient would have done
+to a row that sat out (momentum and weight decay go on) is linear in its (v, w):
+
+    v' = mu v + lam w                 [v', w'] = M [v, w],   M = [[mu, lam], [-lr mu, 1 - lr lam]]
+    w' = w - lr v'                    Nesterov: M = [[mu, lam], [-lr mu^2, 1 - lr lam (1 + mu)]]
+
+so a row is brought up to date when it is next used, by the product of the M of the steps it missed, and the result is
+that of the dense optimiser. The products are suffixes, M_t ... M_k for every k, one multiplication each per step; a
+quotient of prefixes would lose all digits. AdamW has no such product: rows that sit out are frozen, as in SparseAdam.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmargin.backends import pick
+from fastmargin.head import MarginHead
+from fastmargin.ops.class_update import IMPLS, Step
+
+HISTORY = 1024  # steps after which all rows are brought up to date, so that the list of products stays short
+
+
+class ClassOptimizer(torch.optim.Optimizer):
+    """What both share: the gradient of one step, dense, of some rows, or consumed in the backward pass."""
+
+    def __init__(self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any) -> None:
+        if not isinstance(head, MarginHead):
+            raise ValueError(f"head is a {type(head).__name__}: want a MarginHead")
+        if scaler is not None and not in_backward:
+            raise ValueError("scaler is for in_backward=True; without it, call scaler.step(optimizer)")
+        self.head, self.in_backward, self.scaler = head, in_backward, scaler
+        self.stage = "ready"  # then "forward", and "backward" where the weights have moved
+        super().__init__([head.weight], defaults)
+        head.class_optimizer = self
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError("a class optimiser has one parameter, head.weight: give others an optimiser of their own")
+        super().add_param_group(param_group)
+
+    @property
+    def weight(self) -> Tensor:  # [C, d]
+        (weight,) = self.param_groups[0]["params"]
+        return weight
+
+    def state_tensor(self, name: str) -> Tensor:  # [C, d]
+        state = self.state[self.weight]
+        if name not in state:
+            state[name] = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
+        return state[name]
+
+    def next_step(self) -> Step:
+        """The step that the gradient of now would make; changes nothing but for states that did not exist."""
+        raise NotImplementedError
+
+    def catch_up(self, rows: Tensor | None = None) -> None:  # [n]
+        """Brings these rows, or all, to where the dense optimiser would have them."""
+
+    def before_forward(self, rows: Tensor | None) -> None:  # [n]
+        """The head is about to read these rows in training, or all."""
+        if self.in_backward and self.stage != "ready":
+            raise RuntimeError(
+                "a second forward pass before step(): with in_backward=True every forward and backward pass is one "
+                "step; gradient accumulation needs in_backward=False"
+            )
+        self.catch_up(rows)
+        self.rows = rows
+        self.stage = "forward" if self.in_backward else "ready"
+
+    def begin_backward(self) -> Step:
+        """The backward pass is about to step."""
+        if self.stage != "forward":
+            raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")
+        self.stage = "backward"
+        scale = None if self.scaler is None else self.scaler.scale(self.weight.new_ones(()))
+        return self.next_step()._replace(grad_scale=scale)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Ends a step: applies `weight.grad` (dense, or sparse COO of some rows), or counts what backward applied.
+
+        Without a gradient nothing happens, as in torch.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad = self.weight.grad
+        if self.in_backward:
+            if grad is not None:
+                raise RuntimeError("the weight has a .grad, which in_backward=True does not make: call zero_grad()")
+            done, self.stage = self.stage == "backward", "ready"
+        else:
+            done = grad is not None
+            if grad is not None:
+                self.apply(grad)
+        if done:
+            self.advance()
+        return loss
+
+    def apply(self, grad: Tensor) -> None:  # [C, d], dense or sparse
+        rows = None
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows, grad = grad.indices()[0], grad.values()
+        if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
+            raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
+        self.rows = rows
+        state, rule, hyper, scale = self.next_step()
+        update = IMPLS[pick(IMPLS, self.weight)].functions["update"]
+        update(self.weight, state, grad.contiguous(), rows, rule, hyper, scale)
+
+    def advance(self) -> None:
+        """One more step is done, on `self.rows`."""
+        state = self.state[self.weight]
+        state["step"] = state.get("step", 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        self.catch_up()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.stage = "ready"
+
+
+class ClassSGD(ClassOptimizer):
+    """torch.optim.SGD (dampening 0) for the class weights of a head; exact for sampled classes too.
+
+    Args:
+        head: the MarginHead, after it has been moved to its device and dtype.
+        lr, momentum, weight_decay, nesterov: as torch.optim.SGD.
+        in_backward: step inside the backward pass; one forward and one backward pass a step, no gradient clipping over
+            the weight, no accumulation, no replica of the head under DDP.
+        scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
+            finite keep their weight and state. Without in_backward, scaler.step(optimizer) does it.
+
+    Raises:
+        ValueError: options out of range. RuntimeError: a second forward or backward pass before `step()`.
+    """
+
+    def __init__(
+        self,
+        head: MarginHead,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+        in_backward: bool = False,
+        scaler: Any = None,
+    ) -> None:
+        check_range("lr", lr, 0, math.inf)
+        check_range("momentum", momentum, 0, 1)
+        check_range("weight_decay", weight_decay, 0, math.inf)
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov=True with momentum = 0: want a momentum above 0")
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(head, defaults, in_backward, scaler)
+        self.forget()
+
+    def forget(self) -> None:
+        """All rows are up to date."""
+        self.products = np.eye(2)[None]  # [T + 1, 2, 2] of the last T steps, the last 1, ..., none
+        self.seen: Tensor | None = None  # [C] int32: steps since `forget` that a row has made; None: all of them
+
+    def next_step(self) -> Step:
+        group = self.param_groups[0]
+        state = [self.state_tensor("momentum_buffer")] if group["momentum"] else []
+        hyper = [float(group[name]) for name in ("lr", "momentum", "weight_decay", "nesterov")]
+        return Step(state, "sgd", hyper, None)
+
+    @torch.no_grad()
+    def catch_up(self, rows: Tensor | None = None) -> None:  # [n]
+        if self.seen is None:
+            return
+        products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
+        seen = self.seen if rows is None else self.seen[rows]
+        state = self.next_step().state
+        catch_up = IMPLS[pick(IMPLS, self.weight)].functions["catch_up"]
+        catch_up(self.weight, state[0] if state else None, rows, products[seen.long()])
+        if rows is None:
+            self.forget()
+        else:
+            self.seen[rows] = len(self.products) - 1
+
+    def advance(self) -> None:
+        super().advance()
+        if self.rows is None and self.seen is None:
+            return
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.weight), dtype=torch.int32, device=self.weight.device)
+        lr, mu, lam, nesterov = self.next_step().hyper
+        look = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
+        self.products = np.concatenate([np.array([[mu, lam], look]) @ self.products, np.eye(2)[None]])
+        self.seen[slice(None) if self.rows is None else self.rows] = len(self.products) - 1
+        if len(self.products) > HISTORY:
+            self.catch_up()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.forget()
+
+
+class ClassAdamW(ClassOptimizer):
+    """torch.optim.AdamW for the class weights of a head. Sampled classes that sit out a step are frozen in it.
+
+    Args and errors as ClassSGD; lr, betas, eps and weight_decay as torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        head: MarginHead,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        in_backward: bool = False,
+        scaler: Any = None,
+    ) -> None:
+        check_range("lr", lr, 0, math.inf)
+        check_range("betas[0]", betas[0], 0, 1)
+        check_range("betas[1]", betas[1], 0, 1)
+        check_range("eps", eps, 0, math.inf)
+        check_range("weight_decay", weight_decay, 0, math.inf)
+        super().__init__(head, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), in_backward, scaler)
+
+    def next_step(self) -> Step:
+        group, t = self.param_groups[0], self.state[self.weight].get("step", 0) + 1
+        (beta1, beta2), lr, decay, eps = group["betas"], group["lr"], group["weight_decay"], group["eps"]
+        hyper = [lr, decay, beta1, beta2, eps, 1 - beta1**t, math.sqrt(1 - beta2**t)]
+        state = [self.state_tensor("exp_avg"), self.state_tensor("exp_avg_sq")]
+        return Step(state, "adamw", [float(h) for h in hyper], None)
+
+
+def check_range(name: str, given: float, low: float, high: float) -> None:
+    if not low <= given < high:
+        raise ValueError(f"{name} = {given}: want {low} or more, below {high}")
