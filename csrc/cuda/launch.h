@@ -126,7 +126,8 @@ struct PairSums {
 int launch_centre(const float* given /* [n, d] */, const float* mean /* [d] */, int64_t n, int64_t d,
                   float* centred /* [n, d] */, float* squares /* [n] */, void* stream);
 
-// The products of a and b become -2 phi'(u), near pairs 0. Potentials and pulls are summed, the slopes of near pairs.
+// The products of a and b become -2 phi'(u) weight_j, near pairs 0. Potentials and pulls are summed, and the slopes of
+// near pairs.
 int launch_pairwise_potential(const Inverse& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
                               const PairSums& sums, void* stream);
 int launch_pairwise_potential(const Hinge& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
