@@ -1,5 +1,6 @@
 import pytest
 import torch
+from ranks import Ranks
 
 from fastmargin.ops.nontarget_lse import IMPLS
 
@@ -55,3 +56,19 @@ def rounding(request):
     if name not in IMPLS or dtype not in IMPLS[name].compute(torch.empty(0)):
         pytest.skip(f"no {dtype} operands in the {name} kernels of this machine")
     return {"backend": name, "compute_dtype": dtype}
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(N, task, *args)`: what task returns on each of N Gloo ranks; what one raises is raised here."""
+    pool = Ranks(4)
+
+    def run(count, task, *args):
+        results = pool.run(count, task, *args)
+        errors = [result for result in results if isinstance(result, Exception)]
+        if errors:
+            raise ExceptionGroup("on the ranks", errors)
+        return results
+
+    yield run
+    pool.close()
