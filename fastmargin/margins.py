@@ -67,6 +67,7 @@ class Margin(nn.Module):
     """
 
     plain: bool = False  # no cosine: the head takes the target's logit as it is and never calls forward
+    random: bool = False  # draws for the rows of a batch
     normalize_weight: bool = True
     s: float | Tensor
 
@@ -184,6 +185,11 @@ class Margin(nn.Module):
 
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
         """Takes statistics of the global batch: in training, before forward, detached, NaN on ignored rows."""
+
+    @property
+    def whole_batch(self) -> bool:
+        """In training, psi of a row depends on others', or on a draw: ranks that share a batch all compute it all."""
+        return self.random or type(self).observe is not Margin.observe
 
     def penalty(self, norms: Tensor) -> Tensor | None:  # [B] -> [B]
         """A term of each row, to be added to its loss."""
@@ -342,8 +348,11 @@ class ElasticFace(Margin):
     """A margin drawn for each row, N(m, sigma), in training mode only (Boutros 2022).
 
     form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest draw goes to the
-    smallest cosine, and so on. Draws come from torch's global generator, so torch.manual_seed repeats them.
+    smallest cosine, and so on. Draws come from torch's global generator, so torch.manual_seed repeats them; a head in
+    a group seeds it for them.
     """
+
+    random = True
 
     def __init__(
         self, s: float = 64.0, m: Value | None = None, sigma: float = 0.0125,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends import pick
+from fastmargin.distributed import is_replica
 from fastmargin.head import MarginHead
 from fastmargin.ops.class_update import IMPLS, Step
 
@@ -40,6 +41,8 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError(f"head is a {type(head).__name__}: want a MarginHead")
         if scaler is not None and not in_backward:
             raise ValueError("scaler is for in_backward=True; without it, call scaler.step(optimizer)")
+        if in_backward and is_replica(head.classes.group):
+            raise ValueError("in_backward=True with a head that other processes hold too: want MarginHead(group=...)")
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
         self.stage = "ready"  # then "forward", and "backward" where the weights have moved
         super().__init__([head.weight], defaults)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from emulation import ROOT, built
+from ranks import Ranks
 
 from fastmargin.backends import HALVES, Impl
 from fastmargin.ops import class_update, pairwise_potential, target_logit
@@ -93,3 +94,19 @@ def emulated(emulated_ops):
 
 def is_float32(x):
     return x.dtype == torch.float32
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(N, task, *args)`: what task returns on each of N Gloo ranks; what one raises is raised here."""
+    pool = Ranks(4)
+
+    def run(count, task, *args):
+        results = pool.run(count, task, *args)
+        errors = [result for result in results if isinstance(result, Exception)]
+        if errors:
+            raise ExceptionGroup("on the ranks", errors)
+        return results
+
+    yield run
+    pool.close()

@@ -9,7 +9,8 @@ from check import error
 from torch import nn
 
 import fastmargin as fm
-from fastmargin.head import MarginHead, initial_rows
+from fastmargin.head import MarginHead
+from fastmargin.sampling import initial_rows
 
 F32, F64 = torch.float32, torch.float64
 HALF = [torch.bfloat16, torch.float16]

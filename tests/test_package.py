@@ -23,6 +23,8 @@ LAYERS = (  # a part imports from the lines above its own, and from itself
     ("ops",),
     ("angles",),
     ("distributed", "margins"),
+    ("checks", "sampling"),
+    ("classes",),
     ("head", "losses", "mining", "evaluation", "schedules"),
     ("optim",),
     ("compat",),
