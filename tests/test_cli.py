@@ -67,6 +67,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--data.holdout", "1"], ["data.holdout is 1.0", "between 0 and 1"]),
         (["train", "--head.margin", "Cosine"], ["head.margin", "Cosine", "ArcFace"]),
         (["train", "--head.topk", "0"], ["head.topk is 0"]),
+        (["train", "--model.name", "resnet50"], ["model.name", "resnet50", "iresnet50"]),
+        (["train", "--model.name", "os:system"], ["model.name", "os:system", "iresnet50"]),
+        (["train", "--model.output", "F"], ["model.output", "F"]),
         (["train", "--sampler.counts", "[8, 2]"], ["sampler.counts is (8, 2)"]),
         (["train", "--seed", "-1"], ["seed is -1"]),
         (["train", "--config", "absent.yaml"], ["absent.yaml"]),
@@ -133,12 +136,14 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
         '{"optim": null}',
         '{"head": {"margin": "ArcFac"}}',
         '{"optim": {"stepz": 3}}',
+        '{"model": {"name": "antigravity:fly"}}',
         '{"dim": 0}',
     ],
 )
 def test_a_spoilt_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / folder.CONFIG).write_text(text)
     assert folder.CONFIG in mistake(capsys, "evaluate", str(tmp_path))
+    assert "antigravity" not in sys.modules, "a configuration imports nothing"
 
 
 def test_metrics_of_nothing_are_no_finished_run(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS = (  # a part imports from the lines above its own, and from itself
     ("ops",),
     ("angles",),
     ("distributed", "margins"),
-    ("head", "losses", "mining", "optim", "evaluation", "schedules"),
+    ("head", "losses", "mining", "optim", "evaluation", "models", "schedules"),
     ("compat",),
     ("driver",),
     ("__main__",),

@@ -37,13 +37,15 @@ EDGE = 20  # steps at the start and at the end whose angles are kept
 EMBED = 512  # images embedded at once
 
 
-def train(config: TrainConfig, out: str | None, log: Log) -> Path:
+def train(config: TrainConfig, out: str | None, log: Log, model: str | None = None) -> Path:
     """Trains in a new folder, or resumes in `out`; evaluates, reports, and returns the folder of the run.
 
+    model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
+    None: config.model. It is given from Python alone, also to resume or to evaluate.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss that is no longer finite.
     """
-    run = build(config, log)
+    run = build(config, log, model)
     where = folder.claim(out, config)
     log(f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on")
     resume(run, where, log)
@@ -52,9 +54,9 @@ def train(config: TrainConfig, out: str | None, log: Log) -> Path:
     return where
 
 
-def evaluate(where: Path, log: Log) -> None:
-    """Evaluates the last checkpoint of a run. ValueError if there is none."""
-    run = build(folder.read_config(where), log)
+def evaluate(where: Path, log: Log, model: str | None = None) -> None:
+    """Evaluates the last checkpoint of a run; model as for `train`. ValueError if there is none."""
+    run = build(folder.read_config(where), log, model)
     if not resume(run, where, log):
         raise ValueError(f"{where} has no checkpoint yet")
     finish(run, where, log)

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
+from fastmargin.driver.augment import to_float
 from fastmargin.driver.checkpoint import Checkpoint
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, UniformBatches
 from fastmargin.driver.glyphs import load_glyphs
-from fastmargin.driver.models import build_model
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
+from fastmargin.models import build_model, lsuv
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
 Log = Callable[[str], None]
 Order = UniformBatches | DoppelgangerBatchSampler
+
+LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Run:
     config: TrainConfig
     train: Identities
     test: Identities
+    factory: str | None  # import path of the network, where it is not config.model's
     model: nn.Module
     head: MarginHead
     optimizer: torch.optim.SGD
@@ -47,8 +51,11 @@ class Run:
     )
 
 
-def build(config: TrainConfig, log: Log) -> Run:
-    """Data, network, head, optimiser, mining. ValueError for options that do not fit together."""
+def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
+    """Data, network, head, optimiser, mining. ValueError for options that do not fit together.
+
+    factory: import path of a network of the caller's own, instead of config.model.name.
+    """
     train, test = load_glyphs(config.data, log).split(config.data.holdout, config.data.split_seed)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
@@ -58,13 +65,16 @@ def build(config: TrainConfig, log: Log) -> Run:
     if config.optim.batch_size > len(train.images):
         raise ValueError(f"optim.batch_size is {config.optim.batch_size}; there are {len(train.images)} images")
     torch.manual_seed(config.seed)
-    model = build_model(config.dim, config.data.size)
+    model = build_backbone(config, factory)
+    if config.model.name == "doppelganger":
+        lsuv(model, to_float(train.images[torch.linspace(0, len(train.images) - 1, LSUV).long()]))
     head = build_head(config, train.num_classes)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     return Run(
         config=config,
         train=train,
         test=test,
+        factory=factory,
         model=model,
         head=head,
         optimizer=build_optimizer(config.optim, model, head),
@@ -72,6 +82,10 @@ def build(config: TrainConfig, log: Log) -> Run:
         table=table,
         order=build_order(config, train, table),
     )
+
+
+def build_backbone(config: TrainConfig, factory: str | None = None) -> nn.Module:
+    return build_model(factory or config.model.name, config.dim, config.data.size, **config.model.arguments())
 
 
 def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
@@ -156,6 +170,7 @@ def state(run: Run) -> dict[str, Any]:
     """What is not tensors, as JSON."""
     return {
         "config": asdict(run.config),
+        "factory": run.factory,
         "data": fingerprint(run.train),
         "schedule": run.schedule.state_dict() if run.schedule else None,
         "seconds": run.seconds,
@@ -163,7 +178,10 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Brings a run just built to where the checkpoint was made. ValueError if the images are others."""
+    """Brings a run just built to where the checkpoint was made. ValueError if images or network are others."""
+    if (theirs := saved.state.get("factory")) != run.factory:
+        usual = run.config.model.name
+        raise ValueError(f"the run's network is {theirs or usual}; here it is {run.factory or usual}: see engine.train")
     if saved.state["data"] != fingerprint(run.train):
         raise ValueError("the run was trained on other images: the fonts, or what draws them, have changed")
 
