@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fastmargin import __version__
 from fastmargin.driver import folder
-from fastmargin.driver.config import TrainConfig, from_dict
+from fastmargin.driver.config import TrainConfig, from_dict, require
 
 MISTAKE, INTERRUPTED = 2, 130
 
@@ -44,9 +44,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
-    evaluating = new_parser(description="Evaluate the last checkpoint of a run, and draw its report anew.")
-    evaluating.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
-    commands.add_subcommand("evaluate", evaluating, help="evaluate the last checkpoint of a run")
+    commands.add_subcommand("evaluate", evaluate_parser(), help="evaluate a run, or stored embeddings")
     informing = new_parser(description="What is installed, and what can run on this machine.")
     commands.add_subcommand("info", informing, help="versions, the native build, what can run here")
     return parser
@@ -62,6 +60,28 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
     for name, kind, default, help in options(TrainConfig):
         parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+    return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report anew; "
+        "or on a verification set; or evaluate stored embeddings."
+    )
+    parser.add_argument(
+        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file of embeddings and labels"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=str | None,
+        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt",
+    )
+    parser.add_argument(
+        "--mirror",
+        type=Literal["mean", "sum", "concat"] | None,
+        help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
+    )
+    parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
     return parser
 
 
@@ -90,10 +110,21 @@ def train(given: Any) -> None:
 
 
 def evaluate(given: Any) -> None:
-    folder.read_config(Path(given.run))
-    from fastmargin.driver import engine
+    what, stored = Path(given.run), Path(given.run).is_file()
+    if not stored:
+        folder.read_config(what)
+    require(
+        given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null but for a run's --pairs"
+    )
+    require(given.out is None or given.pairs or stored, "out", given.out, "null: a run's numbers go to its folder")
+    from fastmargin.driver import engine, verify
 
-    engine.evaluate(Path(given.run), log)
+    if stored:
+        verify.evaluate_stored(what, given.pairs, given.out, log)
+    elif given.pairs:
+        verify.evaluate_set(what, given.pairs, given.mirror, given.out, log)
+    else:
+        engine.evaluate(what, log)
 
 
 def info(_: Any) -> None:

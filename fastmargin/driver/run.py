@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastmargin import margins
 from fastmargin.driver.augment import to_float
+from fastmargin.driver.backbone import build_backbone, check_factory
 from fastmargin.driver.checkpoint import Checkpoint
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, UniformBatches
 from fastmargin.driver.glyphs import load_glyphs
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
-from fastmargin.models import build_model, lsuv
+from fastmargin.models import lsuv
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
 Log = Callable[[str], None]
@@ -82,10 +83,6 @@ def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
         table=table,
         order=build_order(config, train, table),
     )
-
-
-def build_backbone(config: TrainConfig, factory: str | None = None) -> nn.Module:
-    return build_model(factory or config.model.name, config.dim, config.data.size, **config.model.arguments())
 
 
 def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
@@ -179,9 +176,7 @@ def state(run: Run) -> dict[str, Any]:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Brings a run just built to where the checkpoint was made. ValueError if images or network are others."""
-    if (theirs := saved.state.get("factory")) != run.factory:
-        usual = run.config.model.name
-        raise ValueError(f"the run's network is {theirs or usual}; here it is {run.factory or usual}: see engine.train")
+    check_factory(saved, run.config, run.factory)
     if saved.state["data"] != fingerprint(run.train):
         raise ValueError("the run was trained on other images: the fonts, or what draws them, have changed")
 
