@@ -21,7 +21,8 @@ def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["train", "--print_config"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"], ["train", "--print_config"]],
 )
 def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     done = spawn("-X", "importtime", "-m", "fastmargin", *arguments, cwd=tmp_path)
@@ -57,7 +58,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "info"]),
+        ([], ["train", "evaluate", "export", "info"]),
         (["grow"], ["grow"]),
         (["train", "--optim.steps", "many"], ["optim.steps", "many"]),
         (["train", "--optim.steps", "0"], ["optim.steps is 0", "at least 1"]),

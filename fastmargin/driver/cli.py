@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, info.
+"""The command line: train, evaluate, export, info.
 
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
     try:
         given = build_parser().parse_args(arguments)
-        {"train": train, "evaluate": evaluate, "info": info}[given.command](given[given.command])
+        {"train": train, "evaluate": evaluate, "export": export, "info": info}[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
         print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
         return MISTAKE
@@ -45,6 +45,13 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
     commands.add_subcommand("evaluate", evaluate_parser(), help="evaluate a run, or stored embeddings")
+    exporting = new_parser(
+        description="Write the network of a run, without its head, as weights (safetensors), as a torch.export program "
+        "(.pt2) and as ONNX; each is checked against the run's network."
+    )
+    exporting.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
+    exporting.add_argument("--out", type=str, required=True, help="new or empty folder to write into")
+    commands.add_subcommand("export", exporting, help="write a run's network as safetensors, .pt2 and ONNX")
     informing = new_parser(description="What is installed, and what can run on this machine.")
     commands.add_subcommand("info", informing, help="versions, the native build, what can run here")
     return parser
@@ -125,6 +132,13 @@ def evaluate(given: Any) -> None:
         verify.evaluate_set(what, given.pairs, given.mirror, given.out, log)
     else:
         engine.evaluate(what, log)
+
+
+def export(given: Any) -> None:
+    folder.read_config(Path(given.run))
+    from fastmargin.driver import export as exporter
+
+    exporter.export(Path(given.run), Path(given.out), log)
 
 
 def info(_: Any) -> None:
