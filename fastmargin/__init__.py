@@ -30,12 +30,14 @@ _HOME = {
     ),
 }  # fmt: skip
 
-__all__ = sorted([*_HOME, "__version__", "evaluation"])
+_MODULES = ("evaluation", "models")
+
+__all__ = sorted([*_HOME, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluation":
-        return importlib.import_module("fastmargin.evaluation")
+    if name in _MODULES:
+        return importlib.import_module(f"fastmargin.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fastmargin' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

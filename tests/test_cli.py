@@ -21,7 +21,8 @@ def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["train", "--print_config"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"], ["train", "--print_config"]],
 )
 def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     done = spawn("-X", "importtime", "-m", "fastmargin", *arguments, cwd=tmp_path)
@@ -57,7 +58,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "info"]),
+        ([], ["train", "evaluate", "export", "info"]),
         (["grow"], ["grow"]),
         (["train", "--optim.steps", "many"], ["optim.steps", "many"]),
         (["train", "--optim.steps", "0"], ["optim.steps is 0", "at least 1"]),
@@ -74,6 +75,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--data.source", "absent"], ["data.source is 'absent'", "no such file or folder"]),
         (["train", "--head.margin", "Cosine"], ["head.margin", "Cosine", "ArcFace"]),
         (["train", "--head.topk", "0"], ["head.topk is 0"]),
+        (["train", "--model.name", "resnet50"], ["model.name", "resnet50", "iresnet50"]),
+        (["train", "--model.name", "os:system"], ["model.name", "os:system", "iresnet50"]),
+        (["train", "--model.output", "F"], ["model.output", "F"]),
         (["train", "--sampler.counts", "[8, 2]"], ["sampler.counts is (8, 2)"]),
         (["train", "--seed", "-1"], ["seed is -1"]),
         (["train", "--config", "absent.yaml"], ["absent.yaml"]),
@@ -140,12 +144,14 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
         '{"optim": null}',
         '{"head": {"margin": "ArcFac"}}',
         '{"optim": {"stepz": 3}}',
+        '{"model": {"name": "antigravity:fly"}}',
         '{"dim": 0}',
     ],
 )
 def test_a_spoilt_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / folder.CONFIG).write_text(text)
     assert folder.CONFIG in mistake(capsys, "evaluate", str(tmp_path))
+    assert "antigravity" not in sys.modules, "a configuration imports nothing"
 
 
 def test_metrics_of_nothing_are_no_finished_run(tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_folder_defaults_and_colour(tmp_path: Path, lines: Lines) -> None:
     for color in ("grey", "rgb"):
         own = load_folder(DataConfig(source=str(tmp_path / color), cache=str(tmp_path)), lines.append)
         assert own.images.shape == ((4, 112, 112) if color == "grey" else (4, 112, 112, 3))
-        assert own.channels == (1 if color == "grey" else 3)
+        assert own.input_shape[0] == (1 if color == "grey" else 3)
         other = "grey" if color == "rgb" else "rgb"
         wanted = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
-        assert load_folder(wanted, lines.append).channels == (3 if color == "grey" else 1)
+        assert load_folder(wanted, lines.append).input_shape[0] == (3 if color == "grey" else 1)
 
 
 def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:

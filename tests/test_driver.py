@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmargin.driver import checkpoint, engine, folder, loader, run
-from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
+from fastmargin.driver.config import DataConfig, HeadConfig, ModelConfig, OptimConfig, SamplerConfig, TrainConfig
 from fastmargin.driver.data import Identities
 from fastmargin.driver.datasets.glyphs import first_code_point
 
@@ -88,8 +88,9 @@ def records(where: Path) -> list[dict[str, float]]:
         replace(SMALL, head=HeadConfig("AdaFace")),  # running statistics of the norms
         replace(SMALL, head=HeadConfig("SphereFace"), data=replace(SMALL.data, augment="none")),  # anneals lambda
         replace(SMALL, head=HeadConfig("L2Softmax")),  # learns its scale, and a bias
+        replace(SMALL, model=ModelConfig("doppelganger")),  # started by LSUV, whose k are buffers
     ],
-    ids=["uniform", "doppelganger", "elastic", "ada", "sphere", "l2"],
+    ids=["uniform", "doppelganger", "elastic", "ada", "sphere", "l2", "lsuv"],
 )
 def test_a_stopped_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig, stop: int
@@ -256,6 +257,32 @@ def test_every_margin_trains(tmp_path: Path, name: str) -> None:
     plain = name in ("Softmax", "L2Softmax")
     assert len(current.cosines["start"]) == (0 if plain else 3 * 16)
     assert (current.head.bias is not None) == plain
+
+
+def pixels(dim: int, size: tuple[int, int], channels: int) -> torch.nn.Module:
+    """A network of a user's own: `test_driver:pixels`."""
+    height, width = size
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * height * width, dim))
+
+
+def test_a_network_of_ones_own_trains_and_resumes_from_python_alone(tmp_path: Path) -> None:
+    config = replace(SMALL, optim=replace(SMALL.optim, steps=4))
+    where = engine.train(config, str(tmp_path), print, model="test_driver:pixels")
+    saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
+    assert saved is not None and saved.state["factory"] == "test_driver:pixels"
+    assert {name for name in saved.tensors if name.startswith("model/")} == {"model/1.weight", "model/1.bias"}
+    engine.evaluate(where, print, model="test_driver:pixels")
+    assert folder.read_config(where) == config, "no configuration file names it"
+    with pytest.raises(ValueError, match="the run's network is test_driver:pixels; here it is cnn"):
+        engine.evaluate(where, print)
+
+
+def test_lsuv_starts_the_doppelganger_network_on_images_of_the_run() -> None:
+    current = run.build(replace(SMALL, model=ModelConfig("doppelganger")), print)
+    scales = [buffer for name, buffer in current.model.named_buffers() if name.endswith("k")]
+    assert len(scales) == 27 and all(k != 1 for k in scales)
+    again = run.build(replace(SMALL, model=ModelConfig("doppelganger")), print)
+    assert all(map(torch.equal, current.model.state_dict().values(), again.model.state_dict().values()))
 
 
 @pytest.mark.parametrize(("name", "field"), [("Softmax", "s"), ("NormFace", "m"), ("MagFace", "m")])

@@ -9,12 +9,14 @@ import pytest
 import torch
 from embeddings import blobs, unit
 
-from fastmargin import evaluation
 from fastmargin.evaluation import (
+    arrays,
     class_distances,
     cmc,
     cosine_scores,
+    dir_at_far,
     evaluate_embeddings,
+    evaluate_pairs,
     rank_k,
     roc,
     sample_pairs,
@@ -27,7 +29,7 @@ from fastmargin.evaluation import (
 
 @pytest.mark.parametrize("block", [1, 100, 2**22])
 def test_cosine_scores_are_all_pairs(block, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", block)
+    monkeypatch.setattr(arrays, "BLOCK", block)
     x, y = blobs(53, 9)
     pairs = list(itertools.combinations(range(53), 2))
     for got, kind in zip(cosine_scores(x, y), (True, False), strict=True):
@@ -55,8 +57,8 @@ def test_cosine_scores_take_tensors_any_dtype_and_any_norm():
     ("x", "y", "message"),
     [
         ([[1.0, 0], [0, 0], [1, 1]], [0, 0, 1], "embedding 1 of 3 is zero"),
-        ([[1.0, 0], [1, 1], [1, math.nan]], [0, 0, 1], "embedding 2 of 3 is zero or not finite"),
-        ([[math.inf, 0], [1, 1], [1, 2]], [0, 0, 1], "embedding 0 of 3 is zero or not finite"),
+        ([[1.0, 0], [1, 1], [1, math.nan]], [0, 0, 1], "embedding 2 of 3 is not finite"),
+        ([[math.inf, 0], [1, 1], [1, 2]], [0, 0, 1], "embedding 0 of 3 is not finite"),
         ([[1.0, 0], [1, 1], [1, 2]], [0, 0, 0], "wanted at least 2 identities"),
         ([[1.0, 0], [1, 1], [1, 2]], [0, 1, 2], "one of them with 2 images"),
         ([[1.0, 0], [1, 1], [1, 2]], [0, 1], "wanted one for each of 3 images"),
@@ -166,7 +168,7 @@ def brute_force_cmc(probes, probe_labels, gallery, gallery_labels, k):
 
 @pytest.mark.parametrize("block", [1, 70, 2**22])
 def test_cmc_equals_brute_force(block, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", block)
+    monkeypatch.setattr(arrays, "BLOCK", block)
     x, y = blobs(90, 12, noise=2.0)
     gallery, gallery_labels = x[:40], y[:40]
     probed = (np.arange(90) >= 40) & np.isin(y, gallery_labels)
@@ -208,16 +210,16 @@ def test_evaluate_embeddings_agrees_with_its_parts():
     same, scores = np.equal.outer(y, y), unit(x) @ unit(x).T
     upper = np.triu(np.ones((400, 400), bool), 1)
     genuine, impostor = scores[upper & same], scores[upper & ~same]
-    for key, far in (("tar@1e-2", 1e-2), ("tar@1e-3", 1e-3)):
+    for key, far in (("tar@1e-2", 1e-2), ("tar@1e-3", 1e-3), ("tar@1e-4", 1e-4)):
         assert numbers[key] == pytest.approx(tar_at_far(genuine, impostor, far), abs=2 / len(genuine))
     assert (numbers["genuine_pairs"], numbers["impostor_pairs"]) == (len(genuine), len(impostor))
     assert (numbers["identities"], numbers["images"]) == (60, 400)
     drawn = sample_pairs(y, 6000, 3)
     expected = verification_accuracy(x[drawn.first], x[drawn.second], drawn.same)[0]
     assert numbers["accuracy"] == pytest.approx(expected, abs=2 / len(drawn.same))
+    assert (numbers["inter"], numbers["intra"]) == pytest.approx(class_distances(x, y), rel=1e-6)
     assert 0.5 < numbers["accuracy"] < 1 and 0.2 < numbers["tar@1e-3"] < 1
     assert numbers == evaluate_embeddings(x.astype(np.float32), y, seed=3)
-    assert (numbers["inter_distance"], numbers["intra_distance"]) == class_distances(x.astype(np.float32), y)
     assert numbers["rank1"] != evaluate_embeddings(x, y, seed=4)["rank1"]
 
 
@@ -254,10 +256,40 @@ def test_rank1_is_the_mean_over_random_enrolment():
     assert np.mean(drawn) == pytest.approx(np.mean(rates), abs=4 * np.std(rates) / math.sqrt(5 * 200))
 
 
+def test_dir_is_the_mean_over_random_halves():
+    x, y = blobs(600, 6, noise=1.0, seed=1)
+    drawn = [evaluate_embeddings(x, y, seed)["dir@1e-2"] for seed in range(12)]
+    rng, rates = np.random.default_rng(0), []
+    for _ in range(60):
+        enrolled = [rng.choice(np.flatnonzero(y == c)) for c in rng.permutation(6)[:3]]
+        rest = np.setdiff1d(np.arange(600), enrolled)
+        rates.append(dir_at_far(x[rest], y[rest], x[enrolled], y[enrolled], 1e-2))
+    assert 0.05 < np.std(rates) and np.std(drawn) > 0
+    assert np.mean(drawn) == pytest.approx(np.mean(rates), abs=4 * np.std(rates) / math.sqrt(60))
+
+
+def test_evaluate_pairs_agrees_with_its_parts():
+    rng = np.random.default_rng(0)
+    same = rng.random(400) < 0.5
+    a = rng.normal(size=(400, 8)) + 0.3
+    b = np.where(same[:, None], a, 0.3) + rng.normal(size=(400, 8))
+    numbers = evaluate_pairs(torch.from_numpy(a), b, torch.from_numpy(same), folds=5)
+    for variant in ("insightface", "sphereface", "euclidean"):
+        expected = verification_accuracy(a, b, same, 5, variant)
+        assert (numbers[f"accuracy_{variant}"], numbers[f"std_{variant}"]) == pytest.approx(expected)
+    cosines = (unit(a) * unit(b)).sum(1)
+    assert numbers["tar@1e-2"] == tar_at_far(cosines[same], cosines[~same], 1e-2)
+    assert math.isnan(numbers["val@1e-3"]) and math.isnan(numbers["tar@1e-3"]), "some 200 impostors"
+    assert (numbers["pairs"], numbers["genuine_pairs"]) == (400, same.sum())
+    alone = evaluate_pairs(a, b, np.ones(400))
+    assert math.isnan(alone["tar@1e-2"]) and alone["accuracy_insightface"] > 0.99
+
+
 def test_tiny_sets_say_what_cannot_be_told():
     numbers = evaluate_embeddings(np.array([[1.0, 0], [1, 0.1], [0, 1]]), np.array([4, 4, 9]))
     assert math.isnan(numbers["tar@1e-2"]) and math.isnan(numbers["tar@1e-3"]), "2 impostor pairs"
     assert math.isnan(numbers["accuracy"]), "2 identities are too few for ten folds"
+    assert math.isnan(numbers["dir@1e-2"]), "1 or 2 impostors"
     assert numbers["rank1"] == 1
     assert (numbers["genuine_pairs"], numbers["impostor_pairs"]) == (1, 2)
 

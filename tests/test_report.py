@@ -151,6 +151,9 @@ def test_table_and_progress() -> None:
     assert lines[0] == "7 identities never trained on, 70 images"
     assert lines[3].split() == ["TAR", "at", "FAR", "1e-3", "-", "-"]
     assert lines[4].split() == ["rank-1", "0.9877", "0.2500"]
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert lines[-1] == "-: not resolvable, of too few pairs or identities"
+    whole = {**block, "tar@1e-3": 0.5}
+    assert "not resolvable" not in report.table({"model": whole, "raw_pixels": whole})
     record = {"step": 20, "loss": 1.0, "target_score": 0.5, "images_per_second": 1234.5}
     assert report.progress(record) == "loss 1.000, target score 0.500, 1234 images/s"

@@ -1,4 +1,4 @@
-"""Ten-fold accuracy, both public variants, and the pairs it is measured on, against brute force and by hand."""
+"""Ten-fold accuracy in every variant, VAL, and the pairs they are measured on, against brute force and by hand."""
 
 import itertools
 import math
@@ -8,41 +8,42 @@ import pytest
 import torch
 from embeddings import unit
 
-from fastmargin.evaluation import (
-    sample_pairs,
-    verification_accuracy,
-)
+from fastmargin.evaluation import sample_pairs, validation_rate, verification_accuracy
 
 # ---- ten folds ----
 
 
 def judge(variant, score, same, t):
     """Share of pairs judged rightly at the threshold t, in the words of the two public codes."""
-    if variant == "insightface":
+    if variant != "sphereface":
         return np.mean((score < t) == same)
     return (np.sum(score[same] > t) + np.sum(score[~same] < t)) / len(score)
 
 
 def brute_force_accuracy(a, b, same, folds, variant):
-    """Both public variants, threshold by threshold."""
+    """Every variant, threshold by threshold."""
     fold = np.concatenate([np.full(len(part), f) for f, part in enumerate(np.array_split(same, folds))])
     rates = []
     for f in range(folds):
         train, test = fold != f, fold == f
         if variant == "insightface":
             score, thresholds = ((unit(a) - unit(b)) ** 2).sum(1), np.arange(0, 4, 0.01)
+        elif variant == "euclidean":
+            score = np.sqrt(((a - b) ** 2).sum(1))
+            known = sorted(set(score[train]))
+            thresholds = np.array([0, *(sum(two) / 2 for two in itertools.pairwise(known)), math.inf])
         else:
             mean = np.concatenate([a[train], b[train]]).mean(0)
             score, thresholds = (unit(a - mean) * unit(b - mean)).sum(1), np.arange(-10000, 10001) / 10000
         rate = np.array([judge(variant, score[train], same[train], t) for t in thresholds])
         best = thresholds[rate == rate.max()]
-        best = best[0] if variant == "insightface" else best.mean()
+        best = best.mean() if variant == "sphereface" else best[0]
         rates.append(judge(variant, score[test], same[test], best))
     return np.mean(rates), np.std(rates)
 
 
 @pytest.mark.parametrize(("pairs", "folds"), [(47, 10), (31, 2), (5, 5)])
-@pytest.mark.parametrize("variant", ["insightface", "sphereface"])
+@pytest.mark.parametrize("variant", ["insightface", "sphereface", "euclidean"])
 def test_verification_accuracy_equals_brute_force(pairs, folds, variant):
     rng = np.random.default_rng(pairs)
     same = rng.random(pairs) < 0.5
@@ -101,6 +102,76 @@ def test_sphereface_counts_a_score_at_the_threshold_as_wrong():
     assert verification_accuracy(a, b, same, variant="sphereface") == pytest.approx((0.95, 0.15))
 
 
+def test_euclidean_takes_embeddings_as_they_are():
+    """Genuine pairs one apart, impostors three, of any length; fold 0 has one at 2, halfway, which is refused."""
+    a = np.array([[0.0, 0], [5, 5], [0, 100], [0, 0]] * 10)
+    b = a + [[1, 0], [0, 1], [3, 0], [0, 3]] * 10
+    same = np.array([1, 1, 0, 0] * 10)
+    assert verification_accuracy(a, b, same, variant="euclidean") == (1, 0)
+    for distance, expected in ((1.999, (1, 0)), (2.0, (0.975, 0.075))):
+        b[0] = distance, 0
+        assert verification_accuracy(a, b, same, variant="euclidean") == pytest.approx(expected)
+
+
+def test_euclidean_breaks_ties_towards_the_nearer_threshold():
+    """All distances are equal: refusing all is as good as accepting all, and is tried first."""
+    a, b = np.zeros((8, 2)), np.ones((8, 2))
+    assert verification_accuracy(a, b, [1, 0] * 4, folds=2, variant="euclidean") == (0.5, 0)
+    assert verification_accuracy(a, b, [1, 1, 1, 0] * 2, folds=2, variant="euclidean") == (0.75, 0)
+    assert verification_accuracy(a, a, [1, 0, 0, 0] * 2, folds=2, variant="euclidean") == (0.75, 0)
+
+
+# ---- VAL ----
+
+
+def brute_force_val(a, b, same, far, folds):
+    """facenet's calculate_val; where its interpolation meets equal rates, the last of them counts."""
+    distance = ((unit(a) - unit(b)) ** 2).sum(1)
+    fold = np.concatenate([np.full(len(part), f) for f, part in enumerate(np.array_split(same, folds))])
+    vals, fars = [], []
+    for f in range(folds):
+        train, test = fold != f, fold == f
+        grid = np.arange(0, 4, 0.001)
+        rates = [np.mean(distance[train & ~same] < t) for t in grid]
+        threshold = 0.0
+        if max(rates) >= far:
+            i = max(i for i, rate in enumerate(rates) if rate <= far)
+            step = 0 if rates[i] == far else (far - rates[i]) / (rates[i + 1] - rates[i])
+            threshold = grid[i] + step * 0.001
+        for kind, into in ((same, vals), (~same, fars)):
+            if (test & kind).any():
+                into.append(np.mean(distance[test & kind] < threshold))
+    return np.mean(vals), np.std(vals), np.mean(fars)
+
+
+@pytest.mark.parametrize(("pairs", "folds", "far"), [(200, 10, 0.05), (200, 10, 0.25), (90, 3, 0.1), (60, 5, 1.0)])
+def test_validation_rate_equals_brute_force(pairs, folds, far):
+    rng = np.random.default_rng(pairs)
+    same = rng.random(pairs) < 0.5
+    a = rng.normal(size=(pairs, 6))
+    b = np.where(same[:, None], a, 0) + rng.normal(size=(pairs, 6))
+    expected = brute_force_val(a, b, same, far, folds)
+    assert validation_rate(a, b, same, far, folds) == pytest.approx(expected, abs=1e-12)
+    assert 0 < expected[0] and expected[2] > 0
+    tensors = (torch.from_numpy(x) for x in (a, b, same.astype(int)))
+    assert validation_rate(*tensors, far=far, folds=folds) == pytest.approx(expected, abs=1e-12)
+
+
+def test_validation_rate_of_rates_that_cannot_be_resolved():
+    a = np.eye(2)[[0, 0] * 10]
+    b = np.eye(2)[[0, 1] * 10]
+    same = np.array([1, 0] * 10)
+    assert validation_rate(a, b, same, far=1 / 9) == (1, 0, 1), "9 impostors, all at 2: a line cannot part them"
+    assert all(map(math.isnan, validation_rate(a, b, same, far=0.11))), "less than one of them"
+    assert all(map(math.isnan, validation_rate(a, b, np.ones(20), far=1.0))), "no impostor at all"
+    val, deviation, far = validation_rate(a, b, np.zeros(20), far=1.0)
+    assert math.isnan(val) and math.isnan(deviation) and far == 1, "no genuine pair"
+    halves = np.repeat([1, 0], 10)
+    assert all(map(math.isnan, validation_rate(a, b, halves, far=0.5, folds=2))), "one fold has all impostors"
+    with pytest.raises(ValueError, match=r"far is 0\.0"):
+        validation_rate(a, b, same, far=0.0)
+
+
 def test_folds_of_one_class():
     """Two folds, one all genuine at distance 0, one all impostors at distance 2."""
     a, b = np.tile([1.0, 0], (20, 1)), np.repeat([[1.0, 0], [0, 1]], 10, axis=0)
@@ -110,18 +181,22 @@ def test_folds_of_one_class():
     expected = brute_force_accuracy(a, b + 0.1, same, 2, "sphereface")
     assert verification_accuracy(a, b + 0.1, same, 2, "sphereface") == pytest.approx(expected)
     assert verification_accuracy(a[10:], b[10:], same[10:], folds=10) == (1, 0)
+    # "euclidean" learns to refuse all from impostors alone, and to accept all from genuine pairs alone.
+    assert verification_accuracy(a, b, same, 2, "euclidean") == (0, 0)
+    assert verification_accuracy(a[10:], b[10:], same[10:], 10, "euclidean") == (1, 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "lfw"}, "variant is 'lfw'; wanted one of insightface, sphereface"),
+        ({"variant": "lfw"}, "variant is 'lfw'; wanted one of insightface, sphereface, euclidean"),
         ({"a": np.ones((4, 2))}, "wanted"),
         ({"same": [1, 0, 1]}, "wanted"),
         ({"same": [1, 0, 1, 0, -1]}, "of 0 and 1"),
         ({"folds": 1}, "folds is 1 for 5 pairs"),
         ({"folds": 6}, "folds is 6 for 5 pairs"),
         ({"b": np.zeros((5, 3))}, "embedding 0 of 5 is zero"),
+        ({"b": np.full((5, 3), np.nan), "variant": "euclidean"}, "embedding 0 of 5 is not finite"),
         (
             {"variant": "sphereface"},
             "embedding 0 of 5 is zero",

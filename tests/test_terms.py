@@ -160,7 +160,7 @@ def test_center_loss_draws_classes_together(tmp_path: Path) -> None:
 def test_distances_are_among_the_metrics(tmp_path: Path) -> None:
     where = engine.train(SMALL, str(tmp_path / "run"), print)
     model = json.loads((where / folder.METRICS).read_bytes())["model"]
-    assert model["inter_distance"] > model["intra_distance"] > 0
+    assert model["inter"] > model["intra"] > 0
 
 
 # ---------------------------------------------------------------------------------------------- single terms

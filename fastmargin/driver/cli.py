@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, info.
+"""The command line: train, evaluate, export, info.
 
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fastmargin import __version__
 from fastmargin.driver import folder
-from fastmargin.driver.config import TrainConfig, from_dict
+from fastmargin.driver.config import TrainConfig, from_dict, require
 
 MISTAKE, INTERRUPTED = 2, 130
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
     try:
         given = build_parser().parse_args(arguments)
-        {"train": train, "evaluate": evaluate, "info": info}[given.command](given[given.command])
+        {"train": train, "evaluate": evaluate, "export": export, "info": info}[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
         print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
         return MISTAKE
@@ -44,9 +44,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
-    evaluating = new_parser(description="Evaluate the last checkpoint of a run, and draw its report anew.")
-    evaluating.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
-    commands.add_subcommand("evaluate", evaluating, help="evaluate the last checkpoint of a run")
+    commands.add_subcommand("evaluate", evaluate_parser(), help="evaluate a run, or stored embeddings")
+    exporting = new_parser(
+        description="Write the network of a run, without its head, as weights (safetensors), as a torch.export program "
+        "(.pt2) and as ONNX; each is checked against the run's network."
+    )
+    exporting.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
+    exporting.add_argument("--out", type=str, required=True, help="new or empty folder to write into")
+    commands.add_subcommand("export", exporting, help="write a run's network as safetensors, .pt2 and ONNX")
     informing = new_parser(description="What is installed, and what can run on this machine.")
     commands.add_subcommand("info", informing, help="versions, the native build, what can run here")
     return parser
@@ -62,6 +67,28 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
     for name, kind, default, help in options(TrainConfig):
         parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+    return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report anew; "
+        "or on a verification set; or evaluate stored embeddings."
+    )
+    parser.add_argument(
+        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file of embeddings and labels"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=str | None,
+        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt",
+    )
+    parser.add_argument(
+        "--mirror",
+        type=Literal["mean", "sum", "concat"] | None,
+        help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
+    )
+    parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
     return parser
 
 
@@ -91,10 +118,28 @@ def train(given: Any) -> None:
 
 
 def evaluate(given: Any) -> None:
-    folder.read_config(Path(given.run))
-    from fastmargin.driver import engine
+    what, stored = Path(given.run), Path(given.run).is_file()
+    if not stored:
+        folder.read_config(what)
+    require(
+        given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null but for a run's --pairs"
+    )
+    require(given.out is None or given.pairs or stored, "out", given.out, "null: a run's numbers go to its folder")
+    from fastmargin.driver import engine, verify
 
-    engine.evaluate(Path(given.run), log)
+    if stored:
+        verify.evaluate_stored(what, given.pairs, given.out, log)
+    elif given.pairs:
+        verify.evaluate_set(what, given.pairs, given.mirror, given.out, log)
+    else:
+        engine.evaluate(what, log)
+
+
+def export(given: Any) -> None:
+    folder.read_config(Path(given.run))
+    from fastmargin.driver import export as exporter
+
+    exporter.export(Path(given.run), Path(given.out), log)
 
 
 def info(_: Any) -> None:

@@ -67,6 +67,22 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """The backbone. A factory of your own comes in through `engine.train(..., model=...)`, never from here."""
+
+    name: Literal[
+        "cnn", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "sphereface20", "mobilefacenet", "doppelganger"
+    ] = option("cnn", "network, see fastmargin.models")  # fmt: skip
+    output: Literal["A", "B", "C", "D", "E"] | None = option(None, "last layers of an iresnet; null: E")
+    dropout: float | None = option(None, "share of features an iresnet's output E drops in training; null: 0.4")
+
+    def arguments(self) -> dict[str, Any]:
+        """What the network's factory is given; what is absent keeps the factory's own default."""
+        given = (("output", self.output), ("dropout", self.dropout))
+        return {name: value for name, value in given if value is not None}
+
+
+@dataclass(frozen=True)
 class HeadConfig:
     """The margin head."""
 
@@ -142,6 +158,7 @@ class TrainConfig:
     """One training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -107,8 +107,10 @@ class Identities:
         return len(self.names)
 
     @property
-    def channels(self) -> int:
-        return 1 if len(self.images.shape) == 3 else 3
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image as a network takes it."""
+        height, width, *colors = self.images.shape[1:]
+        return (3 if colors else 1), height, width
 
     @cached_property
     def fingerprint(self) -> str:

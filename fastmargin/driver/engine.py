@@ -37,13 +37,15 @@ EMBED = 512  # images embedded at once
 RAW_SIDE = 32  # pixels a side of the images that are compared as they are
 
 
-def train(config: TrainConfig, out: str | None, log: Log) -> Path:
+def train(config: TrainConfig, out: str | None, log: Log, model: str | None = None) -> Path:
     """Trains in a new folder, or resumes in `out`; evaluates, reports, and returns the folder of the run.
 
+    model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
+    None: config.model. It is given from Python alone, also to resume or to evaluate.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss that is no longer finite.
     """
-    run = build(config, log)
+    run = build(config, log, model)
     begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
     if config.init_from is not None and not begun:
         start_from(run, Path(config.init_from), log)
@@ -58,9 +60,9 @@ def train(config: TrainConfig, out: str | None, log: Log) -> Path:
     return where
 
 
-def evaluate(where: Path, log: Log) -> None:
-    """Evaluates the last checkpoint of a run. ValueError if there is none."""
-    run = build(folder.read_config(where), log)
+def evaluate(where: Path, log: Log, model: str | None = None) -> None:
+    """Evaluates the last checkpoint of a run; model as for `train`. ValueError if there is none."""
+    run = build(folder.read_config(where), log, model)
     if not resume(run, where, log):
         raise ValueError(f"{where} has no checkpoint yet")
     finish(run, where, log)

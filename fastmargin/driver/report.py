@@ -23,6 +23,31 @@ DPI = 110
 NAME = 13  # characters of a name
 COLUMNS, ROWS, EXAMPLES = 4, 7, 6  # of the contact sheet: pairs across and down, images of each identity
 
+RUN = {
+    "tar@1e-2": "TAR at FAR 1e-2",
+    "tar@1e-3": "TAR at FAR 1e-3",
+    "rank1": "rank-1",
+    "accuracy": "10-fold accuracy",
+}
+EMBEDDINGS = {
+    "tar@1e-2": "TAR at FAR 1e-2",
+    "tar@1e-3": "TAR at FAR 1e-3",
+    "tar@1e-4": "TAR at FAR 1e-4",
+    "rank1": "rank-1",
+    "dir@1e-2": "open set: DIR at FAR 1e-2, rank 1",
+    "accuracy": "10-fold accuracy, insightface",
+    "inter": "distance between classes, mean",
+    "intra": "distance to the class mean, mean",
+}
+PAIRS = {
+    "accuracy_insightface": "10-fold accuracy, insightface",
+    "accuracy_sphereface": "10-fold accuracy, sphereface",
+    "accuracy_euclidean": "10-fold accuracy, euclidean",
+    "val@1e-3": "VAL at FAR 1e-3",
+    "tar@1e-2": "TAR at FAR 1e-2",
+    "tar@1e-3": "TAR at FAR 1e-3",
+}
+
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # FAR [p], TAR [p]
 
 
@@ -186,16 +211,24 @@ def progress(record: Mapping[str, Any]) -> str:
 def table(metrics: Mapping[str, Any]) -> str:
     """The metrics of the model beside those of raw pixels, as text."""
     model, raw = metrics["model"], metrics["raw_pixels"]
-    shown = {
-        "tar@1e-2": "TAR at FAR 1e-2",
-        "tar@1e-3": "TAR at FAR 1e-3",
-        "rank1": "rank-1",
-        "accuracy": "10-fold accuracy",
-    }
-    lines = [f"{model['identities']} identities never trained on, {model['images']} images"]
-    lines.append(f"{'':18}{'model':>10}{'raw pixels':>12}")
-    lines += [f"{title:18}{number(model[key]):>10}{number(raw[key]):>12}" for key, title in shown.items()]
-    return "\n".join(lines)
+    heading = f"{model['identities']} identities never trained on, {model['images']} images"
+    return lines(heading, {"model": model, "raw pixels": raw}, RUN)
+
+
+def lines(
+    heading: str,
+    columns: Mapping[str, Mapping[str, Any]],  # numbers by key; None: not resolvable
+    titles: Mapping[str, str],  # of the keys that are shown
+) -> str:
+    """A table as text: a row for each title, a column for each set of numbers."""
+    first = max(map(len, titles.values())) + 2
+    widths = {name: max(10, len(name) + 2) for name in columns}
+    rows = [heading, " " * first + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    for key, title in titles.items():
+        cells = (f"{number(columns[name][key]):>{width}}" for name, width in widths.items())
+        rows.append(f"{title:{first}}" + "".join(cells))
+    unresolved = any(numbers[key] is None for numbers in columns.values() for key in titles)
+    return "\n".join(rows + ["-: not resolvable, of too few pairs or identities"] * unresolved)
 
 
 def number(value: float | None) -> str:

@@ -11,21 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
+from fastmargin.driver.augment import to_float
+from fastmargin.driver.backbone import build_backbone, check_factory
 from fastmargin.driver.checkpoint import Checkpoint, load
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
-from fastmargin.driver.models import build_model
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
+from fastmargin.models import lsuv
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
 Order = UniformBatches | DoppelgangerBatchSampler
+
+LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Run:
     config: TrainConfig
     train: Identities
     test: Identities
+    factory: str | None  # import path of the network, where it is not config.model's
     model: nn.Module
     head: MarginHead
     terms: Terms
@@ -49,8 +55,11 @@ class Run:
     )
 
 
-def build(config: TrainConfig, log: Log) -> Run:
-    """Data, network, head, optimiser, mining. ValueError for options that do not fit together."""
+def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
+    """Data, network, head, optimiser, mining. ValueError for options that do not fit together.
+
+    factory: import path of a network of the caller's own, instead of config.model.name.
+    """
     train, test = load_data(config.data, log)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
@@ -58,7 +67,9 @@ def build(config: TrainConfig, log: Log) -> Run:
     if config.head.topk >= train.num_classes:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
     torch.manual_seed(config.seed)
-    model = build_model(config.dim, train.images.shape[1], train.channels)
+    model = build_backbone(config, train.input_shape, factory)
+    if config.model.name == "doppelganger":
+        lsuv(model, to_float(train.images[np.linspace(0, len(train.labels) - 1, LSUV).astype(np.int64)]))
     head = build_head(config, train.num_classes)
     terms = Terms(config.terms, train.num_classes, config.dim)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
@@ -66,6 +77,7 @@ def build(config: TrainConfig, log: Log) -> Run:
         config=config,
         train=train,
         test=test,
+        factory=factory,
         model=model,
         head=head,
         terms=terms,
@@ -159,6 +171,8 @@ def state(run: Run) -> dict[str, Any]:
     """What is not tensors, as JSON."""
     return {
         "config": asdict(run.config),
+        "factory": run.factory,
+        "input": [*run.train.input_shape],
         "data": run.train.fingerprint,
         "schedule": run.schedule.state_dict() if run.schedule else None,
         "seconds": run.seconds,
@@ -166,7 +180,8 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Brings a run just built to where the checkpoint was made. ValueError if the images are others."""
+    """Brings a run just built to where the checkpoint was made. ValueError if images or network are others."""
+    check_factory(saved, run.config, run.factory)
     if saved.state["data"] != run.train.fingerprint:
         raise ValueError("the run was trained on other images: they, or what reads or draws them, have changed")
     part = partial(part_of, saved.tensors)

@@ -1,0 +1,54 @@
+"""The network of a run, without its data and its head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from fastmargin.driver import checkpoint, folder
+from fastmargin.driver.config import TrainConfig
+from fastmargin.models import build_model
+
+
+class Backbone(NamedTuple):
+    """The network of a checkpoint, in evaluation mode."""
+
+    config: TrainConfig
+    network: nn.Module
+    input_shape: tuple[int, int, int]  # channels, height, width
+    step: int
+
+
+def build_backbone(
+    config: TrainConfig,
+    input_shape: Sequence[int],  # channels, height, width
+    factory: str | None = None,
+) -> nn.Module:
+    """factory: import path of a network of the caller's own, instead of config.model.name."""
+    channels, height, width = input_shape
+    name = factory or config.model.name
+    return build_model(name, config.dim, (height, width), channels, **config.model.arguments())
+
+
+def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: str | None) -> None:
+    """ValueError if the checkpoint's network was made by another factory."""
+    if (theirs := saved.state.get("factory")) != factory:
+        usual = config.model.name
+        raise ValueError(f"the run's network is {theirs or usual}; here it is {factory or usual}: see engine.train")
+
+
+def load_backbone(where: Path, factory: str | None = None) -> Backbone:
+    """The network of the newest checkpoint of a run.
+
+    ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
+    """
+    config = folder.read_config(where)
+    saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
+    if saved is None:
+        raise ValueError(f"{where} has no checkpoint yet")
+    check_factory(saved, config, factory)
+    channels, height, width = saved.state["input"]
+    network = build_backbone(config, (channels, height, width), factory)
+    network.load_state_dict({k.removeprefix("model/"): v for k, v in saved.tensors.items() if k.startswith("model/")})
+    return Backbone(config, network.eval(), (channels, height, width), saved.step)

@@ -1,0 +1,59 @@
+"""Embeddings themselves: how far apart they lie, and the mirror trick.
+
+Distances, as the tables of Git loss (section 4.1.3) print them, of embeddings that are not normalised:
+
+    intra = mean over the classes of the mean of ||f - c|| over the class      c: the mean of the class
+    inter = mean over the pairs of classes of ||c_i - c_j||
+
+The public code of Git loss averages these over batches and over checkpoints; here they are of all images once.
+
+Mirror trick: the embedding of an image and that of its mirror image make one, before any normalisation.
+"""
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmargin.evaluation.arrays import Array, blocks, identities, vectors
+from fastmargin.evaluation.identification import prototypes
+
+Mirror: TypeAlias = Literal["mean", "sum", "concat"]
+
+
+def class_distances(
+    embeddings: Array,  # [N, d]
+    labels: Array,  # [N]
+) -> tuple[float, float]:
+    """(inter, intra). Work grows with N d and with classes^2 d. ValueError for fewer than two classes, wrong shapes."""
+    rows = vectors(embeddings)
+    identity = identities(labels, len(rows))
+    centres, _ = prototypes(rows, identity)
+    if len(centres) < 2:
+        raise ValueError(f"{len(centres)} classes; wanted at least 2")
+    radius = np.linalg.norm(rows - centres[identity], axis=1)
+    intra = np.bincount(identity, radius) / np.bincount(identity)
+    all_centres, exact = torch.from_numpy(centres), "donot_use_mm_for_euclid_dist"
+    total = sum(
+        torch.cdist(all_centres[block], all_centres, compute_mode=exact).sum().item()
+        for block in blocks(len(centres), len(centres))
+    )
+    return total / (len(centres) * (len(centres) - 1)), float(intra.mean())
+
+
+def mirrored(
+    plain: Tensor,  # [N, d] embeddings of images
+    flipped: Tensor,  # [N, d] of their mirror images
+    mode: Mirror,
+) -> Tensor:  # [N, d], or [N, 2 d]
+    """Their "mean" (Doppelganger Mining 4.2.3), "sum" (AM-Softmax 4.2, InsightFace; the same cosines as the mean)
+    or "concat"-enation (Minimum Margin Loss III.A). ValueError for another mode, shapes that differ.
+    """
+    if plain.shape != flipped.shape or plain.ndim != 2:
+        raise ValueError(f"embeddings have shapes {[*plain.shape]} and {[*flipped.shape]}; wanted [N, d] twice")
+    if mode not in ("mean", "sum", "concat"):
+        raise ValueError(f"mirror is {mode!r}; wanted one of mean, sum, concat")
+    if mode == "concat":
+        return torch.cat([plain, flipped], dim=1)
+    return plain + flipped if mode == "sum" else (plain + flipped) / 2

@@ -1,0 +1,133 @@
+"""Pair lists as they are published.
+
+LFW's pairs.txt (vis-www.cs.umass.edu/lfw): the first line holds the number of folds and the pairs of each kind
+in a fold, or that number alone for one fold; then, for each fold, its genuine pairs `name n m` and its impostor
+pairs `name n name m`. n counts the images of a name from 1: image n of NAME is NAME_000n.jpg.
+
+InsightFace's verification sets (lfw.bin, cfp_fp.bin, agedb_30.bin): a pickled pair (images, same), where images
+is a list of 2 P encoded files, pair p being images 2p and 2p + 1, and same a list of P booleans.
+"""
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastmargin.evaluation.arrays import Array, array
+from fastmargin.evaluation.sampling import Pairs
+
+Image = tuple[str, int]  # name, number from 1
+
+ADMITTED = frozenset(  # instructions of a pickle: they build what a verification set holds, and call nothing
+    "PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING NEWTRUE NEWFALSE BININT BININT1 BININT2 "
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
+)
+DAMAGE = (ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
+
+
+class PairList(NamedTuple):
+    """Pairs of named images, in the order of the folds."""
+
+    first: list[Image]  # P
+    second: list[Image]  # P
+    same: np.ndarray  # [P] bool
+    folds: int
+
+    def rows(
+        self,
+        labels: Array,  # [N]
+        names: list[str] | None = None,  # [C], by label
+    ) -> Pairs:
+        """The pairs as rows of N labelled embeddings: image n of a name is its n-th row.
+
+        Without names a label's own text is its name. ValueError for an image that is not there.
+        """
+        found: dict[Image, int] = {}
+        counts: dict[str, int] = {}
+        for row, label in enumerate(array(labels).tolist()):
+            if names is not None and not 0 <= label < len(names):
+                raise ValueError(f"label {label}; wanted 0 to {len(names) - 1}, there are {len(names)} names")
+            name = str(label) if names is None else names[label]
+            counts[name] = counts.get(name, 0) + 1
+            found[name, counts[name]] = row
+        missing = next((image for image in (*self.first, *self.second) if image not in found), None)
+        if missing is not None:
+            raise ValueError(f"image {missing[1]} of {missing[0]!r} is in the pair list, not in the embeddings")
+        first, second = (np.array([found[image] for image in side]) for side in (self.first, self.second))
+        return Pairs(first, second, self.same)
+
+
+class ImagePairs(NamedTuple):
+    """A verification set: pair p is images 2p and 2p + 1."""
+
+    images: list[bytes]  # 2 P encoded files
+    same: np.ndarray  # [P] bool
+
+
+def read_pairs(path: str | Path) -> PairList:
+    """Reads a pairs.txt. ValueError names the line that is not as the format has it; OSError as `open`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no pair list: {error}") from error
+    fields = [line.split() for line in lines]
+    while fields and not fields[-1]:
+        fields.pop()
+    head = [int(word) for word in fields[0] if word.isdecimal()] if fields else []
+    if len(head) not in (1, 2) or len(head) != len(fields[0]) or min(head) < 1:
+        raise ValueError(f"{path}, line 1: wanted the number of folds and of pairs of each kind, as `10 300`")
+    folds, each = (1, *head)[-2:]
+    if len(fields) != 1 + 2 * folds * each:
+        raise ValueError(f"{path} has {len(fields) - 1} pairs; its first line wants {2 * folds * each}")
+    pairs = []
+    for number, words in enumerate(fields[1:]):
+        same = number % (2 * each) < each
+        image_words = [*words[:2], words[0], words[2]] if same and len(words) == 3 else words
+        if len(words) != (3 if same else 4) or not (image_words[1] + image_words[3]).isdecimal():
+            wanted = "name n m" if same else "name n name m"
+            raise ValueError(f"{path}, line {number + 2}: {' '.join(words)!r}; wanted `{wanted}`")
+        name, n, other, m = image_words
+        pairs.append(((name, int(n)), (other, int(m)), same))
+    first, second, kinds = (list(column) for column in zip(*pairs, strict=True))
+    return PairList(first, second, np.array(kinds), folds)
+
+
+def read_bin(path: str | Path) -> ImagePairs:
+    """Reads a verification set of InsightFace, of pickle protocol 2 (Python 2's text of bytes too) or later.
+
+    A pickle can run any code. Here its instructions are looked through first: those that build lists, tuples,
+    bytes and booleans are admitted, and no others; then it is read by an unpickler that looks up no class and
+    no function. ValueError for anything else; OSError as `open`.
+    """
+    try:
+        content = _unpickle(Path(path).read_bytes())
+    except (*DAMAGE, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no verification set: {error}") from error
+    if not isinstance(content, list | tuple) or len(content) != 2 or not all(isinstance(x, list) for x in content):
+        raise ValueError(f"{path} is no verification set: wanted (images, same), two lists")
+    images, same = content
+    if not all(isinstance(image, bytes) for image in images) or not all(flag in (0, 1) for flag in same):
+        raise ValueError(f"{path} is no verification set: wanted encoded images as bytes, and booleans")
+    if not same or len(images) != 2 * len(same):
+        raise ValueError(
+            f"{path} has {len(images)} images for {len(same)} pairs; wanted two for each, one pair or more"
+        )
+    return ImagePairs(images, np.array(same, bool))
+
+
+def _unpickle(data: bytes) -> Any:
+    for instruction, argument, _ in pickletools.genops(data):
+        if instruction.name not in ADMITTED:
+            raise pickle.UnpicklingError(f"its pickle has the instruction {instruction.name}, which is not admitted")
+        if "PUT" in instruction.name and (argument or 0) > len(data):  # the unpickler would make room for as many
+            raise pickle.UnpicklingError(f"its pickle would fill a table of {argument} objects")
+    return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, which is not admitted")

@@ -1,0 +1,101 @@
+"""Verification: are two images of one identity? Scores of pairs, and the rates at thresholds on them.
+
+TAR at FAR (also called VR at FAR). n = floor(far I) impostors may be accepted. The threshold is the
+(n + 1)-th largest impostor score, and what lies strictly above it is accepted: ties count against the
+embeddings. TAR is the accepted share of the genuine pairs. Where far < 1/I no count stands behind a
+threshold: NaN, "not resolvable".
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastmargin.evaluation.arrays import Array, blocks, identities, scores, unit
+
+
+def cosine_scores(
+    embeddings: Array,  # [N, d]
+    labels: Array,  # [N]
+) -> tuple[np.ndarray, np.ndarray]:  # [G], [I] float32
+    """Cosines of all pairs of images, genuine and impostor, computed block by block.
+
+    ValueError for wrong shapes, rows that are zero or not finite, fewer than 2 identities, no genuine pair.
+    """
+    rows = unit(embeddings).astype(np.float32)
+    identity = identities(labels, len(rows))
+    sizes = np.bincount(identity)
+    if len(sizes) < 2 or sizes.max(initial=0) < 2:
+        raise ValueError(
+            f"{len(rows)} images of {len(sizes)} identities, {sizes.max(initial=0)} or fewer of each; "
+            "wanted at least 2 identities, one of them with 2 images"
+        )
+    genuine, impostor = [], []
+    for block in blocks(len(rows), len(rows)):
+        cosines = rows[block] @ rows[block.start :].T
+        same = identity[block, None] == identity[block.start :]
+        later = np.arange(cosines.shape[1]) > np.arange(cosines.shape[0])[:, None]
+        genuine.append(cosines[later & same])
+        impostor.append(cosines[later & ~same])
+    return np.concatenate(genuine), np.concatenate(impostor)
+
+
+def tar_at_far(
+    genuine: Array,  # [G]
+    impostor: Array,  # [I]
+    far: float,
+) -> float:
+    """True accept rate where the false accept rate is at most `far`; NaN where far < 1/I.
+
+    ValueError for far outside (0, 1] and for scores that are empty or not finite.
+    """
+    return tars_at_fars(genuine, impostor, [far])[0]
+
+
+def tars_at_fars(
+    genuine: Array,  # [G]
+    impostor: Array,  # [I]
+    fars: Sequence[float],
+) -> list[float]:
+    """The `tar_at_far` of each, sorting once."""
+    impostor = scores("impostor", impostor)
+    allowed = np.array([accepted_impostors(far, impostor.size) for far in fars])
+    return np.where(allowed > 0, accept_rates(genuine, impostor, allowed), np.nan).tolist()
+
+
+def roc(
+    genuine: Array,  # [G]
+    impostor: Array,  # [I]
+    points: int = 200,
+) -> tuple[np.ndarray, np.ndarray]:  # far [p], tar [p], p <= points
+    """The ROC for a plot: FARs evenly spaced in their logarithm, 1/I to 1, and the `tar_at_far` of each."""
+    if points < 2:
+        raise ValueError(f"points is {points}; wanted at least 2")
+    impostor = scores("impostor", impostor)
+    allowed = np.unique(np.geomspace(1, impostor.size, points).round().astype(np.int64))
+    return allowed / impostor.size, accept_rates(genuine, impostor, allowed)
+
+
+def accepted_impostors(far: float, impostors: int) -> int:
+    """How many of them a false accept rate admits. ValueError for far outside (0, 1]."""
+    if not 0 < far <= 1:
+        raise ValueError(f"far is {far}; wanted a rate in (0, 1]")
+    return int(far * impostors * (1 + 1e-12))  # 0.29 of 100 is 29, which floating point falls short of
+
+
+def accept_rates(
+    genuine: Array,  # [G]
+    impostor: np.ndarray,  # [I]
+    allowed: np.ndarray,  # [t] impostors that may be accepted, 0 to I
+) -> np.ndarray:  # [t] share of genuine scores accepted
+    """TAR at each number of accepted impostors."""
+    genuine = np.sort(scores("genuine", genuine))
+    return (len(genuine) - np.searchsorted(genuine, thresholds(impostor, allowed), "right")) / len(genuine)
+
+
+def thresholds(
+    impostor: np.ndarray,  # [I]
+    allowed: np.ndarray,  # [t] 0 to I
+) -> np.ndarray:  # [t]
+    """What a score must exceed so that no more than `allowed` impostors are accepted."""
+    refused = len(impostor) - allowed
+    return np.where(refused > 0, np.sort(impostor)[refused - 1], -np.inf)

@@ -1,0 +1,71 @@
+"""Backbones: networks from images [B, channels, H, W] to embeddings [B, dim].
+
+    cnn                        the small network of the default run
+    iresnet18, 34, 50, 100     ArcFace's improved residual network (Deng et al. 2018)
+    sphereface20               SphereFace's network of 20 layers (Liu et al. 2017), also AM-Softmax's
+    mobilefacenet              under a million weights (Chen et al. 2018)
+    doppelganger               the network of Doppelganger Mining (Smirnov et al. 2017), to be started by `lsuv`
+
+Any other network comes in by an import path, "package.module:factory". That imports code: it is for Python
+alone, and no configuration file may name one.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from fastmargin.models.cnn import cnn
+from fastmargin.models.doppelganger import doppelganger
+from fastmargin.models.iresnet import UNITS, iresnet
+from fastmargin.models.lsuv import lsuv
+from fastmargin.models.mobilefacenet import mobilefacenet
+from fastmargin.models.sphereface import sphereface20
+
+__all__ = ["FAMILIES", "build_model", "lsuv"]
+
+Factory = Callable[..., nn.Module]
+
+FAMILIES: dict[str, Factory] = {
+    "cnn": cnn,
+    **{f"iresnet{depth}": partial(iresnet, depth) for depth in UNITS},
+    "sphereface20": sphereface20,
+    "mobilefacenet": mobilefacenet,
+    "doppelganger": doppelganger,
+}
+
+
+def build_model(name: str, dim: int, size: int | tuple[int, int], channels: int = 1, **options: Any) -> nn.Module:
+    """The network `name` for images of `size` (a side, or height and width, in pixels).
+
+    options: `output` and `dropout` of the iresnets. A factory named by an import path is called as
+    factory(dim, (height, width), channels, **options). Weights are drawn from torch's global generator; the
+    layout of those above is channels_last, the faster one on a CPU. ValueError for an unknown name, a size
+    that the network cannot take, an option it does not have, a dim or a number of channels below 1.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(dim, height, width, channels) < 1:
+        given = f"dim = {dim}, size = {size}, channels = {channels}"
+        raise ValueError(f"dim, size and channels are at least 1, got {given}")
+    factory = FAMILIES.get(name) or imported(name)
+    for option, value in options.items():
+        if option not in inspect.signature(factory).parameters:
+            raise ValueError(f"model.{option} is {value!r}; wanted none: {name} has no such option")
+    model = factory(dim, (height, width), channels, **options)
+    return convert_conv2d_weight_memory_format(model, torch.channels_last) if name in FAMILIES else model
+
+
+def imported(path: str) -> Factory:
+    """The factory at "package.module:factory". ValueError if it is no such path, or cannot be imported."""
+    module, _, factory = path.partition(":")
+    if not (module and factory):
+        raise ValueError(f"unknown model {path!r}; wanted one of {', '.join(FAMILIES)}, or 'package.module:factory'")
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {path!r} cannot be imported: {error}") from error
