@@ -99,7 +99,7 @@ def distance(got, want):
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
-@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (7, 5), (4, 0, 8), SIZES], ids=str)
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (7, 5), SIZES], ids=str)
 def test_ranks_equal_one_process(ranks, dtype, sizes):
     N, limit = len(sizes), 1e-12 if dtype == F64 else 3e-6
     theirs = ranks(N, on_ranks, dtype, sizes)

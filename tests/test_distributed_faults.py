@@ -12,7 +12,7 @@ from ranks import Ranks
 import fastmargin as fm
 from fastmargin.head import MarginHead
 
-TIMEOUT = 3  # seconds
+TIMEOUT = 5  # seconds
 F, Y = torch.ones(4, 3), torch.tensor([0, 1, 2, -100])
 
 
@@ -119,15 +119,16 @@ def accident(kind):
     return None, 0
 
 
-ACCIDENTS = {"dies before a pass": 2, "dies within a pass": 2, "has other embeddings": 5, "makes no backward pass": 5}
+DEATHS = ("dies before a pass", "dies within a pass")  # which the other rank sees at once
+ACCIDENTS = (*DEATHS, "has other embeddings", "makes no backward pass")
 
 
-@pytest.mark.parametrize(("kind", "limit"), ACCIDENTS.items())
-def test_the_other_rank_does_not_wait_longer_than_the_timeout(kind, limit):
+@pytest.mark.parametrize("kind", ACCIDENTS)
+def test_the_other_rank_does_not_wait_longer_than_the_timeout(kind):
     pool = Ranks(2)
     try:
         pool.send(2, accident, kind, timeout=timedelta(seconds=TIMEOUT))
         error, seconds = pool.result(0)
     finally:
         pool.close()
-    assert isinstance(error, RuntimeError) and seconds < limit
+    assert isinstance(error, RuntimeError) and seconds < TIMEOUT + 5 * (kind not in DEATHS)

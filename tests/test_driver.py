@@ -2,80 +2,27 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_run import (  # noqa: F401 (fixtures, too)
+    IMAGES,
+    MINING,
+    SMALL,
+    identities,
+    load_data,
+    one_thread,
+    records,
+    small_data,
+    stop_at,
+    train_loop,
+)
 
 from fastmargin.driver import checkpoint, engine, folder, loader, run
-from fastmargin.driver.config import DataConfig, HeadConfig, ModelConfig, OptimConfig, SamplerConfig, TrainConfig
-from fastmargin.driver.data import Identities
-from fastmargin.driver.datasets.glyphs import first_code_point
-
-CLASSES, IMAGES, SIDE = 30, 8, 16
-SMALL = TrainConfig(
-    data=DataConfig(size=SIDE, holdout=0.3),
-    optim=OptimConfig(steps=12, batch_size=16, warmup=3, lr=0.05),
-    sampler=SamplerConfig(counts=(2, 4), lag=3),
-    dim=8,
-    log_every=2,
-    save_every=4,
-)
-MINING = replace(SMALL, sampler=replace(SMALL.sampler, name="doppelganger"))
-
-
-def identities(seed: int = 0) -> Identities:
-    """Each identity is a pattern of its own; its images are noisy copies."""
-    generator = torch.Generator().manual_seed(seed)
-    pattern = torch.randint(0, 200, (CLASSES, 1, SIDE, SIDE), generator=generator)
-    noise = torch.randint(0, 56, (CLASSES, IMAGES, SIDE, SIDE), generator=generator)
-    labels = torch.arange(CLASSES).repeat_interleave(IMAGES)
-    return Identities((pattern + noise).flatten(0, 1).byte(), labels, [chr(0x391 + i) for i in range(CLASSES)])
-
-
-def load_data(config: DataConfig, _: object, seed: int = 0) -> tuple[Identities, Identities]:
-    return identities(seed).split(config.holdout, config.split_seed, first_code_point)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Batches of 16 are too small to share, and waiting for a second core costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_data", load_data)
-
-
-def train_loop(config: TrainConfig, out: Path) -> run.Run:
-    """Training without what follows it."""
-    current = run.build(config, print)
-    where = folder.claim(str(out), config)
-    engine.resume(current, where, print)
-    engine.loop(current, where, print)
-    return current
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = engine.train_step
-
-    def train_step(current: run.Run, *batch: object) -> object:
-        if current.step == step:
-            raise KeyboardInterrupt
-        return original(current, *batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(engine, "train_step", train_step)
-
-
-def records(where: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in folder.read_records(where)]
+from fastmargin.driver.config import HeadConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 @pytest.mark.parametrize("stop", [4, 7, 11])
@@ -320,88 +267,3 @@ def test_raw_pixels_are_averaged_over_tiles() -> None:
     tiles = large.double().unfold(2, 3, 3).unfold(3, 3, 3).mean((-1, -2))
     assert (engine.RawPixels()(large) - tiles.flatten(1)).abs().max() < 1e-6
     assert torch.equal(engine.RawPixels()(torch.zeros(1, 1, 8, 8)), torch.ones(1, 64)), "black has no direction"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, long enough to learn its patterns."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_data", load_data)
-        config = replace(SMALL, optim=replace(SMALL.optim, steps=40), save_every=20, log_every=10)
-        return engine.train(config, str(tmp_path_factory.mktemp("trained") / "run"), print)
-
-
-def test_a_whole_run(trained: Path) -> None:
-    metrics = json.loads((trained / folder.METRICS).read_bytes())
-    held_out = load_data(SMALL.data, None)[1].num_classes
-    for block in ("model", "raw_pixels"):
-        assert metrics[block]["identities"] == held_out
-        assert metrics[block]["images"] == held_out * IMAGES
-        assert metrics[block]["genuine_pairs"] == held_out * math.comb(IMAGES, 2)
-    assert metrics["model"]["rank1"] > 0.5 > 1 / held_out
-    assert metrics["raw_pixels"]["rank1"] == 1.0  # unaugmented patterns: nearest pixels cannot fail
-    assert metrics["step"] == 40 and metrics["config"]["dim"] == 8 and metrics["seconds"]["training"] > 0
-    names = {path.name for path in (trained / folder.REPORT).iterdir()}
-    assert names == {"loss.png", "roc.png", "theta.png", "doppelgangers.png"}
-    assert folder.finished(trained)
-
-
-def test_loss_falls(trained: Path) -> None:
-    lines = records(trained)
-    assert lines[-1]["target_score"] > lines[0]["target_score"] + 0.2
-
-
-def test_evaluating_again_gives_the_same_numbers(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = json.loads((trained / folder.METRICS).read_bytes())
-    (trained / folder.METRICS).unlink()
-    assert not folder.finished(trained)
-    engine.evaluate(trained, print)
-    after = json.loads((trained / folder.METRICS).read_bytes())
-    assert {**after, "seconds": 0} == {**before, "seconds": 0}
-    assert "TAR at FAR 1e-3" in (said := capsys.readouterr().out) and "raw pixels" in said
-
-
-def test_a_run_under_way_can_be_evaluated_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        train_loop(SMALL, tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint yet"):
-        engine.evaluate(tmp_path, print)
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        train_loop(SMALL, tmp_path)
-    monkeypatch.setattr(engine, "EDGE", 3)
-    engine.evaluate(tmp_path, print)
-    assert json.loads((tmp_path / folder.METRICS).read_bytes())["step"] == 4
-    assert (tmp_path / folder.REPORT / "theta.png").exists() and not folder.finished(tmp_path)
-    engine.train(SMALL, str(tmp_path), print)
-    assert folder.finished(tmp_path)
-
-
-def test_progress_lines_show_life_where_there_is_no_terminal(tmp_path: Path) -> None:
-    said: list[str] = []
-    say: Callable[[str], None] = said.append
-    current = run.build(replace(SMALL, log_every=1, optim=replace(SMALL.optim, steps=30)), say)
-    engine.loop(current, folder.claim(str(tmp_path), current.config), say)
-    assert [int(line.split()[1]) for line in said] == list(range(3, 31, 3))
-
-
-def test_a_record_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    for step in (1, 2):
-        folder.append_record(tmp_path, {"step": step, "loss": 1.0})
-    with (tmp_path / folder.RECORDS).open("a") as file:
-        file.write('{"step": 3, "lo')
-    for step in (2, 3):
-        folder.append_record(tmp_path, {"step": step, "loss": 2.0})
-    assert folder.read_records(tmp_path) == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 2.0},
-    ]
-
-
-def test_dated_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folders = [folder.claim(None, SMALL) for _ in range(4)]
-    assert len(set(folders)) == 4 and all(path.parent.name == "runs" for path in folders)
-    assert all(folder.read_config(path) == SMALL for path in folders)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_driver import (  # noqa: F401 (the fixtures hold here, too)
+from small_run import (  # noqa: F401 (the fixtures hold here, too)
     SMALL,
     load_data,
     one_thread,

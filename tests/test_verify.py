@@ -13,7 +13,7 @@ import torch
 from embeddings import blobs
 from PIL import Image
 from safetensors.torch import save_file
-from test_driver import SMALL, identities
+from small_run import SMALL, identities
 
 from fastmargin.driver import backbone, cli, engine, folder, run, verify
 from fastmargin.driver.augment import to_float
