@@ -1,10 +1,11 @@
 """The head on a GPU: the two ceilings, every contestant at every shape, peak memory. Run by gpu.sh, or by hand:
 
-    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--device cpu]
+    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--tiles] [--device cpu]
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
-of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --device cpu
-is for trying the script out.
+of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
+measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json): kernels/tiles.py takes the
+fastest. --device cpu is for trying the script out.
 """
 
 import argparse
@@ -70,6 +71,19 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
             name = f"fastmargin {backend}, bfloat16" + (f", k = {k}" if k else "")
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
+
+
+def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
+    """The Triton head in every candidate tile; the table of tiles holds one of them while it is measured."""
+    tiles = import_module("fastmargin.kernels.tiles")
+    for dtype in (None, BF16):
+        key = tiles.key_of(torch.empty(1, 512, dtype=dtype, device=device))
+        chosen = tiles.TABLE[key]
+        for tile in tiles.CANDIDATES[key]:
+            tiles.TABLE[key] = ((None, tile),)
+            name = f"fastmargin triton, {'bfloat16' if dtype else 'float32'}, {tile}"
+            yield name, head(ArcFace(arcface.S, arcface.M), backend="triton", compute_dtype=dtype, topk=1)
+        tiles.TABLE[key] = chosen
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -156,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--device", default="cuda", type=torch.device)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -165,10 +180,11 @@ def main() -> None:
     for shape in options.shapes:
         figures = record["shapes"][shape] = {}
         given = inputs(*map(int, shape.split("x")), options.device)
-        for who, prepare in contestants(options.device):
+        for who, prepare in (tiled if options.tiles else contestants)(options.device):
             figures[who] = attempt(prepare, given)
             print(shape, who, figures[who], flush=True)
-            (options.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+            path = options.out / ("tiles.json" if options.tiles else "gpu.json")
+            path.write_text(json.dumps(record, indent=1) + "\n")
         del given
 
 
