@@ -114,7 +114,7 @@ def head(margin: Margin, **options: Any) -> Prepare:
     """fastmargin's, with these options of MarginHead."""
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-        model = MarginHead(1, 1, margin, **options)
+        model = MarginHead(1, len(w), margin, **options)
         model.weight = w
         return lambda: model(f, y).loss
 

@@ -1,11 +1,12 @@
 """On a GPU: the two ceilings, the head and sums over pairs by every contestant at every shape, peak memory. Run by
 gpu.sh, or by hand:
 
-    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--device cpu]
+    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--tiles] [--device cpu]
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
-of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --device cpu
-is for trying the script out.
+of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
+measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json): kernels/tiles.py takes the
+fastest. --device cpu is for trying the script out.
 """
 
 import argparse
@@ -82,6 +83,19 @@ def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., 
     for name, loss in (pairs.LOSSES | triton).items():
         if "native" not in name or native_can_run(torch.empty(0, device=device)):
             yield name, lambda *given, loss=loss: partial(loss, pairs.BOTH, *given)
+
+
+def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
+    """The Triton head in every candidate tile; the table of tiles holds one of them while it is measured."""
+    tiles = import_module("fastmargin.kernels.tiles")
+    for dtype in (None, BF16):
+        key = tiles.key_of(torch.empty(1, 512, dtype=dtype, device=device))
+        chosen = tiles.TABLE[key]
+        for tile in tiles.CANDIDATES[key]:
+            tiles.TABLE[key] = ((None, tile),)
+            name = f"fastmargin triton, {'bfloat16' if dtype else 'float32'}, {tile}"
+            yield name, head(ArcFace(arcface.S, arcface.M), backend="triton", compute_dtype=dtype, topk=1)
+        tiles.TABLE[key] = chosen
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -193,12 +207,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--pairs", nargs="*", default=PAIRS)
+    parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--device", default="cuda", type=torch.device)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "info": describe()}
     record |= {"ceilings": ceilings(options.device), "pairs": {}, "shapes": {}}
+    if options.tiles:
+        measure_all(record, options.out / "tiles.json", "shapes", options.shapes, inputs, tiled, options.device)
+        return
     path = options.out / "gpu.json"
     measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options.device)
     measure_all(record, path, "shapes", options.shapes, inputs, contestants, options.device)

@@ -35,6 +35,7 @@ export -f build sanitize
 
 part build 150 bash -c build
 part tests 200 python3 -m pytest tests -m gpu -q -rs
-part bench 150 python3 bench/gpu.py "$out"
+part bench 130 python3 bench/gpu.py "$out"
+part tiles 50 python3 bench/gpu.py "$out" --tiles --shapes 64x512x500000 128x512x500000 1024x512x1000000
 part memcheck 45 bash -c "sanitize memcheck"
 part racecheck 45 bash -c "sanitize racecheck"

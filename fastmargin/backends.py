@@ -136,7 +136,7 @@ def describe() -> str:
     facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
     compute = ", ".join(("float64", "float32", *facts["compute"].split())) if facts else ""
-    compiled = "interpreted in tests, compiled ahead of time for sm_80 and sm_90, never run on a GPU"
+    compiled = "interpreted in tests, compiled ahead of time for sm_80 to sm_100, never run on a GPU"
     triton = compiled if HAS_TRITON else "triton not installed"
     cuda = "built" if "cuda" in NATIVE_DEVICES else "not built (this torch has no CUDA, or nvcc was not found)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device here"

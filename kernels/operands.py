@@ -21,6 +21,7 @@ from .tile import inverse_norms, split_scale, weight_rows
 WORKSPACE = 2**25  # bytes of the operands of a wave, and of what a kernel writes for it: about an L2 cache each
 GROUP = 64  # neighbouring classes; every wave but the last has a multiple of it
 ELEMENTS = 4096  # of a program that works on whole rows of weights
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Wave(NamedTuple):
@@ -102,6 +103,3 @@ def waves(
                 d=d, COMPUTE=TYPES[dtype], **blocks,
             )  # fmt: skip
         yield Wave(first, o, power, factor)
-
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

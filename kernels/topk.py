@@ -29,7 +29,7 @@ SEARCHED = 1024  # numbers looked through at a time
 def keep_best_kernel(
     values,  # [B, k] float32, changed: the best so far, in no order
     places,  # [B, k] int32, changed
-    fresh,  # [B, m] float32, of the places from `first` on; all held before are smaller
+    fresh,  # [B, m] float32, of the places from `first` on, which come after all that are held
     fresh_row,
     m,
     first,

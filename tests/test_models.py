@@ -23,7 +23,7 @@ def test_output_shape(dim: int, size: int) -> None:
 
 
 def test_colour() -> None:
-    grey, colored = build_model(16, 32), build_model(16, 32, channels=3)
+    grey, colored = build_model("cnn", 16, 32), build_model("cnn", 16, 32, channels=3)
     assert colored.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
     counts = [sum(p.numel() for p in model.parameters()) for model in (grey, colored)]
     assert counts[1] - counts[0] == 25 * 2 * 32  # two more input channels of the first convolution alone

@@ -175,6 +175,23 @@ def test_what_stands_around_the_products_compiles_without_spills(compile_clean, 
     compile_clean(kernel, capability, constants, types, options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("B", "d", "n"), [(1, 512, 10**9), (4096, 512, 10**7), (65_536, 64, 10**6), (8, 3, 5)], ids=str
+)
+def test_memory_does_not_grow_with_the_number_of_classes(B, d, n, dtype):
+    x = torch.empty(B, d, dtype=dtype)
+    of_a_class = max(d * x.element_size(), 4 * B // operands.GROUP)  # of operands, of group maxima
+    plan = tiles.plan_of(x, n, of_a_class)
+    step = plan.step
+    assert step % plan.tile.classes == 0 and step - plan.tile.classes < n
+    assert (step - plan.tile.classes) * of_a_class <= operands.WORKSPACE
+    waves = -(-n // step)
+    assert waves == 1 or n - (waves - 1) * step > step - waves * plan.tile.classes  # the last is not much smaller
+    strips = plan.grid(B, step)[1]
+    assert plan.strip * strips * plan.tile.classes >= step > plan.strip * (strips - 1) * plan.tile.classes
+
+
 def test_the_table_holds_candidates():
     for key, rows in tiles.TABLE.items():
         assert {tile for _, tile in rows} <= set(tiles.CANDIDATES[key]) and rows[-1][0] is None

@@ -13,7 +13,7 @@ import torch
 from embeddings import blobs
 from PIL import Image
 from safetensors.torch import save_file
-from small_run import SMALL, identities
+from small_run import SMALL, identities, load_data
 
 from fastmargin.driver import backbone, cli, engine, folder, run, verify
 from fastmargin.driver.augment import to_float
@@ -26,7 +26,7 @@ NAMES = ["Ann", "Bob", "Cy"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of four steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_glyphs", lambda config, log: identities())
+        patch.setattr(run, "load_data", load_data)
         config = replace(SMALL, optim=replace(SMALL.optim, steps=4))
         yield engine.train(config, str(tmp_path_factory.mktemp("verify") / "run"), print)
 
