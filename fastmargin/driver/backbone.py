@@ -1,5 +1,6 @@
 """The network of a run, without its data and its head."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -7,6 +8,8 @@ from torch import nn
 from fastmargin.driver import checkpoint, folder
 from fastmargin.driver.config import TrainConfig
 from fastmargin.models import build_model
+
+Log = Callable[[str], None]
 
 
 def build_backbone(config: TrainConfig, factory: str | None = None) -> nn.Module:
@@ -21,7 +24,7 @@ def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: st
         raise ValueError(f"the run's network is {theirs or usual}; here it is {factory or usual}: see engine.train")
 
 
-def load_backbone(where: Path, factory: str | None = None) -> tuple[TrainConfig, nn.Module, int]:
+def load_backbone(where: Path, log: Log, factory: str | None = None) -> tuple[TrainConfig, nn.Module, int]:
     """Configuration, network in evaluation mode and step of the newest checkpoint of a run.
 
     ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
@@ -30,6 +33,9 @@ def load_backbone(where: Path, factory: str | None = None) -> tuple[TrainConfig,
     saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
     if saved is None:
         raise ValueError(f"{where} has no checkpoint yet")
+    for warning in saved.warnings:
+        log(f"passed over a damaged checkpoint: {warning}")
+    log(f"checkpoint of step {saved.step} of {config.optim.steps}")
     check_factory(saved, config, factory)
     model = build_backbone(config, factory)
     model.load_state_dict({k.removeprefix("model/"): v for k, v in saved.tensors.items() if k.startswith("model/")})

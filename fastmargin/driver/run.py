@@ -6,7 +6,6 @@ and changes is in the checkpoint.
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmargin import margins
 from fastmargin.driver.augment import to_float
-from fastmargin.driver.backbone import build_backbone, check_factory
+from fastmargin.driver.backbone import Log, build_backbone, check_factory
 from fastmargin.driver.checkpoint import Checkpoint
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, UniformBatches
@@ -25,7 +24,6 @@ from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
 from fastmargin.models import lsuv
 from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
-Log = Callable[[str], None]
 Order = UniformBatches | DoppelgangerBatchSampler
 
 LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
@@ -67,7 +65,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
         raise ValueError(f"optim.batch_size is {config.optim.batch_size}; there are {len(train.images)} images")
     torch.manual_seed(config.seed)
     model = build_backbone(config, factory)
-    if config.model.name == "doppelganger":
+    if factory is None and config.model.name == "doppelganger":
         lsuv(model, to_float(train.images[torch.linspace(0, len(train.images) - 1, LSUV).long()]))
     head = build_head(config, train.num_classes)
     table = DoppelgangerTable(train.num_classes, config.head.topk)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastmargin import evaluation
 from fastmargin.driver import folder, report
-from fastmargin.driver.backbone import load_backbone
-from fastmargin.driver.engine import Log, embed, resolvable
+from fastmargin.driver.backbone import Log, load_backbone
+from fastmargin.driver.engine import embed, resolvable
 
 LARGEST = 40_000  # images whose pairs, 0.8 billion, are still held at once: 3 GB
 
@@ -51,7 +51,7 @@ def evaluate_set(
     mirror: see `fastmargin.evaluation.mirrored`; model: as for `engine.train`. ValueError for a file that is no
     such set, an image that cannot be read.
     """
-    config, network, _ = load_backbone(where, model)
+    config, network, _ = load_backbone(where, log, model)
     images, same = evaluation.read_bin(pairs)
     pixels = torch.stack([decode(image, number, config.data.size) for number, image in enumerate(images)])
     features = describe(network, pixels, mirror)
