@@ -44,6 +44,12 @@ def test_weights_of_iresnets(depth: int, millions: float) -> None:
     assert count(on_meta(f"iresnet{depth}", 512, 112)) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
+@pytest.mark.parametrize(("depth", "millions"), [(18, 24.0), (50, 43.6)])
+def test_weights_of_iresnets_as_insightface_builds_them(depth: int, millions: float) -> None:
+    """Counted in InsightFace's arcface_torch, iresnet18 and iresnet50."""
+    assert round(count(on_meta(f"iresnet{depth}", 512, 112)) / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize(("depth", "megabytes"), [(50, 167), (100, 250)])
 def test_model_size_of_iresnets(depth: int, megabytes: int) -> None:
     """ArcFace v1, table 8: LResNet50E-IR and LResNet100E-IR, float32 with running statistics."""

@@ -224,6 +224,13 @@ def test_a_network_of_ones_own_trains_and_resumes_from_python_alone(tmp_path: Pa
         engine.evaluate(where, print)
 
 
+def test_lsuv_leaves_a_network_of_ones_own_alone() -> None:
+    config = replace(SMALL, model=ModelConfig("doppelganger"))
+    current = run.build(config, print, "test_driver:pixels")
+    torch.manual_seed(config.seed)
+    assert torch.equal(current.model[1].weight, pixels(8, (SIDE, SIDE), 1)[1].weight)
+
+
 def test_lsuv_starts_the_doppelganger_network_on_images_of_the_run() -> None:
     current = run.build(replace(SMALL, model=ModelConfig("doppelganger")), print)
     scales = [buffer for name, buffer in current.model.named_buffers() if name.endswith("k")]

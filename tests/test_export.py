@@ -142,6 +142,18 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (tmp_path / "out").exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "ONNX", ("absent",))
+    run_of(SMALL, tmp_path / "run")
+    (tmp_path / "run" / folder.CHECKPOINTS / "step-00000009").mkdir()
+    export.export(tmp_path / "run", tmp_path / "out", print)
+    said = capsys.readouterr().out.splitlines()
+    assert "passed over a damaged checkpoint" in said[0] and "step-00000009" in said[0]
+    assert said[1] == "checkpoint of step 7 of 1600"
+
+
 def test_a_network_of_ones_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ONNX", ("absent",))
     run_of(SMALL, tmp_path / "run", "test_driver:pixels")

@@ -155,7 +155,7 @@ def test_a_verification_set(
     path, images, same = pairs
     options = [] if mirror is None else ["--mirror", mirror]
     assert answer("evaluate", trained, "--pairs", path, "--out", tmp_path / "n.json", *options) == 0
-    _, model, _, step = backbone.load_backbone(trained)
+    _, model, _, step = backbone.load_backbone(trained, print)
     assert step == 4 and not model.training
     with torch.inference_mode():
         x, flipped = (model(to_float(pixels)) for pixels in (images, images.flip(2)))

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastmargin.driver import checkpoint, folder
 from fastmargin.driver.config import TrainConfig
+from fastmargin.driver.data import Log
 from fastmargin.models import build_model
 
 
@@ -38,7 +39,7 @@ def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: st
         raise ValueError(f"the run's network is {theirs or usual}; here it is {factory or usual}: see engine.train")
 
 
-def load_backbone(where: Path, factory: str | None = None) -> Backbone:
+def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone:
     """The network of the newest checkpoint of a run.
 
     ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
@@ -47,6 +48,9 @@ def load_backbone(where: Path, factory: str | None = None) -> Backbone:
     saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
     if saved is None:
         raise ValueError(f"{where} has no checkpoint yet")
+    for warning in saved.warnings:
+        log(f"passed over a damaged checkpoint: {warning}")
+    log(f"checkpoint of step {saved.step} of {config.optim.steps}")
     check_factory(saved, config, factory)
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from fastmargin import __version__
 from fastmargin.driver import folder
-from fastmargin.driver.backbone import load_backbone
-from fastmargin.driver.engine import Log
+from fastmargin.driver.backbone import Log, load_backbone
 
 STEM = "backbone"
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -41,7 +40,7 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
     for a folder that holds no run, no checkpoint, or something already; RuntimeError if a file computes
     something else than the run's network.
     """
-    config, network, shape, step = load_backbone(where, model)
+    config, network, shape, step = load_backbone(where, log, model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; wanted a new or an empty folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
     torch.manual_seed(config.seed)
     model = build_backbone(config, train.input_shape, factory)
-    if config.model.name == "doppelganger":
+    if factory is None and config.model.name == "doppelganger":
         lsuv(model, to_float(train.images[np.linspace(0, len(train.labels) - 1, LSUV).astype(np.int64)]))
     head = build_head(config, train.num_classes)
     terms = Terms(config.terms, train.num_classes, config.dim)

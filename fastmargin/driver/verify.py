@@ -51,7 +51,7 @@ def evaluate_set(
     mirror: see `fastmargin.evaluation.mirrored`; model: as for `engine.train`. ValueError for a file that is no
     such set, an image that cannot be read.
     """
-    _, network, (channels, size, _), _ = load_backbone(where, model)
+    _, network, (channels, size, _), _ = load_backbone(where, log, model)
     images, same = evaluation.read_bin(pairs)
     color: Color = "grey" if channels == 1 else "rgb"
     pixels = torch.stack([pixels_of(image, number, size, color) for number, image in enumerate(images)])
