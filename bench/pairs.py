@@ -66,9 +66,9 @@ def eager(squares: Callable[..., Tensor], measure: str, *given: Tensor) -> Tenso
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "eager, |a|^2 + |b|^2 - 2ab": partial(eager, expanded),
+    "eager, expanded squares": partial(eager, expanded),
     "eager, torch.cdist": partial(eager, cdist),
-    "torch.compile of |a|^2 + |b|^2 - 2ab": torch.compile(partial(eager, expanded)),
+    "torch.compile of expanded squares": torch.compile(partial(eager, expanded)),
     "fastmargin native": partial(ours, "native"),
     "fastmargin stream": partial(ours, "stream"),
 }

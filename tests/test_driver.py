@@ -228,7 +228,7 @@ def test_lsuv_leaves_a_network_of_ones_own_alone() -> None:
     config = replace(SMALL, model=ModelConfig("doppelganger"))
     current = run.build(config, print, "test_driver:pixels")
     torch.manual_seed(config.seed)
-    assert torch.equal(current.model[1].weight, pixels(8, (SIDE, SIDE), 1)[1].weight)
+    assert torch.equal(current.model[1].weight, pixels(8, identities().input_shape[1:], 1)[1].weight)
 
 
 def test_lsuv_starts_the_doppelganger_network_on_images_of_the_run() -> None:
