@@ -61,5 +61,5 @@ def test_ratios(benchmark: Any, case: Case) -> None:
         figures[name]["peak_mib"] = round(peak_memory("pairs", name, case[0], case[1:], THREADS), 1)
     record = dict(zip(("measure", "N", "M", "d"), case, strict=True)) | results.made(rounds) | {"contestants": figures}
     benchmark.extra_info |= record | {"threads": THREADS}
-    results.store_pairs(record, THREADS)
-    print(f"\n{results.pair_section(record)}")
+    results.store_table(results.PAIRS, record, THREADS)
+    print(f"\n{results.table_section(results.PAIRS, record)}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from chart import draw
@@ -24,10 +24,36 @@ loss, also for bfloat16; for the floors, which compute no loss, as eager PyTorch
 carry that margin unless their name says NormFace; then the normalisation that libraries of linear layers lack is
 counted. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
 counts where there is one."""
-PAIRS = """\
+
+
+class Table(NamedTuple):
+    """A kind of record: what tells its cases apart, and how they are told."""
+
+    suffix: str  # of the files
+    key: tuple[str, ...]
+    title: str  # of a case
+    preamble: str
+
+
+PAIRS = Table(
+    "-pairs",
+    ("M", "measure", "N"),
+    "{measure}: {N:,} samples, {M:,} centres, d = {d}",
+    """\
 A step: the sum and its gradients, of samples and centres (both gradients), of samples alone (centres detached), or of
-all classes' centres among themselves. Seconds are medians of interleaved rounds; "x eager" is how many times as fast as
-the faster of the two eager forms. Peak memory is above the inputs; gradients count."""
+all classes' centres among themselves (all classes; samples take no part). Seconds are medians of interleaved rounds;
+"x eager" is how many times as fast as the faster of the two eager forms. Peak memory is above the inputs; gradients
+count.""",
+)
+STEPS = Table(
+    "-steps",
+    ("C", "measure"),
+    "{measure}: B = {B}, d = {d}, C = {C:,}",
+    """\
+A whole step of a head: forward, backward, SGD with momentum and decay. Seconds are medians of rounds in turn, a
+process each; "x eager" is how many times as fast as PartialFC's operations with torch's SGD. Peak memory is above the
+process with its inputs, weights and momentum.""",
+)
 
 
 def cpu() -> str:
@@ -50,11 +76,12 @@ def store(record: Record, threads: int) -> None:
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
-def store_pairs(record: Record, threads: int) -> None:
-    """Writes the two files of pairs of points anew, with this case in them."""
-    path, name = place(threads, "-pairs")
-    cases = kept(path, threads, record, lambda r: (r["M"], r["measure"]))
-    path.with_suffix(".md").write_text("\n\n".join([f"# {name}", PAIRS, *map(pair_section, cases)]) + "\n")
+def store_table(table: Table, record: Record, threads: int) -> None:
+    """Writes the two files of a table anew, with this case in them."""
+    path, name = place(threads, table.suffix)
+    cases = kept(path, threads, record, lambda r: [r[field] for field in table.key])
+    parts = [f"# {name}", table.preamble, *(table_section(table, case) for case in cases)]
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
 def machine(threads: int) -> Record:
@@ -89,13 +116,13 @@ def section(record: Record) -> str:
     return "\n".join([head + columns + "| --- |" + " ---: |" * 5, *rows])
 
 
-def pair_section(record: Record) -> str:
-    """A case of pairs of points in Markdown."""
-    what = "{M:,} classes" if record["measure"] == "all classes" else "{N:,} samples, {M:,} centres"
-    head = ("## {measure}: " + what + ", d = {d}\n\ntorch {torch}, {date}, medians of {rounds} rounds.\n").format(
-        **record
-    )
-    rows = ["| contestant | s | x eager | peak MiB |", "| --- | ---: | ---: | ---: |"]
+def table_section(table: Table, record: Record) -> str:
+    """A case in Markdown."""
+    rows = [
+        f"## {table.title.format(**record)}\n",
+        "torch {torch}, {date}, medians of {rounds} rounds.\n".format(**record),
+    ]
+    rows += ["| contestant | s | x eager | peak MiB |", "| --- | ---: | ---: | ---: |"]
     for name, figures in record["contestants"].items():
         times, peak = figures["times_eager"], figures.get("peak_mib")
         cells = [
@@ -105,7 +132,7 @@ def pair_section(record: Record) -> str:
             "" if peak is None else f"{peak:.0f}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([head, *rows])
+    return "\n".join(rows)
 
 
 def line(name: str, figures: Mapping[str, Any]) -> str:

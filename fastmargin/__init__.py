@@ -30,7 +30,7 @@ _HOME = {
     ),
 }  # fmt: skip
 
-_MODULES = ("evaluation", "models")
+_MODULES = ("evaluation", "models", "optim")
 
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 
