@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import torch
 from fastmargin.driver import checkpoint, engine, folder, run
 from fastmargin.driver.config import DataConfig, HeadConfig, ModelConfig, OptimConfig, SamplerConfig, TrainConfig
 from fastmargin.driver.data import Identities
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES, IMAGES, SIDE = 30, 8, 16
 SMALL = TrainConfig(
@@ -32,15 +34,6 @@ def identities(seed: int = 0) -> Identities:
     noise = torch.randint(0, 56, (CLASSES, IMAGES, SIDE, SIDE), generator=generator)
     labels = torch.arange(CLASSES).repeat_interleave(IMAGES)
     return Identities((pattern + noise).flatten(0, 1).byte(), labels, [chr(0x391 + i) for i in range(CLASSES)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Batches of 16 are too small to share, and waiting for a second core costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
