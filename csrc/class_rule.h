@@ -1,7 +1,7 @@
 // The rule of an optimiser step as op arguments give it, checked.
 //
-//   sgd      hyper lr, momentum, weight_decay, nesterov (0 or 1);                        state v, or none without
-//   momentum adamw    hyper lr, weight_decay, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t);   state m, s
+//   sgd      hyper lr, momentum, weight_decay, nesterov (0 or 1);  state v, or none without momentum
+//   adamw    hyper lr, weight_decay, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t);  state m, s
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,8 +1,7 @@
 // One optimiser step of one number of a class weight; plain C++ that a GPU compiler takes too.
 //
 //   sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov's look ahead  w -= lr (g + mu v)
-//   adamw    w -= lr lam w;  m += (1 - b1)(g - m);  s += (1 - b2)(g^2 - s);  w -= lr / c1  m / (sqrt(s) / sqrt(c2) +
-//   eps)
+//   adamw    w -= lr lam w;  m += (1 - b1)(g - m);  s += (1 - b2)(g^2 - s);  w -= (lr / c1) m / (sqrt(s / c2) + eps)
 //
 // The rules of torch.optim.SGD (dampening 0) and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t of step t.
 #pragma once

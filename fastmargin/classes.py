@@ -6,7 +6,7 @@ features, k nearest.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,11 @@ from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 from fastmargin.sampling import initial_rows
 
 
-class ClassOptimizer(SteppingBackward, Protocol):
+def catch_up(head: "ClassWeights", *_: Any) -> None:
+    head._catch_up()
+
+
+class OwnOptimizer(SteppingBackward, Protocol):
     """What the weights ask of an optimiser of theirs: see optim.py."""
 
     in_backward: bool
@@ -47,7 +51,7 @@ class ClassWeights(nn.Module):
     """The weights of `num_classes` classes, as MarginHead's options of the same names say."""
 
     weight: nn.Parameter
-    class_optimizer: ClassOptimizer | None  # which announces itself
+    class_optimizer: OwnOptimizer | None  # which announces itself
 
     def __init__(
         self,
@@ -70,7 +74,8 @@ class ClassWeights(nn.Module):
         self.weight = nn.Parameter(initial_rows(*self.class_range, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
         self.class_optimizer = None
-        self.register_state_dict_pre_hook(lambda head, *_: head._catch_up())
+        self.register_state_dict_pre_hook(catch_up)
+        self.register_load_state_dict_pre_hook(catch_up)
         pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
         check_compute_dtype(compute_dtype, self.weight.dtype)
 
@@ -139,7 +144,8 @@ class ClassWeights(nn.Module):
         rows: Tensor | None = None,  # [n]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
         optimizer = None
-        if self.class_optimizer is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+        training = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if self.class_optimizer is not None and training:
             self.class_optimizer.before_forward(rows)
             optimizer = self.class_optimizer if self.class_optimizer.in_backward else None
         else:
@@ -150,9 +156,14 @@ class ClassWeights(nn.Module):
         )  # fmt: skip
 
     def _catch_up(self) -> None:
-        """Weights that sat out steps are brought to where the optimiser would have them."""
+        """Before weights are read or set: those that sat out steps go where the optimiser would have them."""
         if self.class_optimizer is not None:
             self.class_optimizer.catch_up()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what travels to another process, has an optimiser of its own or none."""
+        self._catch_up()
+        return {**super().__getstate__(), "class_optimizer": None}
 
     def get_logits(self, embeddings: Tensor) -> Tensor:  # [b, d] -> [b, C]
         """All logits, without a margin: for few classes only, whose weights every rank gathers.
@@ -191,6 +202,7 @@ class ClassWeights(nn.Module):
         if not isinstance(w, Tensor) or w.shape != (self.num_classes, self.in_features):
             given = [*w.shape] if isinstance(w, Tensor) else type(w).__name__
             raise ValueError(f"weight is {given}: want a tensor [{self.num_classes}, {self.in_features}]")
+        self._catch_up()
         self.weight.copy_(self.classes.own(w))
 
     @torch.no_grad()
@@ -218,6 +230,7 @@ class ClassWeights(nn.Module):
         lost = ~(total.norm(dim=1) > 1e-6)
         if lost.any():
             raise ValueError(f"the embeddings of class {int(ids[lost][0])} add up to nothing, or are not finite")
+        self._catch_up()
         here = self.classes.place(ids)
         here, total, count = here[here >= 0], total[here >= 0], place.bincount(minlength=len(ids))[here >= 0]
         if self.margin.normalize_weight:
@@ -234,6 +247,7 @@ class ClassWeights(nn.Module):
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"n = {n!r}: want an int of 0 or more")
+        self._catch_up()
         C = self.num_classes
         self.margin.check_classes(C + n)
         classes = chunks(C + n, self.classes.group)

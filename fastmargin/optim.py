@@ -4,7 +4,8 @@ Each is a torch Optimizer of one parameter, `head.weight`: param_groups, state_d
 ever, and what else a model learns (the backbone, `head.replicated_parameters()`) has an ordinary optimiser of its own.
 
 in_backward=True steps inside the backward pass, a block of classes at a time: no gradient of the size of the weight
-exists, in memory there are the weight and the optimiser's state. `step()` still ends every step.
+exists, in memory there are the weight and the optimiser's state. `step()` still ends every step. (The backends triton
+and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: torch.autograd.grad too.
 
 Where a head samples its classes, a step reads and changes those rows alone. What SGD without a gradient would have done
 to a row that sat out (momentum and weight decay go on) is linear in its (v, w):
@@ -46,6 +47,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
         self.stage = "ready"  # then "forward", and "backward" where the weights have moved
         super().__init__([head.weight], defaults)
+        head._catch_up()  # with what another one has left to do
         head.class_optimizer = self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -121,6 +123,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.rows = rows
+        self.catch_up(rows)  # the identity for rows that a forward pass has read
         state, rule, hyper, scale = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight)].functions["update"]
         update(self.weight, state, grad.contiguous(), rows, rule, hyper, scale)
@@ -135,6 +138,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.catch_up()
         super().load_state_dict(state_dict)
         self.stage = "ready"
 
@@ -148,7 +152,8 @@ class ClassSGD(ClassOptimizer):
         in_backward: step inside the backward pass; one forward and one backward pass a step, no gradient clipping over
             the weight, no accumulation, no replica of the head under DDP.
         scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
-            finite keep their weight and state. Without in_backward, scaler.step(optimizer) does it.
+            finite keep their weight and state; the step counts all the same, and rows that sat out go on as ever.
+            Without in_backward, scaler.step(optimizer) leaves out the whole step.
 
     Raises:
         ValueError: options out of range. RuntimeError: a second forward or backward pass before `step()`.

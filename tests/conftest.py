@@ -45,6 +45,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small batches are not worth sharing, and waiting for a second core costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 ROUNDINGS = [
     (backend, dtype)
     for backend in ("native", "stream", "reference")

@@ -1,6 +1,5 @@
 """A small run on synthetic data, for the tests of the driver; importing its fixtures puts them to use."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,15 +34,6 @@ def identities(seed: int = 0) -> Identities:
 
 def load_data(config: DataConfig, _: object, seed: int = 0) -> tuple[Identities, Identities]:
     return identities(seed).split(config.holdout, config.split_seed, first_code_point)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Batches of 16 are too small to share, and waiting for a second core costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

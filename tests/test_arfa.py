@@ -10,6 +10,8 @@ from torch.nn.functional import softplus
 from fastmargin.models import build_model, lsuv
 from fastmargin.models.arfa import ARFA, arfa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 
 

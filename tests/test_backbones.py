@@ -10,6 +10,8 @@ from fastmargin.models import FAMILIES, build_model
 from fastmargin.models.iresnet import UNITS
 from fastmargin.models.layers import Residual
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ["iresnet18", "sphereface20", "mobilefacenet", "doppelganger"]  # deeper iresnets: on meta alone
 
 

@@ -14,7 +14,6 @@ from small_run import (  # noqa: F401 (fixtures, too)
     SMALL,
     identities,
     load_data,
-    one_thread,
     records,
     small_data,
     stop_at,
@@ -23,6 +22,8 @@ from small_run import (  # noqa: F401 (fixtures, too)
 
 from fastmargin.driver import checkpoint, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, ModelConfig, OptimConfig, TrainConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("stop", [4, 7, 11])

@@ -15,6 +15,8 @@ from fastmargin.driver.backbone import build_backbone
 from fastmargin.driver.config import DataConfig, ModelConfig, TrainConfig
 from fastmargin.models import build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = TrainConfig(data=DataConfig(size=16), dim=8)
 WITH_ONNX = all(importlib.util.find_spec(package) for package in export.ONNX)
 

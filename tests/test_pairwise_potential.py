@@ -3,6 +3,7 @@ import torch
 from check import error
 from dense import F32, F64
 
+from fastmargin.ops import pairwise_potential_portable as portable
 from fastmargin.ops.pairwise_potential import IMPLS, pairwise_potential
 
 KINDS = [("inverse", None), ("hinge", 9.0)]
@@ -69,8 +70,10 @@ def test_points_among_themselves(backend, n, uneven, kind, margin, workers):
     truth = run(a, None, ids, None, g, backend="reference", **options)
     before = torch.get_num_threads()
     torch.set_num_threads(workers)
-    got = run(a, None, ids, None, g, F32, backend=backend, **options)
-    torch.set_num_threads(before)
+    try:
+        got = run(a, None, ids, None, g, F32, backend=backend, **options)
+    finally:
+        torch.set_num_threads(before)
     assert_close(got, truth)
 
 
@@ -91,20 +94,39 @@ def test_gradcheck(backend, kind, margin, one_side):
 @pytest.mark.parametrize("distance", [10.0**e for e in range(-3, 3)])
 @pytest.mark.parametrize("norm", [0.1, 1.0, 100.0])
 def test_small_distances_of_long_vectors(backend, distance, norm):
-    """A hinge of margin 2 u shows u: |u - u64| <= 1e-4 u + 1e-9, also where products would have lost it."""
+    """A hinge of margin 2 u shows u: |u - u64| <= 1e-4 u + 1e-9, also where products would have lost it.
+
+    A far point of the row's own id, which does not count, keeps the mean away from the near one.
+    """
     a = torch.nn.functional.normalize(torch.randn(40, 64)) * norm
     b = a + torch.nn.functional.normalize(torch.randn(40, 64)) * distance
-    none = torch.arange(1)
+    own, ids = torch.tensor([0]), torch.tensor([1, 0])
     for p, q in zip(a[:, None], b[:, None], strict=True):
         u = float((p.double() - q.double()).square().sum())
-        got = 2 * u - pairwise_potential(p, q, none, none + 1, kind="hinge", margin=2 * u, backend=backend).double()
+        both = torch.cat((q, -q))
+        got = 2 * u - pairwise_potential(p, both, own, ids, kind="hinge", margin=2 * u, backend=backend).double()
         assert abs(float(got) - u) <= 1e-4 * u + 1e-9
-    many, one = torch.arange(40), -torch.ones(1, dtype=torch.int64)
-    u = (a.double() - b[:1].double()).square().sum(1)
-    got = 2 * u.max() - pairwise_potential(
-        a, b[:1], many, one, kind="hinge", margin=2 * float(u.max()), backend=backend
-    )
-    assert ((got.double() - u).abs() <= 1e-4 * u + 4e-7 * u.max() + 1e-9).all()  # the margin has rounding of its own
+
+
+def test_without_the_near_path_small_distances_are_lost(monkeypatch):
+    """What the test above would say of products alone."""
+    monkeypatch.setattr(portable, "NEAR", 0.0)
+    a = 100 * torch.nn.functional.normalize(torch.ones(1, 64))
+    b = torch.cat((a + 1e-3, -a))
+    u = float((a.double() - b[:1].double()).square().sum())
+    ids = torch.tensor([1, 0])
+    got = pairwise_potential(a, b, ids[1:], ids, kind="hinge", margin=2 * u, backend="stream").double()
+    assert abs(float(2 * u - got) - u) > 1e-2 * u
+
+
+def test_a_hinge_that_no_pair_reaches_has_no_slope(backend):
+    """Far apart, in every tile but one."""
+    a = torch.arange(600.0)[:, None] * torch.tensor([[100.0, 0.0]])
+    a[1, 0] = 1.0
+    ids = torch.arange(600)
+    out, slope = run(a, None, ids, None, dtype=F32, kind="hinge", margin=9.0, backend=backend)
+    assert torch.equal(out[:2], torch.tensor([8.0, 8.0])) and not out[2:].any()
+    assert torch.allclose(slope[:2], torch.tensor([[4.0, 0.0], [-4.0, 0.0]])) and not slope[2:].any()
 
 
 def test_a_slope_between_near_points_far_from_the_others(backend):

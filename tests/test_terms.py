@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from small_run import (  # noqa: F401 (the fixtures hold here, too)
     SMALL,
     load_data,
-    one_thread,
     records,
     small_data,
     stop_at,
@@ -27,6 +26,8 @@ from fastmargin.driver import checkpoint, cli, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, TermConfig, TrainConfig
 from fastmargin.driver.terms import Terms
 from fastmargin.evaluation import class_distances
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = SMALL.dim
 

@@ -19,6 +19,8 @@ from fastmargin.driver import backbone, cli, engine, folder, run, verify
 from fastmargin.driver.augment import to_float
 from fastmargin.evaluation import evaluate_embeddings, evaluate_pairs, mirrored
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ["Ann", "Bob", "Cy"]
 
 

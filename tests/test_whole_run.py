@@ -12,7 +12,6 @@ from small_run import (  # noqa: F401 (fixtures, too)
     SMALL,
     identities,
     load_data,
-    one_thread,
     records,
     small_data,
     stop_at,
@@ -20,6 +19,8 @@ from small_run import (  # noqa: F401 (fixtures, too)
 )
 
 from fastmargin.driver import engine, folder, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@
     any other        the class of that name in pytorch_metric_learning.losses: TripletMarginLoss, ContrastiveLoss,
                      LiftedStructureLoss, ...; scale: the start of a learnt length of the rows, which otherwise are unit
 
-Rows are the embeddings as the network makes them. The first three share one bank: losses see the old centres, and the
-bank moves after the optimiser's step. With the route "centers" it then takes a step down the minimum margin, too: the
+Rows are the embeddings as the network makes them. The first three share one bank, whose options are center's (with a
+weight of 0 it does nothing else): losses see the old centres, and the bank moves after the optimiser's step. With the
+route "centers" it then takes a step down the minimum margin, too: the
 run's learning rate times the gradient of the weighted term, without momentum or decay.
 """
 
@@ -88,7 +89,7 @@ def named(name: str) -> Iterator[None]:
     """A mistake in the options of a term is a ValueError that names it."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # pml's are all of these
         raise ValueError(f"terms.{name}: {error}") from error
 
 

@@ -73,7 +73,7 @@ class CenterBank(nn.Module):
         if self.group is not None:
             classes, counts, pull = distributed.sum_by_class(classes, counts, pull, self.group)
         parts = {"paper": 1 + counts, "sgd": torch.ones_like(counts), "ema": counts}[self.rule]
-        return classes, self.centers[classes] + (self.alpha / parts)[:, None].to(pull.dtype) * pull
+        return classes, self.centers[classes] + (self.alpha / parts.to(pull.dtype))[:, None] * pull
 
     @torch.no_grad()
     def update(
@@ -123,7 +123,7 @@ def center_loss(
         centers: float32 or float64, of all classes.
         reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
 
-    A row on its centre has no loss and no gradient; features that are not finite give a loss that is not.
+    A row on its centre has no loss and no gradient; NaN features give a NaN loss.
     Raises ValueError for shapes, dtypes or devices that do not fit and an unknown reduction; on the CPU, where looking
     does not stall, for labels outside [0, C).
     """

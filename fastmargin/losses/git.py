@@ -47,7 +47,7 @@ def git_loss(
         reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
 
     A batch of one class is 0 by "classes". A row on a centre has the largest term there and no gradient from it;
-    features that are not finite give a loss that is not. Raises ValueError as `center_loss`, and for unknown pairs.
+    NaN features give a NaN loss. Raises ValueError as `center_loss`, and for unknown pairs.
     """
     require(pairs in get_args(Pairs), "pairs", pairs, f"one of {get_args(Pairs)}")
     check_rows(x, labels, centers)

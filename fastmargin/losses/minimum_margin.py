@@ -45,8 +45,8 @@ def minimum_margin_loss(
         reduction: "sum" as printed, "mean" over the pairs, or "none" ([K] or [C]: each centre's share of the sum, in
             the order of the classes).
 
-    Fewer than two classes are no pair: 0. Coincident centres have the loss M and no gradient; centres that are not
-    finite give a loss that is not. Of a leaf and with labels, the gradient is sparse, as `center_loss` has it.
+    Fewer than two classes are no pair: 0. Coincident centres have the loss M and no gradient; NaN centres give a NaN
+    loss. Of a leaf and with labels, the gradient is sparse, as `center_loss` has it.
     Raises ValueError for shapes, dtypes or devices that do not fit, margin <= 0, an unknown scope or reduction; on the
     CPU for labels outside [0, C).
     """

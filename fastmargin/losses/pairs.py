@@ -46,7 +46,7 @@ def marginal_loss(
         error_margin: xi, how far from it pairs have to be, 0 or more.
 
     A batch of fewer than two rows is 0; coincident rows have no gradient from their pair, nor has a zero row; features
-    that are not finite give a loss that is not. Raises ValueError for shapes, dtypes or devices that do not fit and
+    that are NaN give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit and
     options out of range.
     """
     check_batch(x, labels)
@@ -77,7 +77,7 @@ def range_loss(
         intra_weight, inter_weight: alpha and beta of eq. 8.
 
     Classes of one row have no pair, a batch of one class no second term: 0. Pairs nearer than 1e-6 count as 1e-6 and
-    have no gradient; features that are not finite give a loss that is not. Raises ValueError for shapes, dtypes or
+    have no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or
     devices that do not fit, margin <= 0, n < 1 and negative weights.
     """
     check_batch(x, labels)
@@ -141,7 +141,7 @@ def margin_based_loss(
         generator: of the draws; None: torch's own.
 
     Without a violation, as in a batch of one class that is tight enough, it is 0. A zero row has cosine 0 with all and
-    no gradient; features that are not finite give a loss that is not. Raises ValueError for shapes, dtypes or devices
+    no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or devices
     that do not fit and margin < 0.
     """
     check_batch(x, labels)

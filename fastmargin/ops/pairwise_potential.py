@@ -8,7 +8,7 @@
     hinge       phi = max(M - u, 0)      2 phi' = -2 where u < M         the minimum margin (MML eq. 13, as meant)
 
 The gradients need no second kernel. With g_i from above, da_i = g_i slope_i, summed beside the potential; and db is the
-slope of b among the a, weighted by g: db_j = v_j slope_j(b, a, g). Where b is a, each pair is visited once.
+slope of b among the a, weighted by g: db_j = v_j slope_j(b, a, g). Where b is a, the CPU visits each pair once.
 
 u comes from a matrix product of rows less the mean of b. Where it is small beside |a|^2 + |b|^2 that cancels: pairs
 with u < 1e-2 (|a|^2 + |b|^2) are computed anew from the differences of the rows as given, in u and in the slope.
@@ -88,8 +88,9 @@ def pairwise_potential(
     """For every row of `a`, the sum over the rows of `b` with another id of phi(squared distance), times b_weight.
 
     Differentiable once, in a and b. Coincident points have the largest potential and no slope; a row without a pair of
-    another id is 0; a feature that is not finite makes every sum that it enters, and for b all of them, NaN. Where `b`
-    and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights, each pair is computed once.
+    another id is 0; a feature that is NaN makes every sum that it enters, and for b all of them, NaN (an infinite one
+    may be just infinitely far). Where `b` and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights, the
+    CPU computes each pair once.
 
     Args:
         a, b: points, float32 or float64, any strides; distances are in the units of their features.
