@@ -5,7 +5,7 @@ ever, and what else a model learns (the backbone, `head.replicated_parameters()`
 
 in_backward=True steps inside the backward pass, a block of classes at a time: no gradient of the size of the weight
 exists, in memory there are the weight and the optimiser's state. `step()` still ends every step. (The backends triton
-and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: torch.autograd.grad too.
+and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: autograd.grad too.
 
 Where a head samples its classes, a step reads and changes those rows alone. What SGD without a gradient would have done
 to a row that sat out (momentum and weight decay go on) is linear in its (v, w):

@@ -89,8 +89,8 @@ def pairwise_potential(
 
     Differentiable once, in a and b. Coincident points have the largest potential and no slope; a row without a pair of
     another id is 0; a feature that is NaN makes every sum that it enters, and for b all of them, NaN (an infinite one
-    may be just infinitely far). Where `b` and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights, the
-    CPU computes each pair once.
+    may be just infinitely far). Where `b` and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights,
+    the CPU computes each pair once.
 
     Args:
         a, b: points, float32 or float64, any strides; distances are in the units of their features.
