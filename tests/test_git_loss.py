@@ -32,7 +32,7 @@ def brute_force(x, labels, centers, pairs):
     return (counted / (1 + apart.square().sum(2))).sum(1)
 
 
-@pytest.fixture(params=list(IMPLS))
+@pytest.fixture(params=[name for name in ("native", "stream", "reference") if name in IMPLS])
 def potential(request, monkeypatch):
     monkeypatch.setenv("FASTMARGIN_BACKEND", request.param)
 

@@ -160,10 +160,13 @@ Tensor lift_of(const Tensor& d_rest /* [B] */, at::ScalarType type) {
   return at::ldexp(at::ones({1}, d_rest.options()), at::rsub(exponent, 14).clamp_max(kMostLift));
 }
 
-// Into how many products dx = g o is split, so that its few tiles keep a GPU busy.
+// Into how many products dx = g o is split, so that its few tiles keep a GPU busy: a power of two, which divides a
+// wave.
 int64_t splits_of(int64_t B, int64_t d) {
   const int64_t tiles = ((B + kTileRows - 1) / kTileRows) * ((d + kTileColumns - 1) / kTileColumns);
-  return std::clamp<int64_t>(kMultiprocessors / std::max<int64_t>(tiles, 1), 1, kMostSplits);
+  int64_t splits = 1;
+  while (2 * splits <= kMostSplits && 2 * splits * tiles <= kMultiprocessors) splits *= 2;
+  return splits;
 }
 
 // splits += g o; a wave that does not divide evenly goes to the first.
