@@ -91,6 +91,32 @@ inline at::Tensor checked_like(const char* name, const at::Tensor& t, at::IntArr
   return t.contiguous();
 }
 
+// What pairwise_potential reads: checked, contiguous. Without b the points meet among themselves.
+struct Pairs {
+  at::Tensor a, b, a_ids, b_ids;       // [N, d], [M, d], [N], [M]; b is a where there is none
+  std::optional<at::Tensor> b_weight;  // [M]
+  bool one_side;
+
+  Pairs(const at::Tensor& points, const std::optional<at::Tensor>& others, const at::Tensor& ids,
+        const std::optional<at::Tensor>& other_ids, const std::optional<at::Tensor>& weight)
+      : one_side(!others) {
+    const auto dtype = points.scalar_type();
+    TORCH_CHECK_VALUE(points.dim() == 2 && points.size(1) > 0, "want a [N, d], d above 0; got ", points.sizes());
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "want float32 or float64; got ", dtype);
+    TORCH_CHECK_VALUE(others.has_value() == other_ids.has_value() && (others || !weight),
+                      "want b with its ids, or neither and no weights");
+    const auto like = [&](const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
+      return checked_like(name, t, sizes, type, points.device());
+    };
+    a = points.contiguous();
+    a_ids = like("a_ids", ids, {a.size(0)}, at::kLong);
+    const int64_t M = others ? (others->dim() ? others->size(0) : 0) : a.size(0);
+    b = others ? like("b", *others, {M, a.size(1)}, dtype) : a;
+    b_ids = others ? like("b_ids", *other_ids, {M}, at::kLong) : a_ids;
+    if (weight) b_weight = like("b_weight", *weight, {M}, dtype);
+  }
+};
+
 template <typename F>
 auto dispatch(at::ScalarType dtype, const F& f) {
   return dtype == at::kFloat ? f(float()) : f(double());

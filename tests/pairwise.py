@@ -14,11 +14,11 @@ def dense(a, b, a_ids, b_ids, b_weight=None, *, kind, margin=None):
     return (phi * (a_ids[:, None] != b_ids) * (1 if b_weight is None else b_weight)).sum(1)
 
 
-def clouds(N, M, d, ids=9):
+def clouds(N, M, d, ids=9, apart=1e-2):
     """Two clouds far from the origin; a third of the pairs (i, i) nearly coincide. All are float32 numbers."""
     a, b = torch.randn(N, d) / 2 + 3, torch.randn(M, d) / 2 + 3
     near = (min(N, M) + 2) // 3
-    b[:near] = a[:near] + 1e-2 * torch.randn(near, d)
+    b[:near] = a[:near] + apart * torch.randn(near, d)
     return a, b, torch.randint(0, ids, (N,)), torch.randint(0, ids, (M,))
 
 

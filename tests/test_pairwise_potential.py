@@ -1,3 +1,6 @@
+from functools import partial
+
+import pairwise
 import pytest
 import torch
 from check import error
@@ -17,21 +20,11 @@ def backend(request):
     return request.param
 
 
-def points(N, M, d, ids=9, near=True):
-    """Two clouds far from the origin; a third of the pairs (i, i) nearly coincide. All are float32 numbers."""
-    a, b = torch.randn(N, d) / 2 + 3, torch.randn(M, d) / 2 + 3
-    both = min(N, M) // 3 if near else 0
-    b[:both] = a[:both] + 1e-4 * torch.randn(both, d)
-    return a, b, torch.randint(0, ids, (N,)), torch.randint(0, ids, (M,))
+points = partial(pairwise.clouds, apart=1e-4)
 
 
-def run(a, b, a_ids, b_ids, g=None, dtype=F64, **options):
-    """Potentials and gradients; `b` None: a, again. `g` None: the gradient of a plain sum."""
-    a = a.to(dtype).clone().requires_grad_()
-    other = a if b is None else b.to(dtype).clone().requires_grad_()
-    out = pairwise_potential(a, other, a_ids, a_ids if b is None else b_ids, **options)
-    out.sum().backward() if g is None else out.backward(g.to(dtype))
-    return [out.detach(), a.grad, *([] if b is None else [other.grad])]
+def run(a, b, a_ids, b_ids, g=None, dtype=F64, b_weight=None, **options):
+    return pairwise.run(pairwise_potential, a, b, a_ids, b_ids, b_weight, g, dtype=dtype, **options)
 
 
 def assert_close(got, truth):
@@ -51,8 +44,8 @@ def test_values_and_gradients(backend, shape, weighted, kind, margin, dtype, thr
     a, b, a_ids, b_ids = points(*shape)
     w, g = (torch.rand(shape[1]) if weighted else None), torch.randn(shape[0])
     options = dict(kind=kind, margin=margin)
-    truth = run(a, b, a_ids, b_ids, g, b_weight=None if w is None else w.double(), backend="reference", **options)
-    got = run(a, b, a_ids, b_ids, g, dtype, b_weight=None if w is None else w.to(dtype), backend=backend, **options)
+    truth = run(a, b, a_ids, b_ids, g, b_weight=w, backend="reference", **options)
+    got = run(a, b, a_ids, b_ids, g, dtype, b_weight=w, backend=backend, **options)
     assert_close(got, truth)
 
 
@@ -160,7 +153,7 @@ def test_coincident_points_have_the_largest_potential_and_no_slope(backend):
 
 @pytest.mark.parametrize(("kind", "margin"), KINDS)
 def test_what_is_not_a_number_stays_one(backend, kind, margin):
-    a, b, _, _ = points(20, 30, 6, near=False)
+    a, b, _, _ = points(20, 30, 6)
     a[3, 2] = torch.nan
     out, da, _ = run(
         a, b, torch.arange(20), -1 - torch.arange(30), dtype=F32, kind=kind, margin=margin, backend=backend

@@ -36,8 +36,6 @@ auto dispatch_operands(at::ScalarType dtype, const optional<at::ScalarType>& com
 constexpr int64_t kBlock = 256;    // classes of a tile
 constexpr int64_t kRowTile = 256;  // rows of a tile, at most
 
-constexpr int64_t kPad = 16;  // rows come in multiples of this
-
 // t with rows of `fill` after its own, B in all.
 inline Tensor padded(const Tensor& t /* [given, ...] */, int64_t B, double fill) {
   if (t.size(0) == B) return t;
@@ -79,8 +77,7 @@ struct Lines {
   }
 };
 
-// What both passes read: the operands, and x packed for the products. oneDNN compiles a kernel for every shape it meets
-// and keeps it: zero rows of no class are added up to a multiple of kPad, so that shapes are few whatever the batches.
+// What both passes read: the operands, and x packed for the products, with zero rows of no class up to a padded count.
 template <typename O>
 struct Problem {
   using T = Sum<O>;
@@ -100,7 +97,7 @@ struct Problem {
   explicit Problem(const Operands& operands)
       : o(operands),
         given(o.x.size(0)),
-        B(at::divup(given, kPad) * kPad),
+        B(padded_count(given)),
         d(o.x.size(1)),
         C(o.classes()),
         x_(padded(o.x, B, 0)),
@@ -115,7 +112,7 @@ struct Problem {
       bias = bias_.template const_data_ptr<T>();
     }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
-    tile = std::max<int64_t>(kPad, at::divup(at::divup(B, tiles), kPad) * kPad);
+    tile = std::max<int64_t>(kPad, padded_count(at::divup(B, tiles)));
     features.set(x, d, B, d, true);
     pack();
   }

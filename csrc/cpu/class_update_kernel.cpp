@@ -1,8 +1,7 @@
 // One class weight after the other. Compiled once per CPU capability (CMakeLists.txt); no ATen and no std templates.
 #include "class_update_kernel.h"
 
-#define FM_CONCAT_(a, b) a##b
-#define FM_CONCAT(a, b) FM_CONCAT_(a, b)
+#include "by_capability.h"
 
 namespace fastmargin {
 namespace {

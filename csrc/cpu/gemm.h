@@ -25,6 +25,12 @@ struct PlainAten {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+// oneDNN compiles a kernel for every shape it meets and keeps it: sides come in multiples of this, so that shapes are
+// few whatever the batches.
+constexpr int64_t kPad = 16;
+
+inline int64_t padded_count(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
 // c [m, n] = a [m, k] b [k, n], or += ; row-major with leading dimensions. b of bfloat16 is in words: [k / 2, n].
 inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc, bool add) {

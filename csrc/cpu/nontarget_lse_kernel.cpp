@@ -1,8 +1,7 @@
 // The sweeps over one tile. Compiled once per CPU capability (CMakeLists.txt); no ATen and no std templates here.
 #include "nontarget_lse_kernel.h"
 
-#define FM_CONCAT_(a, b) a##b
-#define FM_CONCAT(a, b) FM_CONCAT_(a, b)
+#include "by_capability.h"
 
 namespace fastmargin {
 namespace {

@@ -31,9 +31,6 @@ using at::Tensor;
 using std::optional;
 
 constexpr int64_t kStrip = 4;  // blocks
-constexpr int64_t kPad = 16;   // oneDNN keeps a compiled kernel for every shape: sides are multiples of this
-
-int64_t whole(int64_t n) { return at::divup(n, kPad) * kPad; }
 
 // The points of one side, and what is summed for them.
 template <typename T>
@@ -47,14 +44,14 @@ struct Points {
 
   Points(const Tensor& given, const Tensor& codes /* [n] int32 */, const optional<Tensor>& weights, bool want_slope)
       : points(given.contiguous()),
-        id(whole(given.size(0))),
-        weight(whole(given.size(0)), T(1)),
+        id(padded_count(given.size(0))),
+        weight(padded_count(given.size(0)), T(1)),
         potential(given.size(0)),
         n(given.size(0)),
         d(given.size(1)) {
     std::copy_n(codes.const_data_ptr<int32_t>(), n, id.begin());
     if (weights) std::copy_n(weights->contiguous().template const_data_ptr<T>(), n, weight.begin());
-    if (want_slope) slope = at::zeros({whole(n), d}, points.options());
+    if (want_slope) slope = at::zeros({padded_count(n), d}, points.options());
   }
 };
 
@@ -69,7 +66,7 @@ class Strip {
     const int64_t d = all.d;
     sides.clear();
     for (int64_t i = first; i < last; i += block_) {
-      const int64_t at = i - first, n = std::min(block_, last - i), padded = whole(n);
+      const int64_t at = i - first, n = std::min(block_, last - i), padded = padded_count(n);
       T* turned = turned_.empty() ? nullptr : turned_.data() + at * d;
       Side<T> side{all.points.template const_data_ptr<T>() + i * d,
                    centred_.data() + at * d,
@@ -183,7 +180,7 @@ struct Sweep {
 
   // Points on the side of a tile: enough tiles for all threads, if there are points enough.
   static int64_t side_of(int64_t n, int64_t parts) {
-    return std::min(kSide, std::max(kPad, whole(at::divup(n, parts))));
+    return std::min(kSide, std::max(kPad, padded_count(at::divup(n, parts))));
   }
   static int64_t strip_of(int64_t n, int64_t block, int64_t parts) {
     return std::min(kStrip, std::max<int64_t>(1, n / (block * parts)));
@@ -196,22 +193,6 @@ std::tuple<Tensor, Tensor> summed(const Points<T>& a) {
   Tensor potential = at::empty({a.n}, options);
   std::copy(a.potential.begin(), a.potential.end(), potential.data_ptr<T>());
   return {potential, a.slope.defined() ? a.slope.narrow(0, 0, a.n) : at::empty({0}, options)};
-}
-
-// Without b the points meet among themselves.
-void check_points(const Tensor& a, const optional<Tensor>& b, const Tensor& a_ids, const optional<Tensor>& b_ids,
-                  const optional<Tensor>& b_weight) {
-  TORCH_CHECK_VALUE(a.dim() == 2 && a.size(1) > 0, "want a [N, d], d above 0; got ", a.sizes());
-  TORCH_CHECK_VALUE(a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble, "want float32 or float64; got ",
-                    a.scalar_type());
-  checked_like("a_ids", a_ids, {a.size(0)}, at::kLong);
-  TORCH_CHECK_VALUE(b.has_value() == b_ids.has_value() && (b || !b_weight),
-                    "want b with its ids, or neither and no weights");
-  if (!b) return;
-  const int64_t M = b->dim() ? b->size(0) : 0;
-  checked_like("b", *b, {M, a.size(1)}, a.scalar_type());
-  checked_like("b_ids", *b_ids, {M}, at::kLong);
-  if (b_weight) checked_like("b_weight", *b_weight, {M}, a.scalar_type());
 }
 
 // Ids are only compared: as places in the list of all of them they fit 32 bits.
@@ -241,13 +222,13 @@ std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,              
                                                   const optional<Tensor>& b_ids,     // [M]
                                                   const optional<Tensor>& b_weight,  // [M]
                                                   c10::string_view kind, double margin, bool want_slope) {
-  check_points(a, b, a_ids, b_ids, b_weight);
+  const Pairs in(a, b, a_ids, b_ids, b_weight);
   TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
   return dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](const auto& phi) {
-      return b ? between<T>(phi, a, *b, a_ids, *b_ids, b_weight, want_slope)
-               : among_themselves<T>(phi, a, a_ids, want_slope);
+      return in.one_side ? among_themselves<T>(phi, in.a, in.a_ids, want_slope)
+                         : between<T>(phi, in.a, in.b, in.a_ids, in.b_ids, in.b_weight, want_slope);
     };
     return kind == "hinge" ? run(Hinge{margin}) : run(Inverse());
   });

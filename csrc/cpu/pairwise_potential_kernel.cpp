@@ -1,8 +1,7 @@
 // The sweeps over one tile of pairs. Compiled once per CPU capability (CMakeLists.txt); no ATen and no std templates.
 #include "pairwise_potential_kernel.h"
 
-#define FM_CONCAT_(a, b) a##b
-#define FM_CONCAT(a, b) FM_CONCAT_(a, b)
+#include "by_capability.h"
 
 namespace fastmargin {
 namespace {

@@ -66,34 +66,14 @@ struct Side {
   Tensor centred() const { return room.narrow(0, 0, wave.n); }  // [wave.n, d]
 };
 
-// The checked arguments, contiguous. Without b the points meet among themselves.
-struct Pairs {
-  Tensor a, b, a_ids, b_ids;
-  optional<Tensor> b_weight;
-
-  Pairs(const Tensor& points, const optional<Tensor>& others, const Tensor& ids, const optional<Tensor>& other_ids,
-        const optional<Tensor>& weight) {
-    TORCH_CHECK_VALUE(points.dim() == 2 && points.size(1) > 0, "want a [N, d], d above 0; got ", points.sizes());
-    TORCH_CHECK_VALUE(others.has_value() == other_ids.has_value() && (others || !weight),
-                      "want b with its ids, or neither and no weights");
-    const auto like = [&](const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
-      return checked_like(name, t, sizes, type, points.device());
-    };
-    a = like("a", points, points.sizes(), at::kFloat);
-    a_ids = like("a_ids", ids, {a.size(0)}, at::kLong);
-    const int64_t M = others ? (others->dim() ? others->size(0) : 0) : a.size(0);
-    b = others ? like("b", *others, {M, a.size(1)}, at::kFloat) : a;
-    b_ids = others ? like("b_ids", *other_ids, {M}, at::kLong) : a_ids;
-    if (weight) b_weight = like("b_weight", *weight, {M}, at::kFloat);
-  }
-
-  // Of a wave. Its products, and its points of either side, are kNumbers at most; 64 columns at least.
-  int64_t rows() const { return std::min(a.size(0), std::clamp<int64_t>(kNumbers / a.size(1), 1, kMostRows)); }
-  int64_t columns() const {
-    const int64_t fit = kNumbers / std::max(rows(), a.size(1)) / kLeastColumns * kLeastColumns;
-    return std::min(b.size(0), std::clamp(fit, kLeastColumns, kMostColumns));
-  }
-};
+// Rows and columns of a wave: its products, and its points of either side, are kNumbers at most; 64 columns at least.
+int64_t rows_of(const Pairs& in) {
+  return std::min(in.a.size(0), std::clamp<int64_t>(kNumbers / in.a.size(1), 1, kMostRows));
+}
+int64_t columns_of(const Pairs& in) {
+  const int64_t fit = kNumbers / std::max(rows_of(in), in.a.size(1)) / kLeastColumns * kLeastColumns;
+  return std::min(in.b.size(0), std::clamp(fit, kLeastColumns, kMostColumns));
+}
 
 template <typename Phi>
 void add_wave(const Phi& phi, const Side& a, const Side& b, const Tensor& room /* [a.step b.step] */,
@@ -110,7 +90,7 @@ std::tuple<Tensor, Tensor> forward(const Phi& phi, const Pairs& in, bool want_sl
   const int64_t N = in.a.size(0), M = in.b.size(0), d = in.a.size(1);
   const auto options = in.a.options();
   const Tensor mean = at::mean(in.b, 0), sums = at::zeros({2, N}, options.dtype(at::kDouble));
-  Side a(in.a, in.a_ids, std::nullopt, mean, in.rows()), b(in.b, in.b_ids, in.b_weight, mean, in.columns());
+  Side a(in.a, in.a_ids, std::nullopt, mean, rows_of(in)), b(in.b, in.b_ids, in.b_weight, mean, columns_of(in));
   const Tensor room = at::empty({a.step * b.step}, options);
   Tensor potential = at::empty({N}, options), slope = want_slope ? at::zeros({N, d}, options) : at::empty({0}, options);
   for (int64_t i = 0; i < N; i += a.step) {
@@ -136,6 +116,7 @@ std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a,              
                                                   const optional<Tensor>& b_weight,  // [M]
                                                   c10::string_view kind, double margin, bool want_slope) {
   TORCH_CHECK_VALUE(kind == "inverse" || kind == "hinge", "kind = ", kind, ": want inverse or hinge");
+  TORCH_CHECK_VALUE(a.scalar_type() == at::kFloat, "want a of float32; got ", a.scalar_type());
   const Pairs in(a, b, a_ids, b_ids, b_weight);
   const c10::DeviceGuard guard(a.device());
   return kind == "hinge" ? forward(Hinge{margin}, in, want_slope) : forward(Inverse(), in, want_slope);

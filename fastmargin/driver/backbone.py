@@ -54,5 +54,5 @@ def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone
     check_factory(saved, config, factory)
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)
-    network.load_state_dict({k.removeprefix("model/"): v for k, v in saved.tensors.items() if k.startswith("model/")})
+    network.load_state_dict(checkpoint.part_of(saved.tensors, "model"))
     return Backbone(config, network.eval(), (channels, height, width), saved.step)

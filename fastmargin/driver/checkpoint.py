@@ -174,3 +174,11 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def part_of(
+    tensors: Mapping[str, Tensor],  # of a checkpoint, named "part/name"
+    name: str,
+) -> dict[str, Tensor]:
+    """The tensors of one part, by their own names."""
+    return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}

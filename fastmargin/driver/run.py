@@ -5,7 +5,6 @@ and changes is in the checkpoint.
 """
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fastmargin import margins
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone, check_factory
-from fastmargin.driver.checkpoint import Checkpoint, load
+from fastmargin.driver.checkpoint import Checkpoint, load, part_of
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
@@ -215,7 +214,3 @@ def start_from(run: Run, path: Path, log: Log) -> None:
         raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error
     others = "" if same else "; it saw other images, so head and terms start afresh"
     log(f"weights of step {step} of {path}{others}")
-
-
-def part_of(saved: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
