@@ -123,7 +123,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.rows = rows
-        self.catch_up(rows)  # the identity for rows that a forward pass has read
+        self.catch_up(rows)
         state, rule, hyper, scale = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight)].functions["update"]
         update(self.weight, state, grad.contiguous(), rows, rule, hyper, scale)
@@ -194,6 +194,8 @@ class ClassSGD(ClassOptimizer):
     def catch_up(self, rows: Tensor | None = None) -> None:  # [n]
         if self.seen is None:
             return
+        if rows is not None:
+            rows = rows[self.seen[rows] < len(self.products) - 1]  # what a forward pass has read is up to date
         products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
         seen = self.seen if rows is None else self.seen[rows]
         state = self.next_step().state
