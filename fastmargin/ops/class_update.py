@@ -91,7 +91,7 @@ def stream_catch_up(
     at = slice(None) if rows is None else rows
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[at], torch.zeros_like(w[at]) if v is None else v[at]
-    with torch.autograd._unsafe_preserve_version_counter(w):  # rows that a graph has in use are up to date alone
+    with torch.autograd._unsafe_preserve_version_counter(w):  # rows that a graph has in use are up to date
         w[at] = wv * old_v + ww * old_w
     if v is not None:
         v[at] = vv * old_v + vw * old_w
