@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,20 +45,29 @@ def compiled(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
     return lambda: loss(f, w, y)
 
 
-class PartialFCLoss(torch.autograd.Function):
-    """The loss of InsightFace's PartialFC on one process: softmax in place, log of the target, one-hot backward.
+def of_all_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values, operation)
+    return values
 
-    Written from the description of its operations, in their order; the rows whose class is here are all rows.
+
+class PartialFCLoss(torch.autograd.Function):
+    """The loss of InsightFace's PartialFC: softmax in place, log of the target, one-hot backward.
+
+    Written from the description of its operations, in their order. On several ranks each has the logits of all rows
+    and its own classes; labels are -1 where the class is elsewhere.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:  # [B, C], [B] -> []
-        logits.sub_(logits.amax(1, keepdim=True))
+        logits.sub_(of_all_ranks(logits.amax(1, keepdim=True), dist.ReduceOp.MAX))
         logits.exp_()
-        logits.div_(logits.sum(1, keepdim=True))
+        logits.div_(of_all_ranks(logits.sum(1, keepdim=True)))
         here = torch.where(y != -1)[0]
         ctx.save_for_backward(logits, y, here)
-        return logits[here].gather(1, y[here, None]).clamp_min(1e-30).log().mean().neg()
+        target = logits.new_zeros(len(y), 1)
+        target[here] = logits[here].gather(1, y[here, None])
+        return of_all_ranks(target).clamp_min(1e-30).log().mean().neg()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:  # [] -> [B, C]
@@ -72,7 +82,8 @@ def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, 
     logits = F.linear(F.normalize(f), F.normalize(w)).clamp(-1, 1)
     with torch.no_grad():
         logits.arccos_()
-        logits[torch.arange(len(y), device=y.device), y] += M
+        here = torch.where(y != -1)[0]
+        logits[here, y[here]] += M
         logits.cos_()
     return PartialFCLoss.apply(logits * S, y)
 

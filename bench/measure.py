@@ -46,6 +46,17 @@ def status(field: str) -> int:  # bytes
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
+def peak_of(run: Callable[[], object], clear: Callable[[], object]) -> float:
+    """MiB above what this process holds now, at the peak of a pass; what is allocated once does not count."""
+    run()
+    clear()
+    ctypes.CDLL(None).malloc_trim(0)  # else what malloc kept of it would not count in the next pass either
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    return (status("VmHWM") - before) / 2**20
+
+
 def main() -> None:
     import torch
 
@@ -54,13 +65,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     given = module.inputs(*map(int, shape))
     run = module.passes(measure, given, [name])[name]
-    run()  # what is allocated once does not count
-    module.clear(*given)
-    ctypes.CDLL(None).malloc_trim(0)  # else what malloc kept of it would not count in the next pass either
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    run()
-    print(json.dumps((status("VmHWM") - before) / 2**20))
+    print(json.dumps(peak_of(run, lambda: module.clear(*given))))
 
 
 if __name__ == "__main__":

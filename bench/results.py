@@ -47,12 +47,13 @@ count.""",
 )
 STEPS = Table(
     "-steps",
-    ("C", "measure"),
-    "{measure}: B = {B}, d = {d}, C = {C:,}",
+    ("C", "measure", "ranks"),
+    "{measure}, ranks: {ranks}; B = {B}, d = {d}, C = {C:,}",
     """\
 A whole step of a head: forward, backward, SGD with momentum and decay. Seconds are medians of rounds in turn, a
-process each; "x eager" is how many times as fast as PartialFC's operations with torch's SGD. Peak memory is above the
-process with its inputs, weights and momentum.""",
+process for each contestant and rank; the ranks share the threads, the rows and the classes. "x eager" is how many times
+as fast as PartialFC's operations with torch's SGD on as many ranks. Peak memory is a rank's, above the process with its
+inputs, weights and momentum.""",
 )
 
 

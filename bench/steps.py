@@ -3,6 +3,8 @@
 Everyone owns a copy of the weights [C, d] and the momentum of the same size. PartialFC's rows of a step are drawn by
 its rule, all positives and random others; the step is torch's SGD on a Parameter of those rows, copied out and back, as
 its second version does. At rate 1 it is torch's SGD on all.
+
+On several ranks each has its part of the rows and its part of the classes: `part_of` gives them.
 """
 
 import math
@@ -12,6 +14,7 @@ from typing import Any
 
 import arcface
 import torch
+import torch.distributed as dist
 from arcface import M, S
 from torch import Tensor, nn
 
@@ -35,6 +38,44 @@ def inputs(B: int, d: int, C: int) -> Inputs:
     return torch.randn(B, d, generator=generator).add_(20 * w[y]).requires_grad_(), w, y
 
 
+def part_of(given: Inputs) -> Inputs:
+    """This rank's rows and classes; all of them where there are no ranks. Labels stay those of all classes."""
+    if not dist.is_initialized():
+        return given
+    f, w, y = given
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = f.detach().chunk(ranks)[rank].clone().requires_grad_()
+    return own, w.chunk(ranks)[rank].clone(), y.chunk(ranks)[rank].clone()
+
+
+class GatherFeatures(torch.autograd.Function):
+    """PartialFC's: the features of all ranks; backward, each rank's gradient is reduced to it, times their number."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor) -> Tensor:  # [b, d] -> [B, d]
+        parts = [torch.empty_like(f) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, f)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, d_all: Tensor) -> Tensor:  # [B, d] -> [b, d]
+        parts = list(d_all.chunk(dist.get_world_size()))
+        work = [dist.reduce(part, to, async_op=True) for to, part in enumerate(parts)]
+        for each in work:
+            each.wait()
+        return parts[dist.get_rank()] * len(parts)
+
+
+def gathered(f: Tensor, y: Tensor, C: int) -> tuple[Tensor, Tensor]:  # [b, d], [b] -> [B, d], [B]
+    """Features and labels of all ranks; a label is a place among the C classes here, -1 elsewhere."""
+    if not dist.is_initialized():
+        return f, y
+    parts = [torch.empty_like(y) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, y)
+    place = torch.cat(parts) - C * dist.get_rank()  # the ranks hold equal numbers of classes
+    return GatherFeatures.apply(f), torch.where((place >= 0) & (place < C), place, -1)
+
+
 def clear(f: Tensor, *_: Tensor) -> None:  # [B, d]
     f.grad = None
 
@@ -44,7 +85,8 @@ def torch_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
 
 
 def ours(f: Tensor, w: Tensor, y: Tensor, rate: float, in_backward: bool, **options: Any) -> Made:
-    head = MarginHead(1, len(w), ArcFace(S, M), sample_rate=rate, **options)
+    group, C = (dist.group.WORLD, len(w) * dist.get_world_size()) if dist.is_initialized() else (None, len(w))
+    head = MarginHead(1, C, ArcFace(S, M), sample_rate=rate, group=group, **options)
     head.weight = nn.Parameter(w.clone())
     optimizer = optim.ClassSGD(head, LR, MOMENTUM, DECAY, in_backward=in_backward)
 
@@ -70,18 +112,25 @@ def whole(loss: Callable[[Tensor, Tensor, Tensor], Tensor], f: Tensor, w: Tensor
 
 def partial_fc(f: Tensor, w: Tensor, y: Tensor, rate: float) -> Made:
     """InsightFace's PartialFC, its operations in their order."""
+
+    def loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [b, d], [C, d], [b]
+        features, place = gathered(f, y, len(w))
+        return arcface.insightface_loss(features, w, place)
+
     if rate == 1:
-        return whole(arcface.insightface_loss, f, w, y, rate)
+        return whole(loss, f, w, y, rate)
     weight, momentum = w.clone(), torch.zeros_like(w)
 
     def step() -> None:
+        features, place = gathered(f, y, len(weight))
         draw = torch.rand(len(weight))
-        draw[y] = 2.0
+        draw[place[place >= 0]] = 2.0
         rows = draw.topk(math.ceil(rate * len(weight))).indices.sort().values
         active = nn.Parameter(weight[rows])
         optimizer = torch_sgd([active])
         optimizer.state[active]["momentum_buffer"] = momentum[rows]
-        arcface.insightface_loss(f, active, torch.searchsorted(rows, y)).backward()
+        place = torch.where(place >= 0, torch.searchsorted(rows, place), -1)
+        arcface.insightface_loss(features, active, place).backward()
         optimizer.step()
         weight[rows] = active.detach()
         momentum[rows] = optimizer.state[active]["momentum_buffer"]
@@ -115,9 +164,9 @@ STEPS: dict[str, Start] = {
 }
 
 
-def here(measure: str) -> list[str]:
-    """Who can take part: of sampled classes, those who sample."""
-    fit = [n for n in STEPS if measure == WHOLE or n == EAGER or "fastmargin" in n]
+def here(measure: str, ranks: int = 1) -> list[str]:
+    """Who can take part: of sampled classes, those who sample; on several ranks, those who shard their classes."""
+    fit = [n for n in STEPS if (measure == WHOLE and ranks == 1) or n == EAGER or "fastmargin" in n]
     return [n for n in fit if "bfloat16" not in n or "bfloat16" in BUILD.facts.get("compute", "")]
 
 
