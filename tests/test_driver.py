@@ -144,13 +144,14 @@ def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainCon
             assert int(current.table.classes[label, 0]) != label
 
 
-def test_edges_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_stages_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "EDGE", 3)
     seen: list[torch.Tensor] = []
     original = engine.train_step
     monkeypatch.setattr(engine, "train_step", lambda *a: (out := original(*a), seen.append(out.target_score))[0])
     current = train_loop(SMALL, tmp_path)
     assert torch.equal(current.cosines["start"], torch.cat(seen[:3]))
+    assert torch.equal(current.cosines["middle"], torch.cat(seen[4:7]))
     assert torch.equal(current.cosines["end"], torch.cat(seen[-3:]))
 
 

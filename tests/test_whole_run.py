@@ -43,7 +43,8 @@ def test_a_whole_run(trained: Path) -> None:
     assert metrics["raw_pixels"]["rank1"] == 1.0  # unaugmented patterns: nearest pixels cannot fail
     assert metrics["step"] == 40 and metrics["config"]["dim"] == 8 and metrics["seconds"]["training"] > 0
     names = {path.name for path in (trained / folder.REPORT).iterdir()}
-    assert names == {"loss.png", "roc.png", "theta.png", "doppelgangers.png"}
+    pictures = ("loss", "schedule", "roc", "theta", "psi", "doppelgangers", "timing")
+    assert names == {"index.html", *(f"{picture}.png" for picture in pictures)}
     assert folder.finished(trained)
 
 
@@ -55,10 +56,12 @@ def test_loss_falls(trained: Path) -> None:
 def test_evaluating_again_gives_the_same_numbers(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((trained / folder.METRICS).read_bytes())
     (trained / folder.METRICS).unlink()
+    (page := trained / folder.REPORT / "index.html").unlink()
     assert not folder.finished(trained)
     engine.evaluate(trained, print)
     after = json.loads((trained / folder.METRICS).read_bytes())
     assert {**after, "seconds": 0} == {**before, "seconds": 0}
+    assert page.exists()
     assert "TAR at FAR 1e-3" in (said := capsys.readouterr().out) and "raw pixels" in said
 
 

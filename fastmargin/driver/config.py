@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 GLYPHS = "glyphs"  # the source that needs no files
 # Options on which no result depends: a run is resumed with any of them.
-FREE = ("data.workers", "data.cache")
+FREE = ("data.workers", "data.cache", "tensorboard")
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
@@ -172,6 +172,7 @@ class TrainConfig:
     seed: int = option(0, "weights, order of the images and augmentation")
     log_every: int = option(20, "steps between two records")
     save_every: int = option(400, "steps between two checkpoints")
+    tensorboard: bool = option(False, "write the records as TensorBoard's scalars too, into RUN/tensorboard")
 
     def __post_init__(self) -> None:
         for name, term in self.terms.items():

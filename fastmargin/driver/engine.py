@@ -22,17 +22,18 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from fastmargin import __version__
-from fastmargin.driver import checkpoint, folder, report
+from fastmargin.driver import checkpoint, folder, report, tensorboard
 from fastmargin.driver.augment import to_float
-from fastmargin.driver.config import GLYPHS, OptimConfig, TrainConfig
+from fastmargin.driver.config import OptimConfig, TrainConfig
 from fastmargin.driver.data import Stored
 from fastmargin.driver.loader import augmentation, batches
 from fastmargin.driver.run import Log, Run, build, learnt, restore, start_from, state, tensors
+from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
 
-EDGE = 20  # steps at the start and at the end whose angles are kept
+EDGE = 20  # steps at the start, in the middle and at the end whose angles are kept
 EMBED = 512  # images embedded at once
 RAW_SIDE = 32  # pixels a side of the images that are compared as they are
 
@@ -45,6 +46,8 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss that is no longer finite.
     """
+    if config.tensorboard:
+        tensorboard.summary_writer()  # or a mistake, before any work
     run = build(config, log, model)
     begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
     if config.init_from is not None and not begun:
@@ -83,9 +86,12 @@ def resume(run: Run, where: Path, log: Log) -> bool:
 def loop(run: Run, where: Path, log: Log) -> None:
     """Trains to the last step; records and saves on the way."""
     config, last = run.config, run.config.optim.steps
+    board = tensorboard.Board(where, run.step) if config.tensorboard else None
+    run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device)
     since, clock = run.step, time.perf_counter()
     with tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty()) as bar:
         for images, labels in batches(run):
+            run.watch("loader")
             out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
             bar.update()
@@ -94,7 +100,10 @@ def loop(run: Run, where: Path, log: Log) -> None:
                 seconds = time.perf_counter() - clock
                 run.seconds += seconds
                 record = measure(run, out, len(labels) * (run.step - since) / seconds)
+                record |= {"seconds": run.watch.per_step(run.step - since), "machine": here}
                 folder.append_record(where, record)
+                if board:
+                    board.add(record)
                 if not bar.disable:
                     bar.set_postfix_str(report.progress(record))
                 elif run.step * 10 // last > since * 10 // last:  # every tenth of the run
@@ -102,6 +111,7 @@ def loop(run: Run, where: Path, log: Log) -> None:
                 since, clock = run.step, time.perf_counter()
             if saving:
                 checkpoint.save(where / folder.CHECKPOINTS, run.step, tensors(run), state(run))
+            run.watch("rest")
 
 
 def train_step(
@@ -113,10 +123,14 @@ def train_step(
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     embeddings = run.model(images)
+    run.watch("backbone")
     out = run.head(embeddings, labels)
     loss = out.loss + run.terms(embeddings, labels)
     run.optimizer.zero_grad()
+    run.watch("head")
+    run.watch.split(embeddings)
     loss.backward()
+    run.watch("backbone")
     run.optimizer.step()
     run.terms.update(embeddings, labels, lr)
     run.table.update(labels, out.hard_classes, out.hard_scores)
@@ -139,13 +153,13 @@ def keep_cosines(
     run: Run,
     scores: Tensor,  # [B]
 ) -> None:
-    """Gathers the first and the last cosines of the run; a plain layer has none."""
+    """Gathers the cosines of EDGE steps at the start, in the middle and at the end; a plain layer has none."""
     if run.head.margin.plain:
         return
-    if run.step <= EDGE:
-        run.cosines["start"] = torch.cat([run.cosines["start"], scores])
-    if run.step > run.config.optim.steps - EDGE:
-        run.cosines["end"] = torch.cat([run.cosines["end"], scores])
+    spare = run.config.optim.steps - EDGE
+    for stage, before in {"start": 0, "middle": spare // 2, "end": spare}.items():
+        if before < run.step <= before + EDGE:
+            run.cosines[stage] = torch.cat([run.cosines[stage], scores])
 
 
 def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
@@ -179,15 +193,6 @@ def finish(run: Run, where: Path, log: Log) -> None:
     compared = {"model": embed(run.model, images), "raw_pixels": embed(RawPixels(), images)}
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
-    report.draw(
-        where / folder.REPORT,
-        records=folder.read_records(where),
-        curves={name: roc(*cosine_scores(x, labels)) for name, x in compared.items()},
-        cosines=run.cosines,
-        pairs=report.mined_pairs(run.table.classes, run.table.scores),
-        identities=run.train,
-        glyphs=run.config.data.source == GLYPHS,
-    )
     metrics = {
         "step": run.step,
         **{name: resolvable(result) for name, result in results.items()},
@@ -199,9 +204,11 @@ def finish(run: Run, where: Path, log: Log) -> None:
         },
         "config": asdict(run.config),
     }
+    curves = {name: roc(*cosine_scores(x, labels)) for name, x in compared.items()}
+    report.draw(where, run, report.Measured(metrics, curves, compared["model"].norm(dim=1)))
     folder.write_json(where / folder.METRICS, metrics)
     log(report.table(metrics))
-    log(f"report: {where / folder.REPORT}, metrics: {where / folder.METRICS}")
+    log(f"report: {where / folder.REPORT / report.INDEX}, metrics: {where / folder.METRICS}")
 
 
 def resolvable(result: Mapping[str, float]) -> dict[str, float | None]:

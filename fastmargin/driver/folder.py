@@ -4,7 +4,7 @@
     train.jsonl    one record per line, only ever appended to. A run that resumes repeats the steps since its
                    checkpoint: the later line of a step counts, and a line torn by a kill is passed over
     checkpoints/   see `driver.checkpoint`
-    report/        pictures
+    report/        index.html, and the pictures in it as PNG
     metrics.json   written when a run has been evaluated, last of all
 
 This module imports no torch: a mistake in `--out` is answered at once.
@@ -89,7 +89,9 @@ def append_record(where: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(where: Path) -> list[dict[str, Any]]:
-    """The records of a run, one per step, in order of the steps."""
+    """The records of a run, one per step, in order of the steps; none without the file."""
+    if not (where / RECORDS).exists():
+        return []
     by_step: dict[int, dict[str, Any]] = {}
     for line in (where / RECORDS).read_bytes().splitlines():
         try:

@@ -1,27 +1,30 @@
-"""Pictures of a run, as PNG: loss and target cosine, ROC, angles to the own class, mined look-alikes.
+"""The report of a run: pictures as PNG and, in one page of HTML, all of them and what was trained, measured and spent.
 
-The histograms of theta are those of the ArcFace paper (arXiv 1801.07698v1, figure 4c): at the start they
-centre on 90 degrees, at the end on the angle that the margin leaves.
+A part that a run does not have (no term, no angle) is left out, and the page says why.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmargin.driver.data import Identities
+from fastmargin.driver import contact_sheet, folder, page, plots
+from fastmargin.driver.config import GLYPHS, TrainConfig, flatten
+from fastmargin.driver.loader import augmentation
+from fastmargin.driver.page import Section
+from fastmargin.driver.run import Run
+from fastmargin.driver.stopwatch import PARTS
 
-COLORS = {"model": "tab:blue", "raw_pixels": "tab:orange", "start": "tab:orange", "end": "tab:blue"}
-DPI = 110
-NAME = 13  # characters of a name
-COLUMNS, ROWS, EXAMPLES = 4, 7, 6  # of the contact sheet: pairs across and down, images of each identity
+INDEX = "index.html"
+UNRESOLVED = "-: not resolvable, of too few pairs or identities"
+MEANING = (
+    "loader: the wait for a batch; backbone: the network, forward and backward; head: the loss with its terms, forward "
+    "and backward; rest: optimiser, mining, records, checkpoints."
+)
 
 RUN = {
     "tar@1e-2": "TAR at FAR 1e-2",
@@ -48,157 +51,158 @@ PAIRS = {
     "tar@1e-3": "TAR at FAR 1e-3",
 }
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # FAR [p], TAR [p]
+
+class Measured(NamedTuple):
+    """What an evaluation found out about a run."""
+
+    metrics: Mapping[str, Any]  # as in metrics.json
+    curves: Mapping[str, plots.Curve]  # "model", "raw_pixels"
+    norms: Tensor  # [N] of the held-out images' embeddings
 
 
-class Pair(NamedTuple):
-    one: int  # class
-    other: int  # its mined doppelganger
-    score: float
-
-
-def draw(
-    pictures: Path,
-    *,
-    records: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Curve],
-    cosines: Mapping[str, Tensor],
-    pairs: Sequence[Pair],
-    identities: Identities,
-    glyphs: bool,
-) -> None:
-    """All pictures into the folder; without cosines (a plain layer) there is no theta.png.
+def draw(where: Path, run: Run, measured: Measured) -> None:
+    """All pictures and the page, into the folder of the run.
 
     Glyphs are drawn black on white and called by code point, other images are shown as they are.
     """
-    pictures.mkdir(exist_ok=True)
-    angles = {name: values for name, values in cosines.items() if len(values)}
-    plot_loss(pictures / "loss.png", records, "cosine" if angles else "logit")
-    plot_roc(pictures / "roc.png", curves)
-    if angles:
-        plot_theta(pictures / "theta.png", angles)
-    plot_doppelgangers(pictures / "doppelgangers.png", pairs, identities, glyphs)
+    into = where / folder.REPORT
+    into.mkdir(exist_ok=True)
+    records = folder.read_records(where)
+    sections = [
+        Section("What was trained", [page.table(summary(run, records))]),
+        Section("Evaluation", evaluation(measured.metrics)),
+        Section("Training", training(into, run, records)),
+        Section("ROC", roc(into, measured.curves)),
+        Section("Angles", angles(into, run)),
+        Section("Margin", margin(into, run, measured.norms)),
+        Section("Doppelgangers", doppelgangers(into, run)),
+        Section("Timing", timing(into, run, records)),
+        Section("Configuration", configuration(run.config)),
+        Section("Repeat", repeat(where, run, measured.metrics["versions"])),
+    ]
+    page.write(into / INDEX, f"{where.resolve().name}: {run.config.head.margin} on {run.config.data.source}", sections)
 
 
-def plot_loss(
-    path: Path,
-    records: Sequence[Mapping[str, Any]],
-    score: str,  # what `target_score` is
-) -> None:
-    """Loss and mean target score over the steps, and where the margin has reached its full size."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    steps = [record["step"] for record in records]
-    above.plot(steps, [record["loss"] for record in records], color=COLORS["model"])
-    above.set_ylabel("loss (nats)")
-    below.plot(steps, [record["target_score"] for record in records], color=COLORS["model"])
-    below.set(ylabel=f"mean target {score}", xlabel="step")
-    margins = [record["margin"] for record in records]
-    if margins and None not in margins and margins[0] < max(margins):
-        full, label = steps[margins.index(max(margins))], f"margin reaches {max(margins):g}"
-        for axes in (above, below):
-            axes.axvline(full, color="grey", linestyle=":", label=label)
-        above.legend()
-    save(figure, path, "Training", above, below)
+def summary(run: Run, records: plots.Records) -> list[tuple[str, str]]:
+    config, train, test = run.config, run.train, run.test
+    learnt = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    size = " x ".join(map(str, train.images.shape[1:]))
+    rows = [
+        ("data", f"{config.data.source}, {size} pixels, augmentation {augmentation(config.data)}"),
+        ("identities", f"{train.num_classes:,} trained on, {test.num_classes:,} held out"),
+        ("images", f"{len(train.images):,} trained on, {len(test.images):,} held out"),
+        ("network", f"{run.factory or config.model.name}, {learnt:,} parameters, {config.dim} features"),
+        ("margin", str(run.head.margin)),
+        ("other terms", ", ".join(f"{term.weight:g} {name}" for name, term in config.terms.items())),
+        ("batches", f"{config.optim.batch_size} images, sampler {config.sampler.name}"),
+        ("steps", f"{run.step:,} of {config.optim.steps:,}, {run.seconds:,.0f} s"),
+        ("machine", trained_on(records)),
+    ]
+    return [row for row in rows if row[1]]
 
 
-def plot_roc(
-    path: Path,
-    curves: Mapping[str, Curve],  # "model", "raw_pixels"
-) -> None:
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    for name, (far, tar) in curves.items():
-        axes.plot(far, tar, color=COLORS[name], label=name.replace("_", " "))
-    axes.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1.01))
-    axes.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)")
-    axes.legend(loc="lower right")
-    save(figure, path, "Verification of identities never trained on", axes)
+def trained_on(records: plots.Records) -> str:
+    """The machines of a run, which may have been resumed on another."""
+    return "; ".join(dict.fromkeys(record["machine"] for record in records if "machine" in record))
 
 
-def plot_theta(
-    path: Path,
-    cosines: Mapping[str, Tensor],  # "start", "end": [n] cosines of rows and their own class
-) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in cosines.items():
-        theta = np.degrees(np.arccos(values.double().clamp(-1, 1).numpy()))
-        label = f"{name}: median {np.median(theta):.0f}°, n = {len(theta)}"
-        axes.hist(theta, bins=list(range(0, 181, 2)), density=True, alpha=0.6, color=COLORS[name], label=label)
-    axes.set(xlim=(0, 130), xlabel="angle θ between an image and its own class (degrees)")
-    axes.set_ylabel("share of the images per degree")
-    axes.legend()
-    save(figure, path, "Angles at the start and at the end of training", axes)
+def evaluation(metrics: Mapping[str, Any]) -> list[str]:
+    model, raw = metrics["model"], metrics["raw_pixels"]
+    rows = [(title, number(model[key]), number(raw[key])) for key, title in EMBEDDINGS.items()]
+    return [
+        page.paragraph(heading(model)),
+        page.table(rows, ("", "model", "raw pixels"), numeric=True),
+        *([page.paragraph(UNRESOLVED)] if any("-" in row for row in rows) else []),
+    ]
 
 
-def mined_pairs(
-    classes: Tensor,  # [C, k] int64, -1: empty
-    scores: Tensor,  # [C, k]
-    limit: int = COLUMNS * ROWS,
-) -> list[Pair]:
-    """The most similar pairs of a class and its nearest wrong class, best first, each pair once."""
-    pairs: dict[frozenset[int], Pair] = {}
-    for one in scores[:, 0].argsort(descending=True, stable=True).tolist():
-        other = int(classes[one, 0])
-        if other >= 0 and len(pairs) < limit:
-            pairs.setdefault(frozenset((one, other)), Pair(one, other, float(scores[one, 0])))
-    return list(pairs.values())
+def training(into: Path, run: Run, records: plots.Records) -> list[str]:
+    if not records:
+        return [page.paragraph(f"No curves: {folder.RECORDS} has no records.")]
+    score = "logit" if run.head.margin.plain else "cosine"
+    plots.plot_loss(into / "loss.png", records, score)
+    plots.plot_schedule(into / "schedule.png", records)
+    shown = [page.picture(into / "loss.png", f"loss and mean target {score} over the steps")]
+    if records[-1]["terms"]:
+        plots.plot_terms(into / "terms.png", records)
+        shown.append(page.picture(into / "terms.png", "each term of the loss over the steps"))
+    return [*shown, page.picture(into / "schedule.png", "learning rate and margin over the steps")]
 
 
-def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities, glyphs: bool) -> None:
-    """A contact sheet: in each cell some images of one identity above those of its doppelganger."""
-    rows = max(1, -(-len(pairs) // COLUMNS))
-    gaps = ConstrainedLayoutEngine(wspace=0.06, hspace=0.02)  # the four strips of a row stay apart
-    figure = Figure(figsize=(13, 0.8 + 1.45 * rows), layout=gaps)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axes, pair in zip(grid, pairs, strict=False):
-        cell = np.concatenate([strip(identities, pair.one), strip(identities, pair.other)])
-        axes.imshow(cell, cmap="gray_r" if glyphs else "gray", vmin=0, vmax=255, interpolation="nearest")
-        name = caption if glyphs else shortened
-        names = " / ".join(name(identities.names[label]) for label in (pair.one, pair.other))
-        axes.set_title(f"{names}   {pair.score:.2f}", fontsize=10, parse_math=False)
-    for axes in figure.axes:
-        axes.set_axis_off()
-    save(
-        figure,
-        path,
-        "Most similar pairs mined while training: a class above, its nearest wrong class below.\n"
-        "The number is the largest cosine of an image of the one to the weight of the other.",
-    )
+def roc(into: Path, curves: Mapping[str, plots.Curve]) -> list[str]:
+    plots.plot_roc(into / "roc.png", curves)
+    return [page.picture(into / "roc.png", "true accept rate over false accept rate, of the model and of raw pixels")]
 
 
-def strip(identities: Identities, label: int) -> NDArray[np.uint8]:  # [H + 2, EXAMPLES * W] or [..., 3]
-    """Images of one identity side by side, spread over all it has; fewer are followed by blanks."""
-    own = np.flatnonzero(identities.labels.numpy() == label)
-    chosen = identities.images[own[np.unique(np.linspace(0, len(own) - 1, EXAMPLES).round().astype(int))]].numpy()
-    blank = np.zeros((EXAMPLES - len(chosen), *chosen.shape[1:]), np.uint8)
-    row = np.concatenate([*chosen, *blank], axis=1)
-    return np.pad(row, [(1, 1), *[(0, 0)] * (row.ndim - 1)])
+def angles(into: Path, run: Run) -> list[str]:
+    cosines = {name: values for name, values in run.cosines.items() if len(values)}
+    if not cosines:
+        return [page.paragraph(without_angles(run))]
+    plots.plot_theta(into / "theta.png", cosines)
+    stages = " and ".join(", ".join(cosines).rsplit(", ", 1))
+    return [page.picture(into / "theta.png", f"histograms of the angle of an image and its class, at the {stages}")]
 
 
-def shortened(name: str) -> str:
-    """The end of a long name, which tells more than its beginning; ? for what DejaVu Sans cannot draw."""
-    drawn = "".join(character if drawable(character) else "?" for character in name)
-    return drawn if len(drawn) <= NAME else f"…{drawn[1 - NAME :]}"
+def margin(into: Path, run: Run, norms: Tensor) -> list[str]:
+    if run.head.margin.plain:
+        return [page.paragraph(without_angles(run))]
+    plots.plot_psi(into / "psi.png", run.head.margin, norms)
+    return [page.picture(into / "psi.png", "psi, which replaces the cosine of the target, over its angle")]
 
 
-def caption(name: str) -> str:
-    """First character of an identity, where DejaVu Sans can draw it, its code point, and how many more."""
-    drawn = f"{name[0]} " if drawable(name[0]) else ""
-    more = f"+{len(name) - 1}" if len(name) > 1 else ""
-    return f"{drawn}U+{ord(name[0]):04X}{more}"
+def without_angles(run: Run) -> str:
+    if run.head.margin.plain:
+        return f"None: {run.config.head.margin} is a plain layer, whose scores are logits and no cosines."
+    return "None: the checkpoint holds none."
 
 
-def drawable(character: str) -> bool:
-    return get_font(findfont("DejaVu Sans")).get_char_index(ord(character)) > 0
+def doppelgangers(into: Path, run: Run) -> list[str]:
+    pairs = contact_sheet.mined_pairs(run.table.classes, run.table.scores)
+    if not pairs:
+        return [page.paragraph("None were mined.")]
+    file = into / "doppelgangers.png"
+    contact_sheet.plot_doppelgangers(file, pairs, run.train, run.config.data.source == GLYPHS)
+    names = [(run.train.names[one], run.train.names[other], f"{score:.3f}") for one, other, score in pairs]
+    return [
+        page.picture(file, "images of the most similar pairs of classes"),
+        page.folded("Their names in full", page.table(names, ("class", "its nearest wrong class", "score"))),
+    ]
 
 
-def save(figure: Figure, path: Path, title: str, *framed: Axes) -> None:
-    for axes in framed:
-        axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=DPI)
+def timing(into: Path, run: Run, records: plots.Records) -> list[str]:
+    timed = [record for record in records if "seconds" in record]
+    if not timed:
+        return [page.paragraph(f"None: {folder.RECORDS} has no seconds.")]
+    plots.plot_timing(into / "timing.png", timed)
+    seconds = {part: median(record["seconds"][part] for record in timed) for part in PARTS}
+    whole = sum(seconds.values())
+    rows = [(title, f"{1000 * s:.2f}", f"{s / whole:.1%}") for title, s in {**seconds, "together": whole}.items()]
+    speed = f"{run.config.optim.batch_size / whole:,.0f} images/s"
+    return [
+        page.paragraph(f"Medians of {len(timed)} records: {speed}. {MEANING}"),
+        page.table(rows, ("part", "ms a step", "share"), numeric=True),
+        page.picture(into / "timing.png", "milliseconds of each part of a step over the steps"),
+    ]
+
+
+def configuration(config: TrainConfig) -> list[str]:
+    """Every option, and its default where it has another value."""
+    usual, given = ({name: json.dumps(v) for name, v in flatten(c).items()} for c in (TrainConfig(), config))
+    rows = [(name, value, "" if value == usual[name] else usual[name]) for name, value in given.items()]
+    return [page.table(rows, ("option", "value", "default, where it is another"))]
+
+
+def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
+    file, out = shlex.quote(str(where / folder.CONFIG)), shlex.quote(str(where))
+    aims = {
+        "The same again, elsewhere": f"fastmargin train --config {file} --out NEW",
+        "Go on after a stop": f"fastmargin train --config {file} --out {out}",
+        "Evaluate the last checkpoint, and draw this page anew": f"fastmargin evaluate {out}",
+    }
+    shown = [page.paragraph(f"{aim}:") + page.command(words) for aim, words in aims.items()]
+    if run.factory is not None:
+        shown = [page.paragraph(f"From Python: fastmargin.driver.engine, with model={run.factory!r}.")]
+    return [*shown, page.table(list(versions.items()))]
 
 
 def progress(record: Mapping[str, Any]) -> str:
@@ -211,8 +215,11 @@ def progress(record: Mapping[str, Any]) -> str:
 def table(metrics: Mapping[str, Any]) -> str:
     """The metrics of the model beside those of raw pixels, as text."""
     model, raw = metrics["model"], metrics["raw_pixels"]
-    heading = f"{model['identities']} identities never trained on, {model['images']} images"
-    return lines(heading, {"model": model, "raw pixels": raw}, RUN)
+    return lines(heading(model), {"model": model, "raw pixels": raw}, RUN)
+
+
+def heading(model: Mapping[str, Any]) -> str:
+    return f"{model['identities']} identities never trained on, {model['images']} images"
 
 
 def lines(
@@ -228,7 +235,7 @@ def lines(
         cells = (f"{number(columns[name][key]):>{width}}" for name, width in widths.items())
         rows.append(f"{title:{first}}" + "".join(cells))
     unresolved = any(numbers[key] is None for numbers in columns.values() for key in titles)
-    return "\n".join(rows + ["-: not resolvable, of too few pairs or identities"] * unresolved)
+    return "\n".join(rows + [UNRESOLVED] * unresolved)
 
 
 def number(value: float | None) -> str:

@@ -21,6 +21,7 @@ from fastmargin.driver.checkpoint import Checkpoint, load, part_of
 from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
+from fastmargin.driver.stopwatch import Stopwatch
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
@@ -49,8 +50,9 @@ class Run:
     order: Order
     step: int = 0  # optimiser steps made
     seconds: float = 0.0  # spent in the loop, before a stop too
-    cosines: dict[str, Tensor] = field(  # [n] of rows and their own classes, in the first and the last steps
-        default_factory=lambda: {"start": torch.empty(0), "end": torch.empty(0)}
+    watch: Stopwatch = field(default_factory=Stopwatch)  # not in the checkpoint: every stretch of training has its own
+    cosines: dict[str, Tensor] = field(  # [n] of rows and their own classes, in some steps of the run
+        default_factory=lambda: {stage: torch.empty(0) for stage in ("start", "middle", "end")}
     )
 
 
@@ -196,7 +198,8 @@ def restore(run: Run, saved: Checkpoint) -> None:
     if run.schedule:
         run.schedule.load_state_dict(saved.state["schedule"])
     torch.set_rng_state(part("random")["torch"])
-    run.cosines, run.step, run.seconds = part("cosines"), saved.step, saved.state["seconds"]
+    run.cosines |= part("cosines")
+    run.step, run.seconds = saved.step, saved.state["seconds"]
 
 
 def start_from(run: Run, path: Path, log: Log) -> None:
