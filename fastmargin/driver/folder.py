@@ -5,6 +5,7 @@
                    checkpoint: the later line of a step counts, and a line torn by a kill is passed over
     checkpoints/   see `driver.checkpoint`
     report/        index.html, and the pictures in it as PNG
+    tensorboard/   the records again, for whoever asks: see `driver.tensorboard`
     metrics.json   written when a run has been evaluated, last of all
 
 This module imports no torch: a mistake in `--out` is answered at once.

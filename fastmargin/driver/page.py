@@ -20,9 +20,9 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--l
 nav a { margin-right: .8rem; white-space: nowrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; min-width: 4rem; }
 thead th { border-bottom-width: 2px; }
-th[scope=row] { font-weight: normal; }
+th[scope=row] { font-weight: normal; min-width: 7.5rem; }
 table.numeric td, table.numeric th + th { text-align: right; padding: .2rem 0 .2rem 1.2rem; overflow-wrap: normal; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; background: white; border-radius: .4rem; }

@@ -189,7 +189,8 @@ def configuration(config: TrainConfig) -> list[str]:
     """Every option, and its default where it has another value."""
     usual, given = ({name: json.dumps(v) for name, v in flatten(c).items()} for c in (TrainConfig(), config))
     rows = [(name, value, "" if value == usual[name] else usual[name]) for name, value in given.items()]
-    return [page.table(rows, ("option", "value", "default, where it is another"))]
+    words = "The default is shown where the value is another."
+    return [page.paragraph(words), page.table(rows, ("option", "value", "default"))]
 
 
 def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
