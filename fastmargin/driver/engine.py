@@ -193,6 +193,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
     compared = {"model": embed(run.model, images), "raw_pixels": embed(RawPixels(), images)}
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
+    curves = {name: roc(*cosine_scores(x, labels)) for name, x in compared.items()}
     metrics = {
         "step": run.step,
         **{name: resolvable(result) for name, result in results.items()},
@@ -204,7 +205,6 @@ def finish(run: Run, where: Path, log: Log) -> None:
         },
         "config": asdict(run.config),
     }
-    curves = {name: roc(*cosine_scores(x, labels)) for name, x in compared.items()}
     report.draw(where, run, report.Measured(metrics, curves, compared["model"].norm(dim=1)))
     folder.write_json(where / folder.METRICS, metrics)
     log(report.table(metrics))
