@@ -126,6 +126,8 @@ def test_records_and_ramp(tmp_path: Path) -> None:
     assert [line["margin"] for line in lines] == pytest.approx([0.4 * min(1, n / 6) for n in range(1, 13)])
     assert [line["lr"] for line in lines] == [engine.learning_rate(SMALL.optim, n) for n in range(12)]
     assert all(-1 <= line["target_score"] <= 1 for line in lines)
+    assert lines[0]["list_turnover"] == 1, "every list is new"
+    assert all(0 <= line[share] <= 1 for line in lines for share in ("list_turnover", "confusable_batches"))
 
 
 @pytest.mark.parametrize("config", [SMALL, MINING], ids=["uniform", "doppelganger"])
