@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from samples import encoded, write_folder, write_tensors
 from torch import nn
 
-from fastmargin.driver import checkpoint, clean, folder
+from fastmargin.driver import checkpoint, clean, cli, folder
 from fastmargin.driver.config import CleanConfig, DataConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,14 @@ def test_images_are_ranked_in_their_identity_worst_first(
     said = capsys.readouterr().out
     assert f"{cosines[2]:8.3f}  id00  {files[2]}" in said and "below 0.75: 1 images of 1 identities, 0 of which" in said
     assert said.count(".png") == 2
+
+
+def test_a_file_name_that_is_not_utf8_comes_out_byte_for_byte(run: Path) -> None:
+    strange = os.fsencode(run.parent / "people/id00") + b"/\xff, 2.png"
+    os.rename(run.parent / "people/id00/0002.png", strange)
+    clean.clean(run, run.parent / "out", CleanConfig(below=0.75), cli.log, MODEL)
+    assert (run.parent / "out/remove.txt").read_bytes() == strange + b"\n"
+    assert b'"' + strange + b'"' in (run.parent / "out/images.csv").read_bytes()
 
 
 def test_pairs_and_overlap(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,6 +254,11 @@ def test_without_the_extras_it_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 2 and "fastmargin[train]" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_any_name_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.log("一 " + os.fsdecode(b"\xff.png"))
+    assert capsys.readouterr().out == "一 \\udcff.png\n"
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out

@@ -146,6 +146,13 @@ def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainCon
             assert int(current.table.classes[label, 0]) != label
 
 
+@pytest.mark.parametrize("drawn", [0.5, 1.0, 2, 3])
+def test_the_sampler_draws_a_share_or_a_number_of_classes(drawn: float) -> None:
+    config = replace(MINING, sampler=replace(MINING.sampler, random_classes=float(drawn)))
+    order = run.build(config, print).order
+    assert order.random_classes == drawn and type(order.random_classes) is type(drawn)
+
+
 def test_edges_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "EDGE", 3)
     seen: list[torch.Tensor] = []

@@ -11,7 +11,7 @@
 
 An image counts in its own centre: of n images one that is like no other still has about 1 / n, and two images always
 have the same cosine. Identities that the run held out are cleaned like the others. Images are embedded identity by
-identity: memory is that of all centres and of a block of images.
+identity: memory is that of all centres and of a block of images, or of the largest identity.
 """
 
 import sys
@@ -37,7 +37,7 @@ from fastmargin.ops.nontarget_lse import nontarget_lse
 
 BLOCK = 4096  # images embedded, and centres compared, at a time
 NEAREST = 8  # centres looked for around each, and twice as many while all of them are close
-MOST = 10_000_000  # pairs of identities
+MOST = 1_000_000  # pairs of identities, more than anybody looks at
 
 IMAGES = ("name", "images", "rank", "cosine", "image")
 PAIRS = ("name", "images", "other", "other_images", "cosine")
@@ -160,7 +160,7 @@ def close(
 def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> None:
     """images.csv and, with a threshold, remove.txt."""
     worst = given.cosines.argsort(stable=True)
-    labels = given.identities.labels
+    labels, title = given.identities.labels, given.identities.title
     folder.write_csv(out / "images.csv", IMAGES, image_rows(given, worst[labels[worst].argsort(stable=True)]))
     low, median = np.quantile(given.cosines.numpy(), [0.05, 0.5])
     log(
@@ -168,11 +168,11 @@ def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> No
         f"{median:.3f} in the median, below {low:.3f} for one in twenty; the worst:"
     )
     for row in worst[: options.limit].tolist():
-        log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {given.identities.title(row)}")
+        log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {title(row)}")
     if options.below is not None:
         remove = worst[given.cosines[worst] < options.below]
         with folder.replaced(out / "remove.txt") as file:
-            file.writelines(f"{given.identities.title(row)}\n" for row in remove.tolist())
+            file.writelines(f"{title(row)}\n" for row in remove.tolist())
         emptied = int((labels[remove].bincount(minlength=len(given.sizes)) == given.sizes).sum())
         log(
             f"below {options.below}: {len(remove)} images of {len(labels[remove].unique())} identities, "
@@ -184,10 +184,11 @@ def image_rows(
     given: DataSet,
     order: Tensor,  # [N] images, those of an identity together, worst first
 ) -> Iterator[tuple[object, ...]]:
+    """IMAGES of each."""
     labels = given.identities.labels[order]
     rank = torch.arange(len(order)) - (given.sizes.cumsum(0) - given.sizes)[labels] + 1
     columns = (labels, given.sizes[labels], rank, given.cosines[order], order)
-    for label, size, place, cosine, row in zip(*(column.tolist() for column in columns), strict=True):
+    for label, size, place, cosine, row in zip(*(column.numpy() for column in columns), strict=True):
         yield given.identities.names[label], size, place, f"{cosine:.6f}", given.identities.title(row)
 
 
@@ -197,10 +198,8 @@ def list_pairs(
     """A CSV of the pairs, and its first lines."""
     columns = (pairs.row, given.sizes[pairs.row], pairs.centre, other.sizes[pairs.centre], pairs.cosine)
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
-    named = (
-        (given.identities.names[one], size, other.identities.names[two], its, f"{cosine:.6f}")
-        for one, size, two, its, cosine in rows
-    )
+    ours, theirs = given.identities.names, other.identities.names
+    named = ((ours[one], size, theirs[two], its, f"{cosine:.6f}") for one, size, two, its, cosine in rows)
     folder.write_csv(out / f"{stem}.csv", PAIRS, named)
     log(f"{stem} of identities with a cosine of {options.above} or more: {len(rows)}")
     for one, size, two, its, cosine in rows[: options.limit]:

@@ -10,7 +10,6 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -23,7 +22,11 @@ from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict, requir
 MISTAKE, INTERRUPTED = 2, 130
 RUN = "folder that `fastmargin train` wrote"
 
-log = partial(print, flush=True)
+
+def log(text: str) -> None:
+    """Prints at once, whatever is in a name: what the terminal cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
