@@ -19,17 +19,50 @@ The batch.
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+@dataclass
+class MiningStatistics:
+    """How mining goes, counted batch by batch until it is taken. A list here is its first class."""
+
+    batches: int = 0
+    confusable: int = 0  # batches that hold a class together with the one that this batch finds nearest to it
+    lists: int = 0  # that were replaced
+    changed: int = 0  # of them: to another class, or from none
+
+    def count(
+        self,
+        changed: Tensor,  # [n] bool, of each list that a batch replaces
+        present: Tensor,  # [n] bool: the class now listed is in the batch, too
+    ) -> None:
+        self.batches += 1
+        self.confusable += bool(present.any())
+        self.lists += len(changed)
+        self.changed += int(changed.sum())
+
+    def take(self) -> dict[str, float]:
+        """Shares since the last time: `confusable_batches` of the batches, `list_turnover` of the lists replaced.
+
+        0 where there was nothing to count.
+        """
+        shares = {
+            "confusable_batches": self.confusable / max(1, self.batches),
+            "list_turnover": self.changed / max(1, self.lists),
+        }
+        self.batches = self.confusable = self.lists = self.changed = 0
+        return shares
+
+
 class DoppelgangerTable:
     """The k nearest wrong classes of each of C classes, as last seen, best first.
 
     `classes` [C, k] int64, -1 where empty; `scores` [C, k] float32, -inf where empty. Both live in host
-    memory, where batches are drawn. ValueError if C or k is below 1.
+    memory, where batches are drawn. `statistics` count the updates. ValueError if C or k is below 1.
     """
 
     def __init__(self, num_classes: int, k: int = 1) -> None:
@@ -38,6 +71,7 @@ class DoppelgangerTable:
         self.num_classes, self.k = num_classes, k
         self.classes = torch.full((num_classes, k), -1, dtype=torch.int64)
         self.scores = torch.full((num_classes, k), -torch.inf)
+        self.statistics = MiningStatistics()
 
     def update(
         self,
@@ -58,10 +92,17 @@ class DoppelgangerTable:
         _refuse("hard_classes", wrong, (wrong < -1) | (wrong >= self.num_classes), self.num_classes)
         usable = (own >= 0) & (wrong >= 0) & (wrong != own) & ~hard_scores.isnan()
         own, wrong, score, place = _ranked(own[usable], wrong[usable], hard_scores[usable].float())
+        nearest = place == 0
+        changed = self.classes[own[nearest], 0] != wrong[nearest]
+        self.statistics.count(changed, torch.isin(wrong[nearest], labels.long()))
         self.classes[own], self.scores[own] = -1, -torch.inf
         best = place < self.k
         self.classes[own[best], place[best]] = wrong[best]
         self.scores[own[best], place[best]] = score[best]
+
+    def listed(self) -> Tensor:  # [C] int64
+        """On how many lists each class is: the most confusable are on the most."""
+        return self.classes[self.classes >= 0].bincount(minlength=self.num_classes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`classes` and `scores`: the tensors themselves, not copies, as torch's modules give theirs."""

@@ -113,6 +113,17 @@ def test_cycles_are_cut():
         assert len(set(pairs[:, 0] // 2)) == 3
 
 
+def test_the_next_on_a_list_is_taken_where_the_first_is_in_the_batch():
+    """A and B are each other's first, and C = A + 2 the second of both: one chain goes on from pair to pair."""
+    table = DoppelgangerTable(1000, k=3)
+    own = torch.arange(1000)
+    table.classes[:, 0], table.classes[:, 1] = own ^ 1, (own + 2) % 1000
+    for batch in first_batches(make(table, 20, random_classes=1, counts=(2, 2)), 20):
+        classes = np.array(classes_in_order(batch, 1000))
+        assert (classes[1::2] == classes[::2] ^ 1).all()
+        assert (classes[2::2] == (classes[1:-1:2] + 2) % 1000).all()
+
+
 def test_an_empty_list_gives_random_classes_uniformly():
     batches = first_batches(make(DoppelgangerTable(40), 20, random_classes=1, counts=(2, 2)), 2000)
     drawn = np.bincount(np.array([classes_in_order(b, 40) for b in batches]).ravel(), minlength=40)

@@ -22,7 +22,7 @@ def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"], ["train", "--print_config"]],
+    [["--help"], ["train", "--print_config"], *([command, "--help"] for command in cli.COMMANDS)],
 )
 def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     done = spawn("-X", "importtime", "-m", "fastmargin", *arguments, cwd=tmp_path)
@@ -38,6 +38,20 @@ def test_help_names_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     said = " ".join(capsys.readouterr().out.split())
     for name, _, _, text in cli.options(TrainConfig):
         assert f"--{name}" in said and f"FASTMARGIN_TRAIN__{name.upper().replace('.', '__')}" in said and text in said
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
+def test_random_classes_are_a_share_or_a_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, wanted: float
+) -> None:
+    """1 is the share, however it is written, and after it has been through the file of a run."""
+    calls = []
+    monkeypatch.setattr(engine, "train", lambda *arguments: calls.append(arguments[0]))
+    assert cli.main(["train", "--sampler.random_classes", text]) == 0
+    folder.claim(str(tmp_path), calls[0])
+    for config in (calls[0], folder.read_config(tmp_path), TrainConfig(sampler=SamplerConfig(random_classes=wanted))):
+        drawn = config.sampler.share_or_number()
+        assert drawn == wanted and isinstance(drawn, float) == (wanted <= 1)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -58,7 +72,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "export", "info"]),
+        ([], ["train", "evaluate", "export"]),
         (["grow"], ["grow"]),
         (["train", "--optim.steps", "many"], ["optim.steps", "many"]),
         (["train", "--optim.steps", "0"], ["optim.steps is 0", "at least 1"]),
@@ -79,10 +93,24 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--model.name", "os:system"], ["model.name", "os:system", "iresnet50"]),
         (["train", "--model.output", "F"], ["model.output", "F"]),
         (["train", "--sampler.counts", "[8, 2]"], ["sampler.counts is (8, 2)"]),
+        (["train", "--sampler.random_classes", "1.5"], ["sampler.random_classes is 1.5", "whole number from 2"]),
+        (["train", "--sampler.random_classes", "0"], ["sampler.random_classes is 0.0", "a share above 0"]),
+        (["train", "--sampler.random_classes", ".inf"], ["sampler.random_classes is inf"]),
         (["train", "--seed", "-1"], ["seed is -1"]),
         (["train", "--config", "absent.yaml"], ["absent.yaml"]),
         (["evaluate"], ["run"]),
         (["evaluate", "absent"], ["absent", "not the folder of a run"]),
+        (["export", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
+        (["export", "absent"], ["out"]),
+        (["doppelgangers"], ["run"]),
+        (["doppelgangers", "absent"], ["absent", "not the folder of a run"]),
+        (["doppelgangers", "absent", "--limit", "few"], ["limit", "few"]),
+        (["clean", "absent"], ["out"]),
+        (["clean", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
+        (["clean", "absent", "--out", "x", "--below", "2"], ["below is 2.0", "from -1 to 1"]),
+        (["clean", "absent", "--out", "x", "--above", ".nan"], ["above is nan", "from -1 to 1"]),
+        (["clean", "absent", "--out", "x", "--limit", "0"], ["limit is 0", "at least 1"]),
+        (["info", "more"], ["more"]),
     ],
 )
 def test_mistakes_in_options(
@@ -224,6 +252,11 @@ def test_without_the_extras_it_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['jsonargparse'] = None; from fastmargin.__main__ import main; sys.exit(main())"
     done = spawn("-c", code, cwd=tmp_path)
     assert done.returncode == 2 and "fastmargin[train]" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_any_name_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.log("一 " + os.fsdecode(b"\xff.png"))
+    assert capsys.readouterr().out == "一 \\udcff.png\n"
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,9 @@ class Remembered:
     def checksums(self) -> np.ndarray:
         return np.arange(len(self), dtype=np.uint32)
 
+    def title(self, number: int) -> str:
+        return f"number {number}"
+
 
 def test_stored_images_are_split_without_being_read() -> None:
     names = [chr(code) for code in range(65, 91)]

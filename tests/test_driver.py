@@ -126,6 +126,8 @@ def test_records_and_ramp(tmp_path: Path) -> None:
     assert [line["margin"] for line in lines] == pytest.approx([0.4 * min(1, n / 6) for n in range(1, 13)])
     assert [line["lr"] for line in lines] == [engine.learning_rate(SMALL.optim, n) for n in range(12)]
     assert all(-1 <= line["target_score"] <= 1 for line in lines)
+    assert lines[0]["list_turnover"] == 1, "every list is new"
+    assert all(0 <= line[share] <= 1 for line in lines for share in ("list_turnover", "confusable_batches"))
 
 
 @pytest.mark.parametrize("config", [SMALL, MINING], ids=["uniform", "doppelganger"])
@@ -142,6 +144,13 @@ def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainCon
             assert current.table.scores[label, 0] == best
             assert int(current.table.classes[label, 0]) in out.hard_classes[rows, 0].tolist()
             assert int(current.table.classes[label, 0]) != label
+
+
+@pytest.mark.parametrize("drawn", [0.5, 1.0, 2, 3])
+def test_the_sampler_draws_a_share_or_a_number_of_classes(drawn: float) -> None:
+    config = replace(MINING, sampler=replace(MINING.sampler, random_classes=float(drawn)))
+    order = run.build(config, print).order
+    assert order.random_classes == drawn and type(order.random_classes) is type(drawn)
 
 
 def test_three_stages_of_the_run_are_kept_for_the_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,3 +119,42 @@ def test_table_state():
 def test_a_head_that_mines_nothing_is_said():
     with pytest.raises(ValueError, match="topk=1"):
         DoppelgangerTable(5).update(torch.tensor([1, 2]), torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0))
+
+
+def test_statistics_equal_brute_force():
+    """Over the updates since they were last taken; a class that is given no candidate has no list to count."""
+    generator = torch.Generator().manual_seed(0)
+    table, best = DoppelgangerTable(12, k=2), {}
+    for updates in (1, 7, 0, 30):
+        batches, replaced = [], []
+        for _ in range(updates):
+            labels = torch.randint(-1, 12, (4,), generator=generator)
+            classes = torch.randint(-1, 12, (4, 2), generator=generator)
+            scores = torch.rand(4, 2, generator=generator)
+            table.update(labels.short(), classes, scores)
+            lists = {c: pool[0][1] for c, pool in brute_force_lists(labels, classes, scores, 2).items()}
+            batches.append(any(wrong in labels.tolist() for wrong in lists.values()))
+            replaced += [best.get(c) != wrong for c, wrong in lists.items()]
+            best |= lists
+        assert table.statistics.take() == {
+            "confusable_batches": sum(batches) / max(1, updates),
+            "list_turnover": sum(replaced) / max(1, len(replaced)),
+        }
+
+
+def test_statistics_by_hand():
+    table = DoppelgangerTable(6)
+    scores = torch.ones(2, 1)
+    table.update(torch.tensor([0, 1]), torch.tensor([[2], [3]]), scores)
+    assert table.statistics.take() == {"confusable_batches": 0, "list_turnover": 1}, "from no class to one"
+    table.update(torch.tensor([0, 1]), torch.tensor([[2], [3]]), scores)
+    table.update(torch.tensor([0, 1]), torch.tensor([[1], [3]]), scores)
+    table.update(torch.tensor([0, -100]), torch.tensor([[1], [0]]), scores)
+    assert table.statistics.take() == {"confusable_batches": 1 / 3, "list_turnover": 1 / 5}
+
+
+def test_listed_counts_the_lists_a_class_is_on():
+    table = DoppelgangerTable(5, k=2)
+    assert table.listed().tolist() == [0] * 5
+    table.update(torch.arange(4), torch.tensor([[4, 1], [4, 0], [0, 4], [-1, -1]]), torch.rand(4, 2))
+    assert table.listed().tolist() == [2, 1, 0, 0, 3]

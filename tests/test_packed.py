@@ -14,7 +14,7 @@ from samples import encoded, pictures, write_folder
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data import Identities
 from fastmargin.driver.datasets import packed as module
-from fastmargin.driver.datasets.folder import load_folder
+from fastmargin.driver.datasets.folder import Folder, load_folder
 from fastmargin.driver.datasets.packed import Packed
 
 COUNT, EACH, SIDE = 12, 3, 20
@@ -55,6 +55,18 @@ def test_what_is_packed_is_read_back(
     assert np.array_equal(found.images[index].numpy(), shown[index])
     assert found.images[np.array([], np.int64)].shape == (0, *shown.shape[1:])
     assert found.images.checksums().tolist() == [zlib.crc32(picture.tobytes()) for picture in shown]
+
+
+def test_images_are_called_by_their_files(root: Path) -> None:
+    """Those that were skipped before them, and the packing, notwithstanding."""
+    (root / "id01/0004.png").write_bytes(b"no picture")
+    files = sorted(str(path) for path in root.rglob("*.png"))
+    del files[4]
+    for _ in range(2):
+        found = load(root)
+        assert [found.title(n) for n in range(COUNT - 1)] == files
+        some = found.take(np.array([9, 2]))
+        assert [some.title(n) for n in range(2)] == [files[9], files[2]]
 
 
 def test_the_second_time_nothing_is_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +136,7 @@ def test_a_file_that_is_not_whole_is_packed_anew(root: Path, damage: Callable[[b
     load(root)
     file_of(root).write_bytes(damage(file_of(root).read_bytes()))
     with pytest.raises(ValueError, match="is damaged"):
-        Packed(file_of(root))
+        Packed(file_of(root), Folder(root))
     lines: list[str] = []
     assert np.array_equal(all_images(load(root, lines)), pictures(COUNT))
     assert "packing anew" in lines[0] and file_of(root).name in lines[0]

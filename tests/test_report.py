@@ -161,8 +161,8 @@ def test_each_mined_pair_comes_once_best_first() -> None:
     classes = torch.tensor([[1, 2], [0, 2], [3, 0], [1, 0], [-1, -1]])
     scores = torch.tensor([[0.7, 0.1], [0.9, 0.2], [0.8, 0.3], [0.95, 0.4], [-inf, -inf]])
     pairs = contact_sheet.mined_pairs(classes, scores)
-    assert [(pair.one, pair.other) for pair in pairs] == [(3, 1), (1, 0), (2, 3)]
-    assert [pair.score for pair in pairs] == pytest.approx([0.95, 0.9, 0.8])
+    assert [(pair.one, pair.other) for pair in pairs] == [(3, 1), (1, 0), (2, 3), (3, 0), (2, 0), (1, 2)]
+    assert [pair.score for pair in pairs] == pytest.approx([0.95, 0.9, 0.8, 0.4, 0.3, 0.2])
     assert contact_sheet.mined_pairs(classes, scores, limit=2) == pairs[:2]
     assert contact_sheet.mined_pairs(torch.full((3, 1), -1), torch.full((3, 1), -inf)) == []
 

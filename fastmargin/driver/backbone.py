@@ -39,18 +39,24 @@ def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: st
         raise ValueError(f"the run's network is {theirs or usual}; here it is {factory or usual}: see engine.train")
 
 
-def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone:
-    """The network of the newest checkpoint of a run.
-
-    ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
-    """
-    config = folder.read_config(where)
+def newest(where: Path, config: TrainConfig, log: Log) -> checkpoint.Checkpoint:
+    """The newest checkpoint of a run. ValueError if there is none, or none that verifies."""
     saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
     if saved is None:
         raise ValueError(f"{where} has no checkpoint yet")
     for warning in saved.warnings:
         log(f"passed over a damaged checkpoint: {warning}")
     log(f"checkpoint of step {saved.step} of {config.optim.steps}")
+    return saved
+
+
+def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone:
+    """The network of the newest checkpoint of a run.
+
+    ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
+    """
+    config = folder.read_config(where)
+    saved = newest(where, config, log)
     check_factory(saved, config, factory)
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, info.
+"""The command line: train, evaluate, export, doppelgangers, clean, info.
 
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
@@ -10,7 +10,6 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -18,18 +17,23 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fastmargin import __version__
 from fastmargin.driver import folder
-from fastmargin.driver.config import TrainConfig, from_dict, require
+from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict, require
 
 MISTAKE, INTERRUPTED = 2, 130
+RUN = "folder that `fastmargin train` wrote"
 
-log = partial(print, flush=True)
+
+def log(text: str) -> None:
+    """Prints at once, whatever is in a name: what the terminal cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
     try:
         given = build_parser().parse_args(arguments)
-        {"train": train, "evaluate": evaluate, "export": export, "info": info}[given.command](given[given.command])
+        COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
         print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
         return MISTAKE
@@ -45,14 +49,12 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
     commands.add_subcommand("evaluate", evaluate_parser(), help="evaluate a run, or stored embeddings")
-    exporting = new_parser(
-        description="Write the network of a run, without its head, as weights (safetensors), as a torch.export program "
-        "(.pt2) and as ONNX; each is checked against the run's network."
+    commands.add_subcommand("export", export_parser(), help="write a run's network as safetensors, .pt2 and ONNX")
+    commands.add_subcommand("doppelgangers", doppelgangers_parser(), help="list the look-alikes a run has mined")
+    commands.add_subcommand("clean", clean_parser(), help="list images and identities of a data set to look at")
+    informing = new_parser(
+        description="What is installed, and what can run on this machine.", epilog="Example: fastmargin info"
     )
-    exporting.add_argument("run", type=str, help="folder that `fastmargin train` wrote")
-    exporting.add_argument("--out", type=str, required=True, help="new or empty folder to write into")
-    commands.add_subcommand("export", exporting, help="write a run's network as safetensors, .pt2 and ONNX")
-    informing = new_parser(description="What is installed, and what can run on this machine.")
     commands.add_subcommand("info", informing, help="versions, the native build, what can run here")
     return parser
 
@@ -62,7 +64,10 @@ def new_parser(**options: Any) -> ArgumentParser:
 
 
 def train_parser() -> ArgumentParser:
-    parser = new_parser(description="Train on glyphs or images of your own, evaluate on identities never seen, report.")
+    parser = new_parser(
+        description="Train on glyphs or images of your own, evaluate on identities never seen, report.",
+        epilog="Example: fastmargin train --data.source synthetic:40x8 --data.size 16 --optim.steps 4 --out run",
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
     parser.add_argument("--out", type=str | None, help="folder of the run; null: a new runs/DATE-TIME")
     for name, kind, default, help in options(TrainConfig):
@@ -73,7 +78,8 @@ def train_parser() -> ArgumentParser:
 def evaluate_parser() -> ArgumentParser:
     parser = new_parser(
         description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report anew; "
-        "or on a verification set; or evaluate stored embeddings."
+        "or on a verification set; or evaluate stored embeddings.",
+        epilog="Example: fastmargin evaluate run",
     )
     parser.add_argument(
         "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file of embeddings and labels"
@@ -89,6 +95,45 @@ def evaluate_parser() -> ArgumentParser:
         help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
     )
     parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
+    return parser
+
+
+def export_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="Write the network of a run, without its head, as weights (safetensors), as a torch.export program "
+        "(.pt2) and as ONNX; each is checked against the run's network.",
+        epilog="Example: fastmargin export run --out exported",
+    )
+    parser.add_argument("run", type=str, help=RUN)
+    parser.add_argument("--out", type=str, required=True, help="new or empty folder to write into")
+    return parser
+
+
+def doppelgangers_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="The nearest wrong classes that a run has mined, as of its last checkpoint: print the most similar "
+        "pairs (scores are cosines; logits for a plain layer) and the classes on the most lists; write all lists as "
+        "doppelgangers.csv, and the contact sheet doppelgangers.png.",
+        epilog="Example: fastmargin doppelgangers run --limit 5 --out look-alikes",
+    )
+    parser.add_argument("run", type=str, help=RUN)
+    parser.add_argument("--limit", type=int, default=20, help="pairs, and classes, that are printed")
+    parser.add_argument("--out", type=str | None, help="folder to write into; null: the run's report")
+    return parser
+
+
+def clean_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="Embed a data set with the last checkpoint of a run, and list what to look at: images.csv, the "
+        "images of each identity by the cosine with its centre (the mean of its unit embeddings), worst first; "
+        "pairs.csv, identities with close centres; with --below remove.txt, with --against overlap.csv. No image is "
+        "touched.",
+        epilog="Example: fastmargin clean run --below 0.3 --against synthetic:10x4 --out cleaning",
+    )
+    parser.add_argument("run", type=str, help=RUN)
+    parser.add_argument("--out", type=str, required=True, help="new or empty folder to write into")
+    for name, kind, default, help in options(CleanConfig):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=help)
     return parser
 
 
@@ -142,7 +187,35 @@ def export(given: Any) -> None:
     exporter.export(Path(given.run), Path(given.out), log)
 
 
+def doppelgangers(given: Any) -> None:
+    folder.read_config(Path(given.run))
+    require(given.limit >= 1, "limit", given.limit, "at least 1")
+    from fastmargin.driver import doppelgangers as mined
+
+    mined.doppelgangers(Path(given.run), None if given.out is None else Path(given.out), given.limit, log)
+
+
+def clean(given: Any) -> None:
+    values = given.as_dict()
+    where, out = Path(values.pop("run")), Path(values.pop("out"))
+    config = from_dict(CleanConfig, values)
+    folder.read_config(where)
+    from fastmargin.driver import clean as cleaning
+
+    cleaning.clean(where, out, config, log)
+
+
 def info(_: Any) -> None:
     from fastmargin import backends
 
     log(f"{'fastmargin':10} {__version__}\n{backends.describe()}")
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+    "doppelgangers": doppelgangers,
+    "clean": clean,
+    "info": info,
+}

@@ -133,16 +133,23 @@ class SamplerConfig:
     """Which images make a batch. The last three options concern the doppelganger sampler alone."""
 
     name: Literal["uniform", "doppelganger"] = option("uniform", "images, or classes with look-alikes")
-    random_classes: float = option(1 / 3, "share of a batch's classes drawn at random, not mined")
+    random_classes: float = option(
+        1 / 3, "classes of a batch drawn at random, not mined: a share of them, up to 1, or from 2 on how many"
+    )
     counts: tuple[int, int] = option((2, 8), "fewest and most images of a class in a batch")
     lag: int = option(8, "batches drawn ahead of the table")
 
     def __post_init__(self) -> None:
         low, high = self.counts
-        share = self.random_classes
-        require(0 < share <= 1, "sampler.random_classes", share, "a share above 0, at most 1")
+        drawn = self.random_classes
+        allowed = 0 < drawn <= 1 or (drawn >= 2 and drawn % 1 == 0)
+        require(allowed, "sampler.random_classes", drawn, "a share above 0, at most 1, or a whole number from 2 on")
         require(1 <= low <= high, "sampler.counts", self.counts, "two numbers, 1 <= fewest <= most")
         require(self.lag >= 1, "sampler.lag", self.lag, "at least 1")
+
+    def share_or_number(self) -> float | int:
+        """`random_classes` as the sampler takes it. 1 is the share here, as 1.0 is; a small share makes one chain."""
+        return float(self.random_classes) if self.random_classes <= 1 else int(self.random_classes)
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,22 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
         require(self.save_every >= 1, "save_every", self.save_every, "at least 1 step")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What `fastmargin clean` lists."""
+
+    source: str | None = option(None, "data to clean, as train's data.source; null: the run's own, held out or not")
+    against: str | None = option(None, "other data, as a test set, whose identities should not be among these")
+    below: float | None = option(None, "images with a smaller cosine to their identity's centre are listed for removal")
+    above: float = option(0.45, "pairs of identities are listed from this cosine of their centres on")
+    limit: int = option(20, "lines of each list that are printed")
+
+    def __post_init__(self) -> None:
+        require(self.below is None or -1 <= self.below <= 1, "below", self.below, "a cosine, from -1 to 1")
+        require(-1 <= self.above <= 1, "above", self.above, "a cosine, from -1 to 1")
+        require(self.limit >= 1, "limit", self.limit, "at least 1 line")
 
 
 Config = TypeVar("Config")

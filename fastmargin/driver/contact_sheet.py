@@ -26,15 +26,17 @@ class Pair(NamedTuple):
 
 def mined_pairs(
     classes: Tensor,  # [C, k] int64, -1: empty
-    scores: Tensor,  # [C, k]
+    scores: Tensor,  # [C, k], -inf: empty
     limit: int = COLUMNS * ROWS,
 ) -> list[Pair]:
-    """The most similar pairs of a class and its nearest wrong class, best first, each pair once."""
+    """The most similar pairs of a class and one on its list, best first, each pair once."""
     pairs: dict[frozenset[int], Pair] = {}
-    for one in scores[:, 0].argsort(descending=True, stable=True).tolist():
-        other = int(classes[one, 0])
-        if other >= 0 and len(pairs) < limit:
-            pairs.setdefault(frozenset((one, other)), Pair(one, other, float(scores[one, 0])))
+    listed, k = classes.flatten(), classes.shape[1]
+    for place in scores.flatten().argsort(descending=True, stable=True).tolist():
+        one, other = place // k, int(listed[place])
+        if other < 0 or len(pairs) == limit:
+            break
+        pairs.setdefault(frozenset((one, other)), Pair(one, other, float(scores[one, place % k])))
     return list(pairs.values())
 
 
@@ -55,7 +57,7 @@ def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities
     save(
         figure,
         path,
-        "Most similar pairs mined while training: a class above, its nearest wrong class below.\n"
+        "Most similar pairs mined while training: a class above, its doppelganger below.\n"
         "The number is the largest cosine of an image of the one to the weight of the other.",
     )
 

@@ -69,6 +69,9 @@ class Stored(Protocol):
     def checksums(self) -> NDArray[np.uint32]:  # [N]
         """A number for each image that tells it from another."""
 
+    def title(self, number: int) -> str:
+        """What to call an image: the path of its file, where it has one."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -92,6 +95,9 @@ class Chosen:
 
     def checksums(self) -> NDArray[np.uint32]:  # [n]
         return self.images.checksums()[self.rows]
+
+    def title(self, number: int) -> str:
+        return self.images.title(int(self.rows[number]))
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,10 @@ class Identities:
         digest.update(self.labels.numpy().tobytes())
         digest.update((images.numpy() if isinstance(images, Tensor) else images.checksums()).tobytes())
         return digest.hexdigest()
+
+    def title(self, number: int) -> str:
+        """What to call an image: the path of its file, or its number where images are no files."""
+        return f"image {number}" if isinstance(self.images, Tensor) else self.images.title(number)
 
     def take(
         self,

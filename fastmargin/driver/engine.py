@@ -172,6 +172,7 @@ def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, An
         "target_score": out.target_score.mean().item(),
         "lr": run.optimizer.param_groups[0]["lr"],
         "margin": getattr(run.head.margin, "m", None),
+        **run.table.statistics.take(),
         "images_per_second": round(images_per_second, 1),
     }
     weights, losses = learnt(run.model, run.head, run.terms).values(), (record["loss"], *record["terms"].values())

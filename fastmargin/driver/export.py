@@ -41,8 +41,7 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
     something else than the run's network.
     """
     config, network, shape, step = load_backbone(where, log, model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; wanted a new or an empty folder")
+    folder.check_unused(out)
     out.mkdir(parents=True, exist_ok=True)
     images = torch.rand((5, *shape), generator=torch.Generator().manual_seed(0))
     differences = {}

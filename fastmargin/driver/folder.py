@@ -11,13 +11,15 @@
 This module imports no torch: a mistake in `--out` is answered at once.
 """
 
+import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastmargin.driver.config import TrainConfig, differing, flatten, from_dict
 
@@ -47,6 +49,12 @@ def claim(out: str | None, config: TrainConfig) -> Path:
     if not (where / CONFIG).exists():
         write_json(where / CONFIG, asdict(config))
     return where
+
+
+def check_unused(out: Path) -> None:
+    """ValueError for a file, and for a folder that is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; wanted a new or an empty folder")
 
 
 def dated() -> Path:
@@ -108,3 +116,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     fresh.replace(path)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+    """As `write_json`, piece by piece. In UTF-8; a file name that is not comes out byte for byte."""
+    fresh = path.with_name(path.name + ".tmp")
+    with fresh.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield file
+    fresh.replace(path)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with replaced(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -136,7 +136,7 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
         data.labels,
         table,
         size,
-        random_classes=sampler.random_classes,
+        random_classes=sampler.share_or_number(),
         counts=sampler.counts,
         lag=sampler.lag,
         seed=config.seed,
@@ -183,8 +183,7 @@ def state(run: Run) -> dict[str, Any]:
 def restore(run: Run, saved: Checkpoint) -> None:
     """Brings a run just built to where the checkpoint was made. ValueError if images or network are others."""
     check_factory(saved, run.config, run.factory)
-    if saved.state["data"] != run.train.fingerprint:
-        raise ValueError("the run was trained on other images: they, or what reads or draws them, have changed")
+    check_images(saved, run.train)
     part = partial(part_of, saved.tensors)
     run.model.load_state_dict(part("model"))
     run.head.load_state_dict(part("head"))
@@ -200,6 +199,12 @@ def restore(run: Run, saved: Checkpoint) -> None:
     torch.set_rng_state(part("random")["torch"])
     run.cosines |= part("cosines")
     run.step, run.seconds = saved.step, saved.state["seconds"]
+
+
+def check_images(saved: Checkpoint, images: Identities) -> None:
+    """ValueError unless these are the images that the checkpoint's run is trained on."""
+    if saved.state["data"] != images.fingerprint:
+        raise ValueError("the run was trained on other images: they, or what reads or draws them, have changed")
 
 
 def start_from(run: Run, path: Path, log: Log) -> None:

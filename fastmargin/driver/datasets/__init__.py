@@ -50,8 +50,8 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 
     ValueError if the source is none of those above, or damaged, or no such images are in it.
     """
-    kind = KINDS[recognise(config.source)]
-    train, held_out = kind.load(config, log).split(config.holdout, config.split_seed, kind.key)
+    key = KINDS[recognise(config.source)].key
+    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
     test = held_out.comparable(EVALUATED, config.split_seed)
     if len(test.labels) < len(held_out.labels):
         log(
@@ -59,6 +59,11 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
             f"{len(test.labels)} of {len(held_out.labels)} images: none with fewer than 2, {EVALUATED} in all at most"
         )
     return train, test
+
+
+def load_all(config: DataConfig, log: Log) -> Identities:
+    """All that is in the source, held out or not. ValueError as for `load_data`."""
+    return KINDS[recognise(config.source)].load(config, log)
 
 
 def recognise(source: str) -> str:

@@ -4,7 +4,7 @@ One file, appended to and then never changed:
 
     records   N images [H, W] or [H, W, 3] uint8, back to back
     index     in safetensors: shape of a record; labels [N] int64; checksums [N] uint32, the CRC32 of each record;
-              names, a JSON list in UTF-8
+              numbers [N] int64, which of the source's pictures each is; names, a JSON list in UTF-8
     trailer   20 bytes, little endian: b"FMPK", version uint32, length of the index uint64, its CRC32 uint32
 
 It is written under another name and renamed when whole. Opening it checks the index, reading an image checks its
@@ -37,7 +37,7 @@ from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data import Identities, Log, dense
 from fastmargin.driver.datasets.pixels import Color, decode, own_color
 
-VERSION = 1
+VERSION = 2
 TRAILER = struct.Struct("<4sIQI")
 MAGIC = b"FMPK"
 BLOCK = 1024  # images decoded together
@@ -64,12 +64,12 @@ class Encoded(Protocol):
 class Packed:
     """The images of a packed file. ValueError says what is damaged: the index, or a record when it is read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, encoded: Encoded) -> None:
+        self.path, self._encoded = path, encoded
         index = read_index(path)
         self.shape = (len(index["labels"]), *index["shape"].tolist())
         self.labels, self.names = index["labels"], json.loads(index["names"].tobytes())
-        self._checksums = index["checksums"]
+        self._checksums, self._numbers = index["checksums"], index["numbers"]
         self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=self.shape))
 
     def __len__(self) -> int:
@@ -92,6 +92,9 @@ class Packed:
     def checksums(self) -> NDArray[np.uint32]:  # [N]
         return self._checksums
 
+    def title(self, number: int) -> str:
+        return self._encoded.title(int(self._numbers[number]))
+
 
 def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identities:
     """The pictures as identities, from the packed file of their key or through a new one.
@@ -102,7 +105,7 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
     path = config.cache_folder() / f"packed-{key(encoded, size, config.color)}.fmpk"
     if path.exists():
         try:
-            return identities(Packed(path))
+            return identities(Packed(path, encoded))
         except ValueError as damage:
             log(f"data: packing anew: {damage}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,7 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
     finally:
         draft.unlink(missing_ok=True)
     log(f"data: packed {path}, {path.stat().st_size / 1e6:.1f} MB")
-    return identities(Packed(path))
+    return identities(Packed(path, encoded))
 
 
 def identities(packed: Packed) -> Identities:
@@ -157,7 +160,7 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
             checksums.append(zlib.crc32(record))
         labels, old = dense(encoded.labels[kept])
         shape = (size, size, 3) if color == "rgb" else (size, size)
-        index = index_of(shape, labels.numpy(), checksums, [encoded.names[label] for label in old])
+        index = index_of(shape, labels.numpy(), checksums, kept, [encoded.names[label] for label in old])
         file.write(index + TRAILER.pack(MAGIC, VERSION, len(index), zlib.crc32(index)))
 
 
@@ -165,12 +168,14 @@ def index_of(
     shape: tuple[int, ...],  # of a record
     labels: NDArray[np.int64],  # [N]
     checksums: list[int],  # [N]
+    numbers: list[int],  # [N]
     names: list[str],  # [C]
 ) -> bytes:
     tensors = {
         "shape": np.array(shape),
         "labels": labels,
         "checksums": np.array(checksums, np.uint32),
+        "numbers": np.array(numbers),
         "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
     }
     return safetensors.numpy.save(tensors)
@@ -202,7 +207,7 @@ def check_budget(skipped: list[str], count: int) -> None:
 
 
 def read_index(path: Path) -> dict[str, NDArray]:
-    """Shape, labels, checksums, names. ValueError unless the file is, in length and index, what `write` wrote."""
+    """What `index_of` holds. ValueError unless the file is, in length and index, what `write` wrote."""
     whole = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, whole - TRAILER.size))

@@ -53,6 +53,9 @@ class Synthetic:
     def checksums(self) -> NDArray[np.uint32]:  # [N]
         return hash64(SYNTHETIC, 1, np.arange(len(self))).astype(np.uint32)
 
+    def title(self, number: int) -> str:
+        return f"image {number}"
+
 
 def load_synthetic(config: DataConfig, log: Log) -> Identities:
     """ValueError unless `data.source` is synthetic:CLASSESxIMAGES, both at least 1."""
