@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmargin.driver import folder, report
+from fastmargin.driver import contact_sheet, folder
 from fastmargin.driver.backbone import Backbone, load_backbone
 from fastmargin.driver.config import GLYPHS, CleanConfig, DataConfig
 from fastmargin.driver.data import Identities, Log
@@ -99,7 +99,7 @@ def load(backbone: Backbone, config: DataConfig, log: Log) -> Identities:
 
 
 def describe(backbone: Backbone, source: str, identities: Identities) -> DataSet:
-    names = list(map(report.caption, identities.names)) if source == GLYPHS else identities.names
+    names = list(map(contact_sheet.caption, identities.names)) if source == GLYPHS else identities.names
     centres, cosines = centred(backbone.network, identities, backbone.config.dim)
     return DataSet(identities, names, identities.labels.bincount(), centres, cosines)
 
