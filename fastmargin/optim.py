@@ -37,6 +37,8 @@ HISTORY = 1024  # steps after which all rows are brought up to date, so that the
 class ClassOptimizer(torch.optim.Optimizer):
     """What both share: the gradient of one step, dense, of some rows, or consumed in the backward pass."""
 
+    _step_supports_amp_scaling = True  # GradScaler.step leaves grad_scale and found_inf here, and waits for neither
+
     def __init__(self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any) -> None:
         if not isinstance(head, MarginHead):
             raise ValueError(f"head is a {type(head).__name__}: want a MarginHead")
@@ -124,9 +126,17 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.rows = rows
         self.catch_up(rows)
-        state, rule, hyper, scale = self.next_step()
+        state, rule, hyper, _ = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight)].functions["update"]
-        update(self.weight, state, grad.contiguous(), rows, rule, hyper, scale)
+        update(self.weight, state, grad.contiguous(), rows, rule, hyper, self.divisor())
+
+    def divisor(self) -> Tensor | None:  # []
+        """Of a gradient, within GradScaler.step: NaN where one is not finite, so that every row stays as it is."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is None:
+            return None
+        scale = torch.ones_like(found) if scale is None else scale
+        return torch.where(found > 0, torch.nan, scale).to(self.weight.dtype)
 
     def advance(self) -> None:
         """One more step is done, on `self.rows`."""
@@ -153,7 +163,7 @@ class ClassSGD(ClassOptimizer):
             the weight, no accumulation, no replica of the head under DDP.
         scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
             finite keep their weight and state; the step counts all the same, and rows that sat out go on as ever.
-            Without in_backward, scaler.step(optimizer) leaves out the whole step.
+            Without in_backward, scaler.step(optimizer) does so for all rows of a step if one gradient is not finite.
 
     Raises:
         ValueError: options out of range. RuntimeError: a second forward or backward pass before `step()`.
