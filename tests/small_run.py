@@ -1,26 +1,33 @@
 """A small run on synthetic data, for the tests of the driver; importing its fixtures puts them to use."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastmargin.driver import engine, folder, run
-from fastmargin.driver.config import DataConfig, OptimConfig, SamplerConfig, TrainConfig
+from fastmargin.driver import engine, folder, loader, run
+from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
 from fastmargin.driver.data import Identities
 from fastmargin.driver.datasets.glyphs import first_code_point
 
 CLASSES, IMAGES, SIDE = 30, 8, 16
+OPTIM = dict(steps=12, batch_size=16, warmup=3, lr=0.05)
 SMALL = TrainConfig(
     data=DataConfig(size=SIDE, holdout=0.3),
-    optim=OptimConfig(steps=12, batch_size=16, warmup=3, lr=0.05),
+    optim=OptimConfig(**OPTIM),
     sampler=SamplerConfig(counts=(2, 4), lag=3),
     dim=8,
     log_every=2,
     save_every=4,
 )
 MINING = replace(SMALL, sampler=replace(SMALL.sampler, name="doppelganger"))
+
+
+def configured(head: HeadConfig = SMALL.head, **optim: Any) -> TrainConfig:
+    return replace(SMALL, head=head, optim=OptimConfig(**{**OPTIM, **optim}))
 
 
 def identities(seed: int = 0) -> Identities:
@@ -48,6 +55,10 @@ def train_loop(config: TrainConfig, out: Path) -> run.Run:
     engine.resume(current, where, print)
     engine.loop(current, where, print)
     return current
+
+
+def batches(current: run.Run, steps: int) -> Iterator[loader.Batch]:
+    return (batch for batch, _ in zip(loader.batches(current), range(steps), strict=False))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -1,10 +1,10 @@
 """The network of a run, without its data and its head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmargin.driver import checkpoint, folder
 from fastmargin.driver.config import TrainConfig
@@ -39,6 +39,13 @@ def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: st
         raise ValueError(f"the run's network is {theirs or usual}; here it is {factory or usual}: see engine.train")
 
 
+def network_weights(
+    tensors: Mapping[str, Tensor],  # of a checkpoint
+) -> dict[str, Tensor]:
+    """Those that are evaluated: averaged, where the run averages."""
+    return checkpoint.part_of(tensors, "average") or checkpoint.part_of(tensors, "model")
+
+
 def newest(where: Path, config: TrainConfig, log: Log) -> checkpoint.Checkpoint:
     """The newest checkpoint of a run. ValueError if there is none, or none that verifies."""
     saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
@@ -60,5 +67,5 @@ def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone
     check_factory(saved, config, factory)
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)
-    network.load_state_dict(checkpoint.part_of(saved.tensors, "model"))
+    network.load_state_dict(network_weights(saved.tensors))
     return Backbone(config, network.eval(), (channels, height, width), saved.step)

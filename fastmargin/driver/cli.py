@@ -3,6 +3,7 @@
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
 OSError) ends in one line on stderr and exit code 2; any other exception is ours and keeps its traceback.
+SIGINT and SIGTERM let `train` save a checkpoint and end with exit code 130 and 143: see `driver.signals`.
 torch is imported by the commands, not here.
 """
 
@@ -30,7 +31,10 @@ def log(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt."""
+    """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt.
+
+    SystemExit with 130 or 143 where training was stopped by a signal.
+    """
     try:
         given = build_parser().parse_args(arguments)
         COMMANDS[given.command](given[given.command])
@@ -65,7 +69,8 @@ def new_parser(**options: Any) -> ArgumentParser:
 
 def train_parser() -> ArgumentParser:
     parser = new_parser(
-        description="Train on glyphs or images of your own, evaluate on identities never seen, report.",
+        description="Train on glyphs or images of your own, evaluate on identities never seen, report. SIGINT and "
+        "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once.",
         epilog="Example: fastmargin train --data.source synthetic:40x8 --data.size 16 --optim.steps 4 --out run",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")

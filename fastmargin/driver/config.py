@@ -95,9 +95,14 @@ class HeadConfig:
     ramp: float = option(0.3, "m grows linearly from 0 over this share of the steps; 0: constant")
     topk: int = option(1, "nearest wrong classes mined per row")
     backend: Literal["native", "stream", "reference"] | None = option(None, "null: the fastest that can run")
+    sample_rate: float = option(1.0, "share of the classes drawn for each step, beside the batch's own and mined ones")
+    compute_dtype: Literal["bf16", "fp16"] | None = option(
+        None, "what rows and weights are rounded to for products over all classes; null: float32"
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
+        require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "a share above 0, at most 1")
         require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs one")
 
     def arguments(self) -> dict[str, float]:
@@ -108,24 +113,60 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum, linear warm-up, then a cosine."""
+    """The optimiser, the course of its learning rate, and what a step is made of: see `driver.optimizers`."""
 
+    name: Literal["sgd", "adamw"] = option("sgd", "optimiser of all weights; adamw wants an lr of about 1e-3")
     steps: int = option(1600, "optimiser steps of the whole run")
     batch_size: int = option(256, "images per step")
+    accumulation: int = option(1, "parts of a step's images that go through the network one by one, to save memory")
     lr: float = option(0.1, "learning rate at the end of the warm-up")
-    final_lr: float = option(0.01, "share of lr left at the end of the cosine")
+    head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
     warmup: int = option(100, "steps of linear warm-up")
-    momentum: float = option(0.9, "Nesterov momentum")
+    schedule: Literal["cosine", "steps", "constant"] = option("cosine", "learning rate after the warm-up")
+    final_lr: float = option(0.01, "cosine: share of lr left at its end")
+    cycle: int | None = option(None, "cosine: steps to its first restart (SGDR); null: none, it ends with the run")
+    cycle_factor: int = option(1, "cosine: length of a cycle, in units of the one before")
+    milestones: tuple[int, ...] = option((), "steps: after so many steps of the run the learning rate falls")
+    milestone_factor: float = option(0.1, "steps: what it is multiplied by at each")
+    momentum: float = option(0.9, "sgd: momentum")
+    nesterov: bool = option(True, "sgd: Nesterov's look ahead")
+    betas: tuple[float, float] = option((0.9, 0.999), "adamw: decay of the averages of gradient and squared gradient")
     weight_decay: float = option(5e-4, "on every parameter: convolutions, norms and class weights alike")
+    clip: float | None = option(None, "longest gradient of all weights together, in the 2-norm; null: any")
+    precision: Literal["bf16", "fp16"] | None = option(
+        None, "autocast of the network, fp16 with a scaled loss; the head and the weights stay float32; null: float32"
+    )
+    ema: float | None = option(
+        None, "decay per step of an average of the weights, which is then evaluated and exported; null: none"
+    )
 
     def __post_init__(self) -> None:
+        low, high = self.betas
+        parts, milestones = self.accumulation, self.milestones
         require(self.steps >= 1, "optim.steps", self.steps, "at least 1")
         require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2")
+        divides = parts >= 1 and self.batch_size % parts == 0 and self.batch_size // parts >= 2
+        require(divides, "optim.accumulation", parts, f"a divisor of the {self.batch_size} images, 2 or more in a part")
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
-        require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
+        require(0 <= self.head_lr < math.inf, "optim.head_lr", self.head_lr, "a number of 0 or more")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more steps")
-        require(0 < self.momentum < 1, "optim.momentum", self.momentum, "between 0 and 1, both excluded")
+        require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
+        cosine, steps = self.schedule == "cosine", self.schedule == "steps"
+        require(self.cycle is None or cosine, "optim.cycle", self.cycle, "null: the cosine alone has cycles")
+        require(self.cycle is None or self.cycle >= 1, "optim.cycle", self.cycle, "at least 1 step")
+        require(self.cycle_factor >= 1, "optim.cycle_factor", self.cycle_factor, "at least 1")
+        rising = milestones == tuple(sorted(set(milestones))) and all(m >= 1 for m in milestones)
+        require(rising, "optim.milestones", milestones, "numbers of steps from 1, in rising order")
+        wanted = "one or more" if steps else "none: the schedule 'steps' alone has them"
+        require(bool(milestones) == steps, "optim.milestones", milestones, wanted)
+        require(0 < self.milestone_factor <= 1, "optim.milestone_factor", self.milestone_factor, "above 0, at most 1")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0, below 1")
+        ahead = not self.nesterov or self.momentum > 0 or self.name == "adamw"
+        require(ahead, "optim.nesterov", self.nesterov, "false: there is no momentum")
+        require(0 <= low < 1 and 0 <= high < 1, "optim.betas", self.betas, "two numbers from 0, below 1")
         require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip is None or 0 < self.clip < math.inf, "optim.clip", self.clip, "a number above 0")
+        require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "between 0 and 1, both excluded")
 
 
 @dataclass(frozen=True)
@@ -176,7 +217,8 @@ class TrainConfig:
     )  # fmt: skip
     init_from: str | None = option(None, "folder of another run's checkpoint, whose weights training starts from")
     dim: int = option(128, "features of the embedding")
-    seed: int = option(0, "weights, order of the images and augmentation")
+    seed: int = option(0, "weights, order of the images, augmentation, and whatever a step draws")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")
     log_every: int = option(20, "steps between two records")
     save_every: int = option(400, "steps between two checkpoints")
     tensorboard: bool = option(False, "write the records as TensorBoard's scalars too, into RUN/tensorboard")
@@ -185,6 +227,10 @@ class TrainConfig:
         for name, term in self.terms.items():
             require(0 <= term.weight < math.inf, f"terms.{name}.weight", term.weight, "a number of 0 or more")
             require(isinstance(term.options, Mapping), f"terms.{name}.options", term.options, "arguments by name")
+            moved = name == "minimum_margin" and term.options.get("route") == "centers"
+            plain = self.optim.accumulation == 1 and self.optim.precision != "fp16"
+            wanted = "another: its centres step by themselves, without optim.accumulation and the scale of fp16"
+            require(plain or not moved, f"terms.{name}.options.route", "centers", wanted)
         require(self.dim >= 1, "dim", self.dim, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")

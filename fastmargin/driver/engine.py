@@ -1,16 +1,15 @@
 """The training run: loop, train_step; at its end, evaluation on identities never trained on.
 
-    lr(n) = lr (n + 1) / warmup                                                  n < warmup, n the steps made
-          = lr (f + (1 - f) (1 + cos(pi (n - warmup) / (steps - warmup))) / 2)   after it; f = final_lr
-
-n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`.
+n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`. How a step moves the
+weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`.
 """
 
 import math
 import platform
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,18 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from fastmargin import __version__
-from fastmargin.driver import checkpoint, folder, report, tensorboard
+from fastmargin.driver import checkpoint, folder, report, signals, tensorboard
 from fastmargin.driver.augment import to_float
-from fastmargin.driver.config import OptimConfig, TrainConfig
+from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Stored
 from fastmargin.driver.loader import augmentation, batches
-from fastmargin.driver.run import Log, Run, build, learnt, restore, start_from, state, tensors
+from fastmargin.driver.optimizers import update_average
+from fastmargin.driver.run import DTYPES, Log, Run, build, learnt, restore, start_from, state, tensors
 from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
+from fastmargin.sampling import key
 
 EDGE = 20  # steps at the start, in the middle and at the end whose angles are kept
 EMBED = 512  # images embedded at once
@@ -44,7 +45,7 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
     None: config.model. It is given from Python alone, also to resume or to evaluate.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
-    damaged, and a loss that is no longer finite.
+    damaged, and a loss or a gradient that is not finite. `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # or a mistake, before any work
@@ -84,18 +85,20 @@ def resume(run: Run, where: Path, log: Log) -> bool:
 
 
 def loop(run: Run, where: Path, log: Log) -> None:
-    """Trains to the last step; records and saves on the way."""
+    """Trains to the last step; records and saves on the way. `signals.Stopped` after a signal, with all saved."""
     config, last = run.config, run.config.optim.steps
     board = tensorboard.Board(where, run.step) if config.tensorboard else None
     run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device)
     since, clock = run.step, time.perf_counter()
-    with tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty()) as bar:
+    bar = tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    with bar, signals.noted() as noted:
         for images, labels in batches(run):
             run.watch("loader")
             out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
             bar.update()
-            saving = run.step % config.save_every == 0 or run.step == last
+            stop = noted.number
+            saving = stop or run.step % config.save_every == 0 or run.step == last
             if saving or run.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
                 run.seconds += seconds
@@ -111,6 +114,9 @@ def loop(run: Run, where: Path, log: Log) -> None:
                 since, clock = run.step, time.perf_counter()
             if saving:
                 checkpoint.save(where / folder.CHECKPOINTS, run.step, tensors(run), state(run))
+            if stop:
+                log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}")
+                raise signals.Stopped(stop)
             run.watch("rest")
 
 
@@ -119,34 +125,55 @@ def train_step(
     images: Tensor,  # [B, c, H, W] float32
     labels: Tensor,  # [B] int64
 ) -> HeadOutput:
-    lr = learning_rate(run.config.optim, run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    embeddings = run.model(images)
-    run.watch("backbone")
-    out = run.head(embeddings, labels)
-    loss = out.loss + run.terms(embeddings, labels)
-    run.optimizer.zero_grad()
-    run.watch("head")
-    run.watch.split(embeddings)
-    loss.backward()
-    run.watch("backbone")
-    run.optimizer.step()
-    run.terms.update(embeddings, labels, lr)
-    run.table.update(labels, out.hard_classes, out.hard_scores)
+    """One step of the optimisers. From batches in pinned memory, the host waits for no GPU."""
+    torch.manual_seed(key(run.config.seed, run.step))  # dropout and random margins
+    run.optimizers.set_rate(run.step)
+    run.optimizers.zero_grad()
+    parts = run.config.optim.accumulation
+    done = [backward(run, *part, 1 / parts) for part in zip(images.chunk(parts), labels.chunk(parts), strict=True)]
+    run.optimizers.step()
+    outs, embeddings, terms = zip(*done, strict=True)
+    out = joined(outs)
+    run.terms.last = {name: torch.stack([values[name] for values in terms]).mean() for name in terms[0]}
+    run.terms.update(torch.cat(embeddings), labels.to(run.device, non_blocking=True), run.optimizers.rate)
+    run.mined.add(labels, out)
     if run.schedule:
         run.schedule.step()
     if isinstance(run.order, DoppelgangerBatchSampler):
         run.order.step()
     run.step += 1
+    if run.average is not None and run.config.optim.ema is not None:
+        update_average(run.average, run.model, run.config.optim.ema, run.step)
     return out
 
 
-def learning_rate(config: OptimConfig, step: int) -> float:
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    turn = math.pi * (step - config.warmup) / (config.steps - config.warmup)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(turn)) / 2)
+def backward(
+    run: Run,
+    images: Tensor,  # [b, c, H, W] float32
+    labels: Tensor,  # [b] int64
+    share: float,  # of these images in the step
+) -> tuple[HeadOutput, Tensor, dict[str, Tensor]]:  # of the head, embeddings [b, d], terms by name; all detached
+    """Adds the gradient of some images of a step."""
+    listed = run.table.classes[labels].to(run.device, non_blocking=True) if run.config.head.sample_rate < 1 else None
+    images, labels = (t.to(run.device, non_blocking=True) for t in (images, labels))
+    precision = DTYPES[run.config.optim.precision]
+    with torch.autocast(run.device.type, precision, enabled=precision is not None):
+        embeddings = run.model(images)
+    embeddings = embeddings.float()
+    run.watch("backbone")
+    out = run.head(embeddings, labels, hard_classes=listed)
+    loss = out.loss + run.terms(embeddings, labels)
+    run.watch("head")
+    run.watch.split(embeddings)
+    run.optimizers.backward(loss * share)
+    run.watch("backbone")
+    return out._replace(loss=out.loss.detach()), embeddings.detach(), run.terms.last
+
+
+def joined(outs: Sequence[HeadOutput]) -> HeadOutput:
+    """Of the parts of a step, all of one size."""
+    losses, *rows = zip(*outs, strict=True)
+    return HeadOutput(torch.stack(losses).mean(), *map(torch.cat, rows))
 
 
 def keep_cosines(
@@ -165,21 +192,22 @@ def keep_cosines(
 def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
     """The record of a step. ValueError if the run has gone wrong."""
     run.head.check()
-    record = {
+    record: dict[str, Any] = {
         "step": run.step,
         "loss": out.loss.item(),
         "terms": {name: value.item() for name, value in run.terms.last.items()},
         "target_score": out.target_score.mean().item(),
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": run.optimizers.rate,
         "margin": getattr(run.head.margin, "m", None),
         **run.table.statistics.take(),
         "images_per_second": round(images_per_second, 1),
     }
     weights, losses = learnt(run.model, run.head, run.terms).values(), (record["loss"], *record["terms"].values())
-    if not all(map(math.isfinite, losses)) or not all(weight.isfinite().all() for weight in weights):
+    finite = all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights)
+    if not finite or run.optimizers.failed():
         raise ValueError(
-            f"training diverged by step {run.step}: the loss is {record['loss']}, or a term or a weight not finite. "
-            "The last checkpoint is kept; a smaller optim.lr may help"
+            f"training diverged by step {run.step}: the loss is {record['loss']}, or a term, a gradient or a weight "
+            "not finite. The last checkpoint is kept; a smaller optim.lr may help"
         )
     return record
 
@@ -191,9 +219,12 @@ def finish(run: Run, where: Path, log: Log) -> None:
     """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done."""
     begin = time.perf_counter()
     images, labels = run.test.images, run.test.labels
-    compared = {"model": embed(run.model, images), "raw_pixels": embed(RawPixels(), images)}
+    run.mined.enter()
+    compared = {"model": embed(run.network, images, run.device), "raw_pixels": embed(RawPixels(), images)}
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
+    run.cosines = {stage: scores.cpu() for stage, scores in run.cosines.items()}
+    run.head.margin.cpu()  # it is drawn, too
     curves = {name: roc(*cosine_scores(x, labels)) for name, x in compared.items()}
     metrics = {
         "step": run.step,
@@ -236,11 +267,12 @@ class RawPixels(nn.Module):
 def embed(
     model: nn.Module,
     images: Tensor | Stored,  # [N, H, W] or [N, H, W, 3] uint8
-) -> Tensor:  # [N, d]
+    device: torch.device | str = "cpu",  # of the model
+) -> Tensor:  # [N, d], in host memory
     """Embeddings in evaluation mode; the mode is put back afterwards."""
     training = model.training
     model.eval()
     blocks = np.array_split(np.arange(len(images)), range(EMBED, len(images), EMBED))
-    embeddings = torch.cat([model(to_float(images[block])) for block in blocks])
+    embeddings = torch.cat([model(to_float(images[block]).to(device)).cpu() for block in blocks])
     model.train(training)
     return embeddings

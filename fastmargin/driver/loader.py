@@ -80,7 +80,8 @@ def numbers(run: Run) -> Iterator[tuple[Indices, Indices]]:
 
 
 def load(run: Run, transform: Augment, index: Indices, epoch: Indices) -> Batch:
-    return Batch(transform(run.train.images[index], index, epoch, run.config.seed), run.train.labels[index])
+    images, labels = transform(run.train.images[index], index, epoch, run.config.seed), run.train.labels[index]
+    return Batch(*(t.pin_memory() if run.device.type == "cuda" else t for t in (images, labels)))
 
 
 def augmentation(config: DataConfig) -> str:

@@ -1,7 +1,7 @@
 """What a run holds: how it is built from its configuration, and how it goes into a checkpoint and comes back.
 
-Images, their order and their augmentation are functions of (seed, step); everything else that a step reads
-and changes is in the checkpoint.
+Images, their order, their augmentation and what a step draws are functions of (seed, step); everything else that a
+step reads and changes is in the checkpoint.
 """
 
 import inspect
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from fastmargin import margins
 from fastmargin.driver.augment import to_float
-from fastmargin.driver.backbone import build_backbone, check_factory
+from fastmargin.driver.backbone import build_backbone, check_factory, network_weights
 from fastmargin.driver.checkpoint import Checkpoint, load, part_of
-from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
+from fastmargin.driver.config import HeadConfig, TrainConfig, require
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
+from fastmargin.driver.mined import Mined
+from fastmargin.driver.optimizers import Optimizers, build_average
 from fastmargin.driver.stopwatch import Stopwatch
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
@@ -30,6 +32,7 @@ from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 
 Order = UniformBatches | DoppelgangerBatchSampler
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
 
 
@@ -38,29 +41,39 @@ class Run:
     """All that a step reads or changes."""
 
     config: TrainConfig
+    device: torch.device
     train: Identities
     test: Identities
     factory: str | None  # import path of the network, where it is not config.model's
     model: nn.Module
     head: MarginHead
     terms: Terms
-    optimizer: torch.optim.SGD
+    average: nn.Module | None  # the network with averaged weights
+    optimizers: Optimizers
     schedule: Schedule | None
     table: DoppelgangerTable
+    mined: Mined  # on its way into the table
     order: Order
     step: int = 0  # optimiser steps made
     seconds: float = 0.0  # spent in the loop, before a stop too
     watch: Stopwatch = field(default_factory=Stopwatch)  # not in the checkpoint: every stretch of training has its own
-    cosines: dict[str, Tensor] = field(  # [n] of rows and their own classes, in some steps of the run
-        default_factory=lambda: {stage: torch.empty(0) for stage in ("start", "middle", "end")}
-    )
+    cosines: dict[str, Tensor] = field(init=False)  # [n] of rows and their own classes, in some steps of the run
+
+    def __post_init__(self) -> None:
+        self.cosines = {stage: torch.empty(0, device=self.device) for stage in ("start", "middle", "end")}
+
+    @property
+    def network(self) -> nn.Module:
+        """What is evaluated."""
+        return self.model if self.average is None else self.average
 
 
 def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
-    """Data, network, head, optimiser, mining. ValueError for options that do not fit together.
+    """Data, network, head, optimisers, mining. ValueError for options that do not fit together.
 
     factory: import path of a network of the caller's own, instead of config.model.name.
     """
+    device = pick_device(config.device)
     train, test = load_data(config.data, log)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
@@ -73,20 +86,37 @@ def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
         lsuv(model, to_float(train.images[np.linspace(0, len(train.labels) - 1, LSUV).astype(np.int64)]))
     head = build_head(config, train.num_classes)
     terms = Terms(config.terms, train.num_classes, config.dim)
+    for module in (model, head, terms):
+        module.to(device)
+    others = [p for module in (model, terms) for p in module.parameters() if p.requires_grad]
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     return Run(
         config=config,
+        device=device,
         train=train,
         test=test,
         factory=factory,
         model=model,
         head=head,
         terms=terms,
-        optimizer=build_optimizer(config.optim, model, head, terms),
+        average=build_average(config.optim, model),
+        optimizers=Optimizers(config.optim, head, others),
         schedule=build_schedule(config, head.margin),
         table=table,
+        mined=Mined(table, late=device.type == "cuda"),
         order=build_order(config, train, table),
     )
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    wanted = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
+    known = kind == "cpu" and not number
+    known |= kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count()
+    require(known, "device", name, wanted)
+    return torch.device(name)
 
 
 def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
@@ -97,6 +127,8 @@ def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
         margin,
         bias=margin.plain,
         topk=config.head.topk,
+        sample_rate=config.head.sample_rate,
+        compute_dtype=DTYPES[config.head.compute_dtype],
         backend=config.head.backend,
         seed=config.seed,
     )
@@ -118,16 +150,6 @@ def build_schedule(config: TrainConfig, margin: margins.Margin) -> Schedule | No
     return MarginRamp(margin, "m", steps) if steps and hasattr(margin, "m") else None
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, head: MarginHead, terms: Terms) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        learnt(model, head, terms).values(),
-        config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
-
-
 def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable) -> Order:
     size, sampler = config.optim.batch_size, config.sampler
     if sampler.name == "uniform":
@@ -144,7 +166,7 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
 
 
 def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
-    """What the optimiser moves, by name."""
+    """What the optimisers move, by name."""
     named = nn.ModuleDict({"model": model, "head": head, "terms": terms}).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
@@ -156,14 +178,15 @@ def tensors(run: Run) -> dict[str, Tensor]:
     """All tensors that the next step depends on, and the cosines kept for the report."""
     moved = learnt(run.model, run.head, run.terms)
     parts = {
+        "optimizer": run.optimizers.tensors(moved),  # before the head, whose late rows it catches up
         "model": run.model.state_dict(),
         "head": run.head.state_dict(),
         "terms": run.terms.state_dict(),
-        "momentum": {name: run.optimizer.state[p]["momentum_buffer"] for name, p in moved.items()},
+        "average": {} if run.average is None else run.average.state_dict(),
         "table": run.table.state_dict(),
+        "mined": run.mined.state_dict(),
         "order": {} if isinstance(run.order, UniformBatches) else run.order.state_dict(),
         "cosines": run.cosines,
-        "random": {"torch": torch.get_rng_state()},  # a margin may draw from it
     }
     return {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
 
@@ -176,6 +199,7 @@ def state(run: Run) -> dict[str, Any]:
         "input": [*run.train.input_shape],
         "data": run.train.fingerprint,
         "schedule": run.schedule.state_dict() if run.schedule else None,
+        "scaler": run.optimizers.scaler.state_dict(),
         "seconds": run.seconds,
     }
 
@@ -189,15 +213,16 @@ def restore(run: Run, saved: Checkpoint) -> None:
     run.head.load_state_dict(part("head"))
     run.terms.load_state_dict(part("terms"))
     run.table.load_state_dict(part("table"))
-    momentum = part("momentum")
-    for name, p in learnt(run.model, run.head, run.terms).items():
-        run.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
+    run.optimizers.load_tensors(learnt(run.model, run.head, run.terms), part("optimizer"))
+    run.optimizers.scaler.load_state_dict(saved.state["scaler"])
+    if run.average is not None:
+        run.average.load_state_dict(part("average"))
+    run.mined.load_state_dict(part("mined"))
     if isinstance(run.order, DoppelgangerBatchSampler):
         run.order.load_state_dict(part("order"))
     if run.schedule:
         run.schedule.load_state_dict(saved.state["schedule"])
-    torch.set_rng_state(part("random")["torch"])
-    run.cosines |= part("cosines")
+    run.cosines |= {stage: scores.to(run.device) for stage, scores in part("cosines").items()}
     run.step, run.seconds = saved.step, saved.state["seconds"]
 
 
@@ -214,7 +239,8 @@ def start_from(run: Run, path: Path, log: Log) -> None:
     step, saved, its_state = load(path)
     same = its_state["data"] == run.train.fingerprint
     try:
-        run.model.load_state_dict(part_of(saved, "model"))
+        for network in {run.model, run.network}:
+            network.load_state_dict(network_weights(saved))
         if same:
             run.head.load_state_dict(part_of(saved, "head"))
             run.terms.load_state_dict(part_of(saved, "terms"), strict=False)

@@ -1,0 +1,180 @@
+"""A run that was stopped, by an error or a signal, goes on bit for bit, whatever moves its weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import SMALL, batches, configured, records, small_data, stop_at, train_loop  # noqa: F401 (a fixture, too)
+from torch import nn
+
+from fastmargin.driver import checkpoint, cli, engine, folder, run, signals
+from fastmargin.driver.config import HeadConfig, TrainConfig
+from fastmargin.driver.datasets import load_data
+from fastmargin.driver.mined import Mined
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def dropping(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
+    """A network that draws, without batch norm: `test_resume:dropping`."""
+    flat = channels * size[0] * size[1]
+    return nn.Sequential(nn.Flatten(), nn.Linear(flat, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, dim))
+
+
+# ---------------------------------------------------------------------------------------------- exact resume
+
+EVERYTHING = configured(
+    HeadConfig(sample_rate=0.3), name="adamw", lr=1e-3, accumulation=2, clip=1.0, precision="fp16", ema=0.9
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "factory"),
+    [
+        (configured(HeadConfig("L2Softmax"), name="adamw", lr=1e-3), None),
+        (configured(clip=1.0), None),
+        (configured(precision="bf16", schedule="steps", milestones=(5, 9)), None),
+        (configured(precision="fp16", cycle=3), None),
+        (configured(HeadConfig(compute_dtype="bf16"), ema=0.9), None),
+        (configured(accumulation=2, schedule="constant"), None),
+        (configured(), "test_resume:dropping"),
+        (EVERYTHING, "test_resume:dropping"),
+    ],
+    ids=["adamw", "clip", "bf16", "fp16", "ema", "accumulation", "dropout", "everything"],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig, factory: str | None
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained(config, whole, factory)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 7)
+        trained(config, parts, factory)
+    torch.manual_seed(7)  # a new process has another random state
+    trained(replace(config, data=replace(config.data, workers=2)), parts, factory)
+    assert_same_end(whole, parts)
+    assert records(parts) == records(whole)
+
+
+def trained(config: TrainConfig, out: Path, factory: str | None) -> None:
+    current = run.build(config, print, factory)
+    where = folder.claim(str(out), config)
+    engine.resume(current, where, print)
+    engine.loop(current, where, print)
+
+
+def assert_same_end(one: Path, other: Path, step: int = 12) -> None:
+    first, second = (checkpoint.load_latest(where / folder.CHECKPOINTS) for where in (one, other))
+    assert first is not None and second is not None and first.step == second.step == step
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, tensor in first.tensors.items():
+        assert torch.equal(second.tensors[name], tensor), name
+    assert first.state["scaler"] == second.state["scaler"]
+
+
+def test_sampled_sgd_resumes_bit_for_bit_from_the_checkpoints_of_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(HeadConfig(sample_rate=0.1))
+    train_loop(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 6)
+        train_loop(config, tmp_path / "parts")
+    train_loop(config, tmp_path / "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_is_mined_late_is_a_step_late_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(configured(HeadConfig(sample_rate=0.5), name="adamw"), sampler=replace(SMALL.sampler, lag=2))
+    config = replace(config, sampler=replace(config.sampler, name="doppelganger"), save_every=3)
+    monkeypatch.setattr(run, "Mined", lambda table, late: Mined(table, late=True))
+    current = run.build(config, print)
+    tables = []
+    for batch in batches(current, 3):
+        engine.train_step(current, *batch)
+        tables.append(current.table.classes.clone())
+    assert (tables[0] == -1).all() and not (tables[1] == -1).all() and not torch.equal(tables[2], tables[1])
+    current.mined.enter()
+    assert not torch.equal(current.table.classes, tables[2])
+    train_loop(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 7)
+        train_loop(config, tmp_path / "parts")
+    train_loop(config, tmp_path / "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+def test_the_first_interrupt_is_noted_the_second_stops_at_once_and_handlers_return() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), signals.noted() as noted:
+        assert noted.number == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_thread_leaves_signals_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def body() -> None:
+        with signals.noted() as noted:
+            seen.append((noted.number, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [(0, before)]
+
+
+def test_a_signal_saves_ends_with_its_code_and_the_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "data.source": "synthetic:30x8", "data.size": "16", "data.cache": str(tmp_path / "cache"), "dim": "8",
+        "optim.steps": "150", "optim.batch_size": "16", "optim.name": "adamw", "optim.lr": "1e-3", "log_every": "1",
+        "save_every": "1000", "device": "cpu",
+    }  # fmt: skip
+    arguments = ["train", *(part for name, value in options.items() for part in (f"--{name}", value))]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    stops = [0]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        said, ended = interrupted([*arguments, "--out", str(parts)], parts / folder.RECORDS, number)
+        stopped = checkpoint.load_latest(parts / folder.CHECKPOINTS)
+        assert ended == code and stopped is not None and stops[-1] < stopped.step < 150, said
+        assert f"{number.name}: stopped, with a checkpoint of step {stopped.step} of 150" in said
+        stops.append(stopped.step)
+    monkeypatch.setattr(run, "load_data", load_data)  # as the child reads them
+    monkeypatch.setattr(engine, "finish", lambda *_: None)
+    for where in (parts, whole):
+        assert cli.main([*arguments, "--out", str(where)]) == 0
+    assert_same_end(whole, parts, 150)
+    assert records(parts) == records(whole)
+
+
+def interrupted(arguments: list[str], records: Path, number: signal.Signals) -> tuple[str, int]:
+    """A process that gets the signal once it trains: what it says, and its exit code."""
+    before = records.stat().st_size if records.exists() else 0
+    command = [sys.executable, "-m", "fastmargin", *arguments]
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    child = subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < deadline:
+        if records.exists() and records.stat().st_size > before:
+            child.send_signal(number)
+            break
+        time.sleep(0.01)
+    said, _ = child.communicate(timeout=60)
+    return said, child.returncode
