@@ -1,7 +1,8 @@
 """The training run: loop, train_step; at its end, evaluation on identities never trained on.
 
-n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`. How a step moves the
-weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`.
+n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`. (With sampled classes
+and SGD a checkpoint brings late rows up to date, which rounds them: only a stop at a step of `save_every` is exact.)
+How a step moves the weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`.
 """
 
 import math
