@@ -20,7 +20,8 @@ from small_run import (  # noqa: F401 (fixtures, too)
     train_loop,
 )
 
-from fastmargin.driver import checkpoint, engine, folder, loader, run
+from fastmargin import checkpoint
+from fastmargin.driver import engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, ModelConfig, OptimConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

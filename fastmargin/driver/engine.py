@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
-from fastmargin import __version__
-from fastmargin.driver import checkpoint, folder, report, tensorboard
+from fastmargin import __version__, checkpoint
+from fastmargin.driver import folder, report, tensorboard
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.config import OptimConfig, TrainConfig
 from fastmargin.driver.data import Stored
@@ -30,6 +30,7 @@ from fastmargin.driver.loader import augmentation, batches
 from fastmargin.driver.run import Log, Run, build, learnt, restore, start_from, state, tensors
 from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
+from fastmargin.files import locked
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
 
@@ -44,7 +45,7 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
     None: config.model. It is given from Python alone, also to resume or to evaluate.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
-    damaged, and a loss that is no longer finite.
+    damaged, and a loss that is no longer finite; BlockingIOError if a run is training in the folder.
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # or a mistake, before any work
@@ -57,9 +58,10 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
         f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
         f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}"
     )
-    resume(run, where, log)
-    loop(run, where, log)
-    finish(run, where, log)
+    with locked(where):
+        resume(run, where, log)
+        loop(run, where, log)
+        finish(run, where, log)
     return where
 
 
