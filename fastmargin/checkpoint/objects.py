@@ -8,7 +8,6 @@ ranks takes up what any other wrote. A state_dict travels as JSON in which {"dic
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmargin.checkpoint.store import Checkpoint
@@ -31,7 +30,8 @@ def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[st
 
 
 def unpack(saved: Checkpoint, parts: Mapping[str, Any]) -> None:
-    """Brings each part to where `pack` found it; a head's weights are read in place, the rows it holds and no others.
+    """Brings each part to where `pack` found it; the weights of classes, and what their optimiser keeps, are read in
+    place, the rows held here and no others.
 
     ValueError for a part that the checkpoint has not, or that does not fit; parts before it have then been loaded.
     """
@@ -87,14 +87,14 @@ def decode(value: Any, saved: Checkpoint, part: Any) -> Any:
     return value
 
 
-@torch.no_grad()
 def rows_of(saved: Checkpoint, name: str, part: Any) -> Tensor:  # [C_local, d]
-    """The rows of the classes held here: a head's weight itself, filled."""
+    """The rows of the classes held here: a head's weight itself, or its optimiser's own tensor, filled."""
     head: ClassWeights = part if isinstance(part, ClassWeights) else part.head
     found, wanted = saved.tensors.shape(name), (head.num_classes, head.in_features)
     if found != wanted:
         raise ValueError(f"{name} is {[*found]}: want {[*wanted]}")
-    if part is not head:
-        return saved.tensors.rows(name, *head.class_range)
-    head._catch_up()  # else what an optimiser has left to do would be done to what is read
-    return saved.tensors.read_into(head.weight.detach(), name, head.class_range[0])
+    if part is head:
+        head._catch_up()  # else what an optimiser has left to do would be done to what is read
+        return saved.tensors.read_into(head.weight.detach(), name, head.class_range[0])
+    part.catch_up()
+    return saved.tensors.read_into(part.state_tensor(name.rpartition("/")[2]), name, head.class_range[0])
