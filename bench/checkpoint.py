@@ -1,9 +1,9 @@
 """Seconds and bytes of a checkpoint of a head of a million classes, d = 128, with momentum, by 1, 2 and 4 processes.
 
-`python bench/checkpoint.py [FOLDER]` writes there (or in a temporary folder), and prints the medians of three rounds, of
-the slowest rank, beside those of the bare `torch.save`, fsync and `torch.load` of the same tensors; and the most memory
-above that of head and optimiser, which mapped files are not counted to. Files are read from the page cache: a disk's own
-time comes on top.
+`python bench/checkpoint.py [FOLDER]` writes there (or in a temporary folder), and prints the medians of three rounds,
+of the slowest rank, beside those of the bare `torch.save`, fsync and `torch.load` of the same tensors; and the most
+memory above that of head and optimiser, mapped files not counted. Files are read from the page cache: a disk's own time
+comes on top.
 """
 
 import multiprocessing

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmargin as fm
@@ -121,6 +122,27 @@ def test_one_process_without_a_group_reads_it_too(written):
             unpack(saved, {"10 sgd": other})
     with pytest.raises(ValueError, match="has no 'heads': it has 1 sgd, 1 sgd classes, "):
         unpack(saved, {"heads": head})
+
+
+def test_what_an_optimiser_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
+    head = fm.MarginHead(5, 1009, fm.ArcFace(), sample_rate=0.1)
+    parts = {"classes": fm.optim.ClassSGD(head, 0.1, 0.9, 0.1), "head": head}
+
+    def step():
+        head(torch.randn(4, 5), torch.arange(4)).loss.backward()
+        parts["classes"].step()
+        parts["classes"].zero_grad()
+
+    step()
+    save(tmp_path, 1, *pack(parts))
+    kept = head.weight.detach().clone(), parts["classes"].state_tensor("momentum_buffer").clone()
+    for names in (("classes", "head"), ("head", "classes")):
+        step()
+        assert parts["classes"].seen is not None, "rows that sat out"
+        unpack(load_latest(tmp_path), {name: parts[name] for name in names})
+        parts["classes"].catch_up()
+        assert torch.equal(head.weight, kept[0])
+        assert torch.equal(parts["classes"].state_tensor("momentum_buffer"), kept[1])
 
 
 def test_what_is_no_tensor_or_json_is_refused_by_name():
@@ -312,8 +334,13 @@ def mistakes(folder, other):
     ):  # fmt: skip
         with refused(ValueError, message):
             save(folder, 2, numbers(2) | ({"rows": rows} if rank == 1 else {}), {}, group=group())
+    whole = distribute_tensor(torch.ones(3), init_device_mesh("cpu", (3,)))
+    with refused(ValueError, r"rank 2: whole is a DTensor: want its full_tensor\(\), or a Sharded"):
+        save(folder, 2, numbers(2) | {"whole": whole}, {}, group=group())
     with refused(ValueError, "rank 0: .*NaN|rank 0: Out of range"):
         save(folder, 2, numbers(2), {"loss": float("nan")}, group=group())
+    with refused(RuntimeError, "rank 0: Object of type object is not JSON serializable"):
+        save(folder, 2, numbers(2), {"loss": object()}, group=group())
     with refused(OSError, r"rank 2: .*other/step-00000002.tmp/rows-00002.safetensors was not written"):
         save(other if rank == 2 else folder, 2, numbers(2), {}, group=group())
     with refused(OSError, "rank 0: .* is in use by another run, process"), locked(folder) if rank == 0 else idle():

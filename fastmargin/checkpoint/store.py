@@ -62,8 +62,10 @@ def save(
     group: the ranks that save together; None: this process alone.
 
     Killed at any moment, on any rank, this leaves the checkpoints that were there, and at most a `.tmp` folder that the
-    next call removes. Raises OSError if the disk refuses or another process is saving there, ValueError for NaN in
-    `state` and for rows that are not the whole of a tensor, each once.
+    next call removes; only a step that is saved again is gone for an instant. Ranks wait for the slowest one's writing,
+    within the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if the disk refuses or
+    another process is saving there, ValueError for NaN in `state`, a DTensor, and rows that are not the whole of a
+    tensor, each once.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"

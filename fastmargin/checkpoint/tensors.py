@@ -3,9 +3,9 @@
 An entry of the manifest is {"dtype": "float32", "shape": [C, d], "parts": [[file, start, stop], ...]}: which file has
 which rows. A tensor without dimensions is a part of one row.
 
-torch.distributed.checkpoint's planner with its safetensors storage reads rows alone, too, but to save them it held them
-twice more in memory (984 MB above 488 MB of rows, two ranks, C = 1M, d = 128, with momentum; here nothing), fsyncs
-nothing, and raises what is no Exception.
+torch.distributed.checkpoint with its safetensors storage reads rows alone, too, but to save 488 MiB of rows it took 984
+MiB more (a rank of two, C = 1,000,000, d = 128, with momentum; here none), it fsyncs nothing, and its errors are no
+Exceptions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,9 +138,11 @@ class Tensors(Mapping[str, Tensor]):
 def split(
     tensors: Mapping[str, Tensor | Sharded], rank: int
 ) -> dict[str, dict[str, tuple[Tensor, int, list[int]]]]:  # {file: {name: (rows, start, shape of all)}}
-    """What this rank writes: its rows, and the first rank also what every rank has."""
+    """What this rank writes: its rows, and the first rank also what every rank has. ValueError for a DTensor."""
     files: dict[str, dict[str, tuple[Tensor, int, list[int]]]] = {}
     for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(f"{name} is a DTensor: want its full_tensor(), or a Sharded of its rows")
         if isinstance(tensor, Sharded):
             rows, start, total = tensor
             if len(rows):
