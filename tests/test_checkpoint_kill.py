@@ -15,7 +15,7 @@ from test_checkpoint_ranks import assert_numbers, group, numbers, save_numbers
 
 from fastmargin.checkpoint import MANIFEST, committed, load_latest, save, store
 
-RANKS, TIMEOUT = 3, timedelta(seconds=10)
+RANKS, TIMEOUT = 3, timedelta(seconds=5)
 POINTS = {  # where rank 0 is when the victim dies: before it calls this
     "before": "prepare",
     "mid-write": "write_tensors",  # the victim itself, with half a file written
