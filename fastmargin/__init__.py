@@ -30,7 +30,7 @@ _HOME = {
     ),
 }  # fmt: skip
 
-_MODULES = ("evaluation", "models", "optim")
+_MODULES = ("checkpoint", "compat", "evaluation", "models", "optim")
 
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 

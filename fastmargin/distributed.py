@@ -18,9 +18,9 @@ Bytes that a rank sends or receives in a step, for B rows of d float32 features 
 All calls are torch.distributed's public ones, made in the same order on every rank, and bound by the group's timeout.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from fastmargin.ops.nontarget_lse_portable import best
 
 Group: TypeAlias = dist.ProcessGroup
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,40 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
             f"the group has {group.size()} of {dist.get_world_size()} processes: want one of all, as shards have no "
             "replicas"
         )
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, dict(options), group=group)
+    everyones = gather_objects(dict(options), group)
     for rank, theirs in enumerate(everyones):
         for name, value in theirs.items():
             if value != everyones[0][name]:
                 raise ValueError(
                     f"{name} is {everyones[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
                 )
+
+
+def gather_objects(own: Any, group: Group | None) -> list[Any]:
+    """What every rank brings, in their order: small, and picklable."""
+    if group is None:
+        return [own]
+    everyones: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyones, own, group=group)
+    return everyones
+
+
+def together(action: Callable[[], T], group: Group | None) -> list[T]:
+    """What action() returns on every rank. Where it fails on one, all raise, and say which: OSError, ValueError as
+    there, RuntimeError for any other."""
+    if group is None:
+        return [action()]
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+    everyones = gather_objects((result, error and (kind, f"{error}")), group)
+    failures = [(rank, *failure) for rank, (_, failure) in enumerate(everyones) if failure]
+    if failures:
+        raise failures[0][1]("; ".join(f"rank {rank}: {said}" for rank, _, said in failures)) from error
+    return [result for result, _ in everyones]
 
 
 def is_replica(group: Group | None) -> bool:

@@ -1,8 +1,12 @@
 """Checkpoints: what is loaded is what was saved, or the one before it, never a mixture and never damage."""
 
 import contextlib
+import errno
+import fcntl
+import io
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmargin.driver import checkpoint
-from fastmargin.driver.checkpoint import MANIFEST, TENSORS, committed, load, load_latest, save, seal
+from fastmargin import checkpoint
+from fastmargin.checkpoint import MANIFEST, TENSORS, committed, load, load_latest, save, store
+from fastmargin.checkpoint.store import seal, step_of
+from fastmargin.files import locked, sha256
 
-STAGES = ("save_file", "sha256", "seal", "fsync", "forget")
+STAGES = ("write_tensors", "sha256", "seal", "rename", "forget")
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -70,7 +76,7 @@ def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
     """Fails at every call of every stage in turn; afterwards there is exactly step 1 or step 2."""
-    original = getattr(checkpoint, stage)
+    original = getattr(store, stage)
     for fatal_call in range(1, 5):
         folder = saved(tmp_path / f"{fatal_call}", 0, 1)
         calls = iter(range(1, 100))
@@ -85,7 +91,7 @@ def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
             return result
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(checkpoint, stage, dying)
+            patch.setattr(store, stage, dying)
             save(folder, 2, tensors(2), state(2))
             assert next(calls) <= fatal_call, "the fatal call was made, and survived"
         latest = load_latest(folder)
@@ -155,7 +161,7 @@ def test_retention_never_counts_what_was_refused_as_newer(tmp_path: Path) -> Non
     """Steps 1 and 2 stay loadable beside a damaged step 9."""
     flip(saved(tmp_path, 9) / "step-00000009" / TENSORS, 100)
     saved(tmp_path, 1, 2, 3)
-    assert [checkpoint.step_of(path) for path in committed(tmp_path)] == [2, 3, 9]
+    assert [step_of(path) for path in committed(tmp_path)] == [2, 3, 9]
     assert_is(load_latest(tmp_path), 3)
 
 
@@ -167,6 +173,10 @@ def test_links_are_refused(tmp_path: Path, target: str) -> None:
     latest = load_latest(tmp_path)
     assert_is(latest, 1)
     assert latest is not None and "symbolic link" in latest.warnings[0] and str(path) in latest.warnings[0]
+
+
+def altered_entry(**changes: object) -> dict[str, object]:
+    return {"tensors": {"w": {"dtype": "float32", "shape": [7, 5], "parts": [[TENSORS, 0, 7]]} | changes}}
 
 
 def resealed(folder: Path, **changes: object) -> Path:
@@ -185,7 +195,25 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"schema": 2}, {"step": 2}, {"files": {}}, {"files": []}, {"files": {TENSORS: 3}}, {"step": "1"}],
+    [
+        {"schema": 1},
+        {"step": 2},
+        {"step": "1"},
+        {"files": {}},
+        {"files": []},
+        {"files": {TENSORS: 3}},
+        {"tensors": []},
+        {"tensors": {"w": 3}},
+        altered_entry(dtype="load"),
+        altered_entry(dtype="float64"),
+        altered_entry(shape=[8, 5]),
+        altered_entry(shape=[-7, 5]),
+        altered_entry(shape=[7, 6]),
+        altered_entry(parts=[]),
+        altered_entry(parts=[["/etc/hostname", 0, 7]]),
+        altered_entry(parts=[[TENSORS, 0, 7], [TENSORS, 0, 7]]),
+        altered_entry(parts=[[TENSORS, 0, 7.0]]),
+    ],
 )
 def test_altered_manifests_are_value_errors(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="step-00000001"):
@@ -197,7 +225,7 @@ def test_a_pickle_in_the_place_of_the_tensors_is_never_run(tmp_path: Path) -> No
     crafted = b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR."
     folder = saved(tmp_path, 1) / "step-00000001"
     (folder / TENSORS).write_bytes(crafted)
-    files = {TENSORS: {"size": len(crafted), "sha256": checkpoint.sha256(folder / TENSORS)}}
+    files = {TENSORS: {"size": len(crafted), "sha256": sha256(folder / TENSORS)}}
     manifest = folder / MANIFEST
     manifest.write_bytes(seal({**json.loads(manifest.read_bytes())["body"], "files": files}))
     with pytest.raises(ValueError, match="step-00000001"):
@@ -209,4 +237,117 @@ def test_nan_in_the_state_is_refused_before_anything_is_committed(tmp_path: Path
     saved(tmp_path, 1)
     with pytest.raises(ValueError):
         save(tmp_path, 2, tensors(2), {"loss": float("nan")})
+    assert_is(load_latest(tmp_path), 1)
+
+
+def test_rows_are_read_into_place(tmp_path: Path) -> None:
+    latest = load_latest(saved(tmp_path, 1))
+    assert latest is not None
+    found, whole = latest.tensors, tensors(1)["w"]
+    assert found.shape("w") == (7, 5) and len(found) == 4
+    assert torch.equal(found.rows("w", 2, 6), whole[2:6])
+    out = torch.full((9, 5), torch.nan)
+    assert found.read_into(out[1:4], "w", 4).data_ptr() == out[1:].data_ptr()
+    assert torch.equal(out[1:4], whole[4:]) and out[[0, 4]].isnan().all()
+    found["w"].zero_()  # what is returned is the caller's
+    assert torch.equal(found["w"], whole)
+    assert found.rows("w", 7, 7).shape == (0, 5)
+    for rows in ((5, 8), (-1, 2)):
+        with pytest.raises(ValueError, match=r"w is torch.float32 \[7, 5\]: it has no rows"):
+            found.rows("w", *rows)
+    for out in (torch.empty(2, 5).double(), torch.empty(2, 4)):
+        with pytest.raises(ValueError, match=r"it has no rows 0 to 2 as torch.float"):
+            found.read_into(out, "w")
+
+
+@pytest.mark.parametrize("verify", ["size", "own", "all"])
+def test_what_is_verified(tmp_path: Path, verify: checkpoint.Verify) -> None:
+    file = saved(tmp_path, 1, 2) / "step-00000002" / TENSORS
+    flip(file, -1)
+    latest = load_latest(tmp_path, verify=verify)
+    assert latest is not None and latest.step == (2 if verify == "size" else 1)
+    file.write_bytes(file.read_bytes()[:-1])
+    latest = load_latest(tmp_path, verify=verify)
+    assert latest is not None and latest.step == 1 and f"{file}: " in latest.warnings[0]
+    with pytest.raises(ValueError, match="verify = 'none': want 'size', 'own' or 'all'"):
+        load_latest(tmp_path, verify="none")  # type: ignore[arg-type]
+
+
+def test_a_file_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    """Of the same format, right by the manifest's hash, with other tensors."""
+    folder = saved(tmp_path, 1) / "step-00000001"
+    store.write_tensors(folder / TENSORS, {"v": torch.ones(7, 5)})
+    files = {TENSORS: {"size": (folder / TENSORS).stat().st_size, "sha256": sha256(folder / TENSORS)}}
+    body = json.loads((folder / MANIFEST).read_bytes())["body"]
+    (folder / MANIFEST).write_bytes(seal({**body, "files": files}))
+    with pytest.raises(ValueError, match=r"step-00000001/tensors.safetensors: not readable, or without"):
+        load(folder)
+
+
+def test_a_pickle_beside_the_files_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, 1) / "step-00000001"
+    for name in (".metadata", "extra.pt", "data.pkl"):
+        (folder / name).write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR.")
+    opened: list[str] = []
+    original = io.open
+    monkeypatch.setattr(io, "open", lambda file, *how: opened.append(Path(file).name) or original(file, *how))
+    assert_is(load_latest(tmp_path), 1)
+    assert not (tmp_path / "ran").exists() and set(opened) == {TENSORS, MANIFEST}
+
+
+# ---------------------------------------------------------------------------------------------- disks and other runs
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow over 100 kB: what a full disk looks like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, small_files: None) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(OSError, match=r"step-00000002.tmp/tensors.safetensors was not written: .*too large"):
+        save(tmp_path, 2, {"w": torch.ones(200_000)}, {})
+    assert_is(load_latest(tmp_path), 1)
+    assert not list(tmp_path.glob("*.tmp")), "it would fill the disk further"
+    with pytest.raises(OSError, match=r"step-00000002.tmp/manifest.json was not written: .*too large"):
+        save(tmp_path, 2, {}, {"much": "a" * 200_000})
+    assert_is(load_latest(tmp_path), 1)
+    assert_is(load_latest(saved(tmp_path, 2)), 2)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so that the refusal is made."""
+    saved(tmp_path, 1)
+    original = Path.mkdir
+
+    def mkdir(self: Path, *args: object, **options: object) -> None:
+        if self.suffix == ".tmp":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        original(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*step-00000002.tmp"):
+        saved(tmp_path, 2)
+    assert_is(load_latest(tmp_path), 1)
+
+
+def test_two_runs_on_one_folder(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with locked(tmp_path), pytest.raises(BlockingIOError, match=rf"in use by another run, process {os.getpid()}: see"):
+        saved(tmp_path, 2)
+    assert_is(load_latest(tmp_path), 1)
+    assert_is(load_latest(saved(tmp_path, 2)), 2)
+
+
+def test_a_disk_that_knows_no_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="lock cannot be locked .*: nothing stops a second run"):
+        saved(tmp_path, 1)
     assert_is(load_latest(tmp_path), 1)

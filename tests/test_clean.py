@@ -11,7 +11,8 @@ import torch
 from samples import encoded, write_folder, write_tensors
 from torch import nn
 
-from fastmargin.driver import checkpoint, clean, cli, folder
+from fastmargin import checkpoint
+from fastmargin.driver import clean, cli, folder
 from fastmargin.driver.config import CleanConfig, DataConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

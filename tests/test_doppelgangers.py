@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from samples import pictures, write_folder
 
-from fastmargin.driver import checkpoint, cli, contact_sheet, doppelgangers, folder
+from fastmargin import checkpoint
+from fastmargin.driver import cli, contact_sheet, doppelgangers, folder
 from fastmargin.driver.config import DataConfig, HeadConfig, TrainConfig
 from fastmargin.driver.data import Identities
 from fastmargin.driver.datasets import load_data

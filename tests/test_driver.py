@@ -20,9 +20,11 @@ from small_run import (  # noqa: F401 (fixtures, too)
     train_loop,
 )
 
-from fastmargin.driver import checkpoint, engine, folder, loader, run
+from fastmargin import checkpoint
+from fastmargin.driver import engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, ModelConfig, TrainConfig
 from fastmargin.driver.optimizers import learning_rate
+from fastmargin.files import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,6 +195,13 @@ def test_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run, "load_data", lambda config, log: load_data(config, log, seed=1))
     with pytest.raises(ValueError, match="other images"):
         train_loop(SMALL, tmp_path)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    where = folder.claim(str(tmp_path), SMALL)
+    with locked(where), pytest.raises(BlockingIOError, match="is in use by another run, process"):
+        engine.train(SMALL, str(tmp_path), print)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:

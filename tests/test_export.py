@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastmargin.driver import checkpoint, cli, export, folder
+from fastmargin import checkpoint
+from fastmargin.driver import cli, export, folder
 from fastmargin.driver.backbone import build_backbone
 from fastmargin.driver.config import DataConfig, ModelConfig, TrainConfig
 from fastmargin.models import build_model

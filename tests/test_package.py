@@ -18,7 +18,7 @@ from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # a part imports from the lines above its own, and from itself
-    ("kernels", "_C"),
+    ("kernels", "_C", "files"),
     ("backends",),
     ("ops",),
     ("angles",),
@@ -27,7 +27,7 @@ LAYERS = (  # a part imports from the lines above its own, and from itself
     ("classes",),
     ("head", "losses", "mining", "evaluation", "models", "schedules"),
     ("optim",),
-    ("compat",),
+    ("checkpoint", "compat"),
     ("driver",),
     ("__main__",),
 )

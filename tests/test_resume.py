@@ -14,7 +14,8 @@ import torch
 from small_run import SMALL, batches, configured, records, small_data, stop_at, train_loop  # noqa: F401 (a fixture, too)
 from torch import nn
 
-from fastmargin.driver import checkpoint, cli, engine, folder, run, signals
+from fastmargin import checkpoint
+from fastmargin.driver import cli, engine, folder, run, signals
 from fastmargin.driver.config import HeadConfig, TrainConfig
 from fastmargin.driver.datasets import load_data
 from fastmargin.driver.mined import Mined

@@ -22,7 +22,8 @@ from small_run import (  # noqa: F401 (the fixtures hold here, too)
 )
 
 import fastmargin as fm
-from fastmargin.driver import checkpoint, cli, engine, folder, loader, run
+from fastmargin import checkpoint
+from fastmargin.driver import cli, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, TermConfig, TrainConfig
 from fastmargin.driver.terms import Terms
 from fastmargin.evaluation import class_distances

@@ -12,7 +12,8 @@ from small_run import SMALL, batches, configured, records, small_data, stop_at, 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmargin.driver import backbone, checkpoint, engine, folder, loader, run
+from fastmargin import checkpoint
+from fastmargin.driver import backbone, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, OptimConfig, TermConfig, TrainConfig
 from fastmargin.driver.optimizers import learning_rate, update_average
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastmargin.driver import checkpoint, folder
+from fastmargin import checkpoint
+from fastmargin.driver import folder
 from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Log
 from fastmargin.models import build_model

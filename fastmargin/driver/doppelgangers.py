@@ -7,9 +7,9 @@ plain layer a logit (Smirnov et al., Doppelganger Mining for Face Representation
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastmargin.checkpoint import part_of
 from fastmargin.driver import contact_sheet, folder
 from fastmargin.driver.backbone import newest
-from fastmargin.driver.checkpoint import part_of
 from fastmargin.driver.config import GLYPHS
 from fastmargin.driver.data import Log
 from fastmargin.driver.datasets import load_data

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
-from fastmargin import __version__
-from fastmargin.driver import checkpoint, folder, report, signals, tensorboard
+from fastmargin import __version__, checkpoint
+from fastmargin.driver import folder, report, signals, tensorboard
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Stored
@@ -31,6 +31,7 @@ from fastmargin.driver.optimizers import update_average
 from fastmargin.driver.run import DTYPES, Log, Run, build, learnt, restore, start_from, state, tensors
 from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
+from fastmargin.files import locked
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
 from fastmargin.sampling import key
@@ -46,7 +47,8 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
     None: config.model. It is given from Python alone, also to resume or to evaluate.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
-    damaged, and a loss or a gradient that is not finite. `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
+    damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is training in the folder.
+    `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # or a mistake, before any work
@@ -59,9 +61,10 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
         f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
         f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}"
     )
-    resume(run, where, log)
-    loop(run, where, log)
-    finish(run, where, log)
+    with locked(where):
+        resume(run, where, log)
+        loop(run, where, log)
+        finish(run, where, log)
     return where
 
 

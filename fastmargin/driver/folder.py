@@ -3,10 +3,11 @@
     config.json    the configuration; `--config RUN/config.json` repeats the run
     train.jsonl    one record per line, only ever appended to. A run that resumes repeats the steps since its
                    checkpoint: the later line of a step counts, and a line torn by a kill is passed over
-    checkpoints/   see `driver.checkpoint`
+    checkpoints/   see `fastmargin.checkpoint`
     report/        index.html, and the pictures in it as PNG
     tensorboard/   the records again, for whoever asks: see `driver.tensorboard`
     metrics.json   written when a run has been evaluated, last of all
+    lock           held by the process that trains, see `fastmargin.files`
 
 This module imports no torch: a mistake in `--out` is answered at once.
 """

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
+from fastmargin.checkpoint import Checkpoint, load, part_of
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone, check_factory, network_weights
-from fastmargin.driver.checkpoint import Checkpoint, load, part_of
 from fastmargin.driver.config import HeadConfig, TrainConfig, require
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
@@ -236,15 +236,15 @@ def start_from(run: Run, path: Path, log: Log) -> None:
     """Takes the weights alone from a checkpoint of another run: the network's, and where that run was trained on the
     same images, the head's and what its terms hold that this run has too. ValueError for weights of other shapes.
     """
-    step, saved, its_state = load(path)
-    same = its_state["data"] == run.train.fingerprint
+    saved = load(path)
+    same = saved.state["data"] == run.train.fingerprint
     try:
         for network in {run.model, run.network}:
-            network.load_state_dict(network_weights(saved))
+            network.load_state_dict(network_weights(saved.tensors))
         if same:
-            run.head.load_state_dict(part_of(saved, "head"))
-            run.terms.load_state_dict(part_of(saved, "terms"), strict=False)
+            run.head.load_state_dict(part_of(saved.tensors, "head"))
+            run.terms.load_state_dict(part_of(saved.tensors, "terms"), strict=False)
     except RuntimeError as error:
         raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error
     others = "" if same else "; it saw other images, so head and terms start afresh"
-    log(f"weights of step {step} of {path}{others}")
+    log(f"weights of step {saved.step} of {path}{others}")

@@ -1,0 +1,77 @@
+"""SIGKILL of a rank during a save: the next load is the last complete step, to the bit, and saving goes on."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from test_checkpoint_ranks import assert_numbers, group, numbers, save_numbers
+
+from fastmargin.checkpoint import MANIFEST, committed, load_latest, save, store
+
+RANKS, TIMEOUT = 3, timedelta(seconds=5)
+POINTS = {  # where rank 0 is when the victim dies: before it calls this
+    "before": "prepare",
+    "mid-write": "write_tensors",  # the victim itself, with half a file written
+    "before the manifest": "write_manifest",
+    "before the rename": "rename",
+    "after the rename": "forget",
+    "during retention": "rmtree",  # an old folder half removed
+}
+CASES = [(point, victim) for point in POINTS for victim in (0, random.Random(point).choice((1, 2)))]
+
+
+def die(folder, point, victim):
+    """Saves step 3, and lets the victim die at the point. Survivors say what they saw."""
+    processes = [None] * RANKS
+    dist.all_gather_object(processes, os.getpid())
+    rank, name = dist.get_rank(), POINTS[point]
+    place = shutil if name == "rmtree" else store
+    original = getattr(place, name)
+
+    def fatal(first, *others, **options):
+        if name == "write_tensors":
+            original(first, *others)
+            os.truncate(first, first.stat().st_size // 2)
+        elif name == "rmtree":
+            (first / MANIFEST).unlink()
+        os.kill(processes[victim], signal.SIGKILL)
+        setattr(place, name, original)
+        return original(first, *others, **options)
+
+    if rank == (victim if name == "write_tensors" else 0):
+        setattr(place, name, fatal)
+    try:
+        save(folder, 3, numbers(3), {"at": 3}, group=group())
+    finally:
+        setattr(place, name, original)
+
+
+@pytest.mark.parametrize(("point", "victim"), CASES)
+def test_the_next_load_is_the_last_complete_step(ranks, tmp_path, point, victim):
+    ranks(RANKS, save_numbers, tmp_path, 1, 2)
+    pool = Ranks(RANKS)
+    try:
+        pool.send(RANKS, die, tmp_path, point, victim, timeout=TIMEOUT)
+        for rank in range(RANKS):
+            with pytest.raises(EOFError) if rank == victim else contextlib.nullcontext():
+                assert isinstance(pool.result(rank), RuntimeError), "a survivor hears of it"
+    finally:
+        pool.close()
+    saved = load_latest(tmp_path)
+    assert_numbers(saved, int(committed(tmp_path)[-1].name[-1]))
+    assert saved.warnings == []
+    if point in ("before", "mid-write"):
+        assert saved.step == 2
+    elif victim == 0:
+        assert saved.step == (3 if point in ("after the rename", "during retention") else 2)
+    ranks(RANKS - 1, save_numbers, tmp_path, 4)  # the lock of the dead is no obstacle, nor is what it left
+    assert_numbers(load_latest(tmp_path), 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", saved.path.name, "step-00000004"}
+    assert torch.equal(load_latest(tmp_path).tensors["rows"], torch.arange(21.0).view(7, 3) + 400)
