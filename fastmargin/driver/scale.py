@@ -114,9 +114,9 @@ def report(p: Plan) -> str:
         out += listing("sent by a rank in a step, MB", {name: f"{size / 1e6:,.3g}" for name, size in traffic.items()})
         out.append(f"  {sum(traffic.values()) / 1e6:,.3g} MB; as many are received")
     out += listing(
-        "head step of a rank, ms", {f"{n}: {part.bound}": milliseconds(part.seconds) for n, part in parts.items()}
+        "step of the head alone, ms", {f"{n}: {part.bound}": milliseconds(part.seconds) for n, part in parts.items()}
     )
-    out.append(f"  {milliseconds(time)} in all, most of it bound by: {plan.bound(p)}; {p.rows / time:,.0f} rows/s, head alone")
+    out.append(f"  {milliseconds(time)} in all, most of it bound by: {plan.bound(p)}; {p.rows / time:,.0f} rows/s")
     out += listing("PartialFC at the same settings, GB", {n: gigabytes(size) for n, size in theirs.items() if size})
     out.append(f"  {verdict(p, theirs, plan.smallest(p, plan.partial_fc))}")
     return "\n".join(out)
