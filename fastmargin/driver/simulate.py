@@ -72,48 +72,85 @@ def ranks_in_turn(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
 ) -> tuple[Result, dict[str, float]]:  # and the bytes that the first rank would send, by collective
-    N, b, margin = p.gpus, p.batch, ArcFace()
+    N, margin = p.gpus, ArcFace()
     shards = [chunks(p.classes, dist.ProcessGroup(rank, N)) for rank in range(N)]  # type: ignore[call-arg]
     f = f.clone().requires_grad_()
     norms = f.norm(dim=1)
     x = margin.s * f / norms[:, None]
-    parts, lists = [], []
-    for classes in shards:
-        rest, target, values, found = local(x.detach(), classes.own(w), y, classes, p.topk)
-        parts.append(torch.stack((rest, target), 1))
-        lists.append(pack_lists(values, found))
-    rest, target = (t.requires_grad_() for t in merge_parts(torch.stack(parts)))
-    scores, mined = merge_lists(torch.stack(lists), p.topk, x.dtype)
+    parts, lists = forward(shards, x.detach(), w, y, p.topk)
+    rest, target = (t.requires_grad_() for t in merge_parts(parts))
+    scores, mined = merge_lists(lists, p.topk, x.dtype)
     loss = -F.logsigmoid(margin.s * margin(target / margin.s, norms.detach(), y) - rest)
     d_rest, d_target = torch.autograd.grad((N / p.rows * loss).sum(), (rest, target))
-    dws, dx = [], torch.zeros_like(x)
-    for classes, part in zip(shards, parts, strict=True):
-        leaf, own = x.detach().requires_grad_(), classes.own(w).clone().requires_grad_()
-        rest_here, target_here, *_ = local(leaf, own, y, classes, 0)
-        upstream = shard_gradients(part[:, 0], rest.detach(), d_rest, d_target, N)
-        torch.autograd.backward((rest_here, target_here), upstream)
-        assert leaf.grad is not None and own.grad is not None
-        dws.append(own.grad)
-        dx += leaf.grad
+    back = torch.stack((d_rest, d_target, rest.detach()), 1)
+    dx, dw = backward(shards, x.detach(), w, y, parts[..., 0], back)
     x.backward(N * dx)
     assert f.grad is not None
-    scores = scores / margin.s
-    gradients = torch.stack((d_rest, d_target, rest.detach()), 1)
+    result = Result(loss.detach(), scores / margin.s, mined, f.grad / N, dw)
+    return result, messages(p, x, y, parts, lists, back, dx, result)
+
+
+def forward(
+    shards: list[Layout],
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    k: int,
+) -> tuple[Tensor, Tensor]:  # (rest, target) [N, B, 2], lists [N, B, 3 k]
+    parts, lists = [], []
+    for classes in shards:
+        rest, target, values, found = local(x, classes.own(w), y, classes, k)
+        parts.append(torch.stack((rest, target), 1))
+        lists.append(pack_lists(values, found))
+    return torch.stack(parts), torch.stack(lists)
+
+
+def backward(
+    shards: list[Layout],
+    x: Tensor,  # [B, d]
+    w: Tensor,  # [C, d]
+    y: Tensor,  # [B]
+    rests: Tensor,  # [N, B]
+    back: Tensor,  # [B, 3] d_rest, d_target, rest over all classes
+) -> tuple[Tensor, Tensor]:  # the sum of the ranks' dx [B, d], dw [C, d]
+    dx, dw = torch.zeros_like(x), torch.empty_like(w)
+    d_rest, d_target, merged = back.unbind(1)
+    for classes, rest in zip(shards, rests, strict=True):
+        leaf, own = x.clone().requires_grad_(), classes.own(w).clone().requires_grad_()
+        outputs = local(leaf, own, y, classes, 0)[:2]
+        torch.autograd.backward(outputs, shard_gradients(rest, merged, d_rest, d_target, len(shards)))
+        assert leaf.grad is not None and own.grad is not None
+        dx += leaf.grad
+        classes.own(dw).copy_(own.grad)
+    return dx, dw
+
+
+def messages(
+    p: Plan,
+    x: Tensor,  # [B, d]
+    y: Tensor,  # [B]
+    parts: Tensor,  # [N, B, 2]
+    lists: Tensor,  # [N, B, 3 k]
+    back: Tensor,  # [B, 3]
+    dx: Tensor,  # [B, d]
+    result: Result,
+) -> dict[str, float]:
+    """Bytes that the first rank sends: its rows to all others, or to each other its rows."""
+    b = p.batch
+
+    def to_all(*rows: Tensor) -> float:  # [B, ...] each
+        return float((p.gpus - 1) * sum(t[:b].nbytes for t in rows))
+
     sent = {
-        "labels, all-gather": to_others(N, y[:b]),
-        "rows, all-gather": to_others(N, x[:b]),
-        "parts, all-to-all": float(parts[0][b:].nbytes),
-        "lists, all-to-all": float(lists[0][b:].nbytes),
-        "gradients, all-gather": to_others(N, gradients[:b]),
+        "labels, all-gather": to_all(y),
+        "rows, all-gather": to_all(x),
+        "parts, all-to-all": float(parts[0, b:].nbytes),
+        "lists, all-to-all": float(lists[0, b:].nbytes),
+        "gradients, all-gather": to_all(back),
         "dx, reduce-scatter": float(dx[b:].nbytes),
-        "mined table, all-gather": to_others(N, y[:b], mined[:b], scores[:b]),
+        "mined table, all-gather": to_all(y, result.classes, result.scores),
     }
-    sent = {name: size for name, size in sent.items() if size}
-    return Result(loss.detach(), scores, mined, f.grad / N, torch.cat(dws)), sent
-
-
-def to_others(ranks: int, *own: Tensor) -> float:  # [b, ...] each
-    return float((ranks - 1) * sum(t.nbytes for t in own))
+    return {name: size for name, size in sent.items() if size}
 
 
 def distance(got: Tensor, want: Tensor) -> float:
