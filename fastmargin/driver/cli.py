@@ -11,7 +11,6 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -221,6 +220,14 @@ def clean(given: Any) -> None:
     cleaning.clean(where, out, config, log)
 
 
+def plan(given: Any) -> None:
+    scale.run_plan(given, log)
+
+
+def simulate(given: Any) -> None:
+    scale.run_simulate(given, log)
+
+
 def info(_: Any) -> None:
     from fastmargin import backends
 
@@ -233,7 +240,7 @@ COMMANDS = {
     "export": export,
     "doppelgangers": doppelgangers,
     "clean": clean,
-    "plan": partial(scale.run_plan, log=log),
-    "simulate": partial(scale.run_simulate, log=log),
+    "plan": plan,
+    "simulate": simulate,
     "info": info,
 }
