@@ -256,11 +256,10 @@ class MergeShards(torch.autograd.Function):
         target: Tensor,  # [B]
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:  # [b], [b]
-        rests, targets = to_owners(torch.stack((rest, target), 1), layout).unbind(2)
-        merged = rests.logsumexp(0)
+        merged, total = merge_parts(to_owners(torch.stack((rest, target), 1), layout))
         ctx.save_for_backward(rest, merged)
         ctx.layout = layout
-        return merged, targets.sum(0)
+        return merged, total
 
     @staticmethod
     @once_differentiable
@@ -271,9 +270,25 @@ class MergeShards(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:  # [B], [B]
         rest, merged = ctx.saved_tensors
         d_rest, d_target, merged = all_gather(torch.stack((d_rest, d_target, merged), 1), ctx.layout).unbind(1)
-        share = torch.where(rest == -torch.inf, 0.0, (rest - merged).exp())
-        ranks = len(ctx.layout.sizes)
-        return d_rest * share / ranks, d_target / ranks, None
+        return *shard_gradients(rest, merged, d_rest, d_target, len(ctx.layout.sizes)), None
+
+
+def merge_parts(parts: Tensor) -> tuple[Tensor, Tensor]:  # [N, b, 2] -> [b], [b]
+    """rest and target over all classes, from those of every rank."""
+    rests, targets = parts.unbind(2)
+    return rests.logsumexp(0), targets.sum(0)
+
+
+def shard_gradients(
+    rest: Tensor,  # [B] over this rank's classes
+    merged: Tensor,  # [B] over all
+    d_rest: Tensor,  # [B] of the merged
+    d_target: Tensor,  # [B]
+    ranks: int,
+) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """The gradients of this rank's rest and target."""
+    share = torch.where(rest == -torch.inf, 0.0, (rest - merged).exp())
+    return d_rest * share / ranks, d_target / ranks
 
 
 def merge_shards(
@@ -298,12 +313,21 @@ def merge_topk(
     k = values.shape[1]
     if k == 0:
         return layout.own(values), layout.own(classes)
-    words = torch.cat([t.contiguous().view(torch.int32) for t in (values, classes)], 1)
-    parts = to_owners(words, layout).transpose(0, 1)  # [b, N, .]: ranks in the order of their classes, as `best` wants
-    own = [
-        part.clone(memory_format=torch.contiguous_format) for part in parts.split((words.shape[1] - 2 * k, 2 * k), 2)
-    ]
-    return best(own[0].view(values.dtype).flatten(1), own[1].view(torch.int64).flatten(1), k)
+    return merge_lists(to_owners(pack_lists(values, classes), layout), k, values.dtype)
+
+
+def pack_lists(values: Tensor, classes: Tensor) -> Tensor:  # [B, k], [B, k] int64 -> [B, 3 k] int32 (4 k of float64)
+    return torch.cat([t.contiguous().view(torch.int32) for t in (values, classes)], 1)
+
+
+def merge_lists(
+    lists: Tensor,  # [N, b, 3 k] int32, ranks in the order of their classes, as `best` wants
+    k: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]
+    parts = lists.transpose(0, 1).split((lists.shape[2] - 2 * k, 2 * k), 2)
+    values, classes = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return best(values.view(dtype).flatten(1), classes.view(torch.int64).flatten(1), k)
 
 
 class OwnClasses(torch.autograd.Function):

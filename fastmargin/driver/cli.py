@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, doppelgangers, clean, info.
+"""The command line: train, evaluate, export, doppelgangers, clean, plan, simulate, info.
 
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from fastmargin import __version__
-from fastmargin.driver import folder
+from fastmargin.driver import folder, scale
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict, require
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -56,6 +56,16 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", export_parser(), help="write a run's network as safetensors, .pt2 and ONNX")
     commands.add_subcommand("doppelgangers", doppelgangers_parser(), help="list the look-alikes a run has mined")
     commands.add_subcommand("clean", clean_parser(), help="list images and identities of a data set to look at")
+    planning = new_parser(
+        description="Memory, wire and time of a head of any size: estimates by formula.",
+        epilog="Example: fastmargin plan --classes 1e8 --gpus 64 --sample-rate 0.1",
+    )
+    commands.add_subcommand("plan", scale.plan_options(planning), help="size a head before renting machines for it")
+    simulating = new_parser(
+        description="The shards of N ranks, one after another, against one process.",
+        epilog="Example: fastmargin simulate --ranks 64 --classes 1000 --dim 16",
+    )
+    commands.add_subcommand("simulate", scale.simulate_options(simulating), help="check the arithmetic of N ranks")
     informing = new_parser(
         description="What is installed, and what can run on this machine.", epilog="Example: fastmargin info"
     )
@@ -210,6 +220,14 @@ def clean(given: Any) -> None:
     cleaning.clean(where, out, config, log)
 
 
+def plan(given: Any) -> None:
+    scale.run_plan(given, log)
+
+
+def simulate(given: Any) -> None:
+    scale.run_simulate(given, log)
+
+
 def info(_: Any) -> None:
     from fastmargin import backends
 
@@ -222,5 +240,7 @@ COMMANDS = {
     "export": export,
     "doppelgangers": doppelgangers,
     "clean": clean,
+    "plan": plan,
+    "simulate": simulate,
     "info": info,
 }
