@@ -325,7 +325,8 @@ def mistakes(folder, other):
         save(folder, 2, wrong, {}, group=group())
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(folder.glob("*.tmp"))
+    if rank == 0:  # others may already see the next
+        assert not list(folder.glob("*.tmp"))
 
     for rows, message in (
         (Sharded(torch.zeros(3, 3), 2, 7), r"rank 0: rows \[7, 3\] has the rows .*\(2, 5\), \(6, 7\)\]: want all"),
