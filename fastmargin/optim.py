@@ -171,10 +171,10 @@ class ClassSGD(ClassOptimizer):
         scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
             finite keep their weight and state; the step counts all the same, and rows that sat out go on as ever.
             Without in_backward, scaler.step(optimizer) does so for all rows of a step if one gradient is not finite.
-        shadow: on a GPU, with in_backward=True, a compute_dtype and all classes: the step writes the rounded operands
-            of the weights as well, 2 bytes a number more, and the next forward and backward passes read them in the
-            place of the weights, to the same results. After any other write to the weight they are made anew; a write
-            through `.data`, or between replays of a CUDA graph, is not seen. Has not run on a GPU.
+        shadow: on a GPU, with in_backward=True, a compute_dtype and all classes: the step writes the rounded weights as
+            well, 2 bytes a number more, and the next forward and backward passes need not round them, to the same
+            results. After any other write to the weight they are made anew; one into `weight.data`, or between replays
+            of a CUDA graph, is not seen. Has not run on a GPU.
 
     Raises:
         ValueError: options out of range, or a shadow where none can be kept. RuntimeError: a second forward or backward

@@ -3,12 +3,13 @@
     o_j = w_j power_j, rounded to 16 bits;    power_j factor_j = 1 / ||w_j||, or 1 where weights are not normalised
 
 Without one, the forward pass and the backward pass each read w, take norms and round. The step that a backward pass
-makes has every new row at hand and writes its o, power and factor too, so that the next passes read them: 2 bytes a
-number in the place of 4. They are the numbers that those passes would have made, bit for bit.
+makes has every new row at hand and writes its o, power and factor too: the products of the next passes read these. The
+forward pass then reads 2 bytes a number and not 4; the backward pass reads o, and w for the projection and the step.
+They are the numbers that those passes would have made, bit for bit.
 
 A shadow holds for the memory, the version and the rounding of the weights it was made of. After any other write that
-autograd counts (copy_, load_state_dict, imprint; not one through `.data`) the next pass makes it anew. It is no state
-of an optimiser, and is never saved. Letters: C classes, d features.
+autograd counts (copy_, load_state_dict, imprint; not one into `weight.data`) the next pass makes it anew. It is no part
+of an optimiser's state, and is never saved. Letters: C classes, d features.
 """
 
 from collections.abc import Callable
