@@ -10,6 +10,7 @@ fastest. --device cpu is for trying the script out.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ import torch
 from arcface import Loss, Prepare, head
 from torch import Tensor
 
-from fastmargin import ArcFace, NormFace
+from fastmargin import ArcFace, MarginHead, NormFace, optim
 from fastmargin.backends import describe, native_can_run
 
 SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
@@ -57,6 +58,24 @@ def liger(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
     return run
 
 
+def in_backward(**options: Any) -> Prepare:
+    """A whole step, made in the backward pass and ended by the next; peaks leave out its momentum and its shadow."""
+
+    def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
+        model = MarginHead(1, len(w), ArcFace(arcface.S, arcface.M), compute_dtype=BF16, backend="native")
+        model.weight = w
+        rate = 0.0  # the weights are the next contestant's too
+        optimizer = optim.ClassSGD(model, rate, 0.9, 5e-4, in_backward=True, **options)
+
+        def run() -> Tensor:
+            optimizer.step()
+            return model(f, y).loss
+
+        return run
+
+    return prepare
+
+
 def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
     margin = ArcFace(arcface.S, arcface.M)
     yield "eager", arcface.eager
@@ -74,6 +93,9 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
         for k in (0, 10):
             name = f"fastmargin {backend}, bfloat16" + (f", k = {k}" if k else "")
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
+    if "native" in backends:
+        yield "fastmargin native, bfloat16, ClassSGD in backward", in_backward()
+        yield "fastmargin native, bfloat16, ClassSGD in backward, shadow", in_backward(shadow=True)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
 
 
@@ -179,6 +201,7 @@ def attempt(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> Any:
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
+        gc.collect()  # a head and its optimiser know each other
         if given[0].is_cuda:
             torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
-"""Small steps on a GPU by our own kernels, for a sanitizer to watch: several waves, ragged sizes, rows, bias, pairs."""
+"""Small steps on a GPU by our own kernels, for a sanitizer: several waves, ragged sizes, rows, bias, steps, pairs."""
 
 import torch
 
-from fastmargin import nontarget_lse, pairwise_potential
+from fastmargin import ArcFace, MarginHead, nontarget_lse, optim, pairwise_potential
 
 
 def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
@@ -15,6 +15,16 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
         x, w, y, bias=bias, rows=rows, normalize_weight=not plain, topk=3, **options
     )
     (rest.sum() - target.sum() + values.sum()).backward()
+    torch.cuda.synchronize()
+
+
+def class_step(B: int, d: int, C: int, **options: object) -> None:
+    """Two steps made in the backward pass; the second reads the shadow that the first has written."""
+    head = MarginHead(d, C, ArcFace(), backend="native", **options).cuda()
+    optimizer = optim.ClassSGD(head, 0.1, 0.9, 5e-4, in_backward=True, shadow=True)
+    for _ in range(2):
+        head(torch.randn(B, d, device="cuda"), torch.randint(0, C, (B,), device="cuda")).loss.backward()
+        optimizer.step()
     torch.cuda.synchronize()
 
 
@@ -31,5 +41,7 @@ if __name__ == "__main__":
     for compute_dtype in (None, torch.bfloat16, torch.float16):
         for plain in (False, True):
             step(513, 41, 40_001, plain, compute_dtype=compute_dtype, backend="native")
+    class_step(513, 41, 40_001, compute_dtype=torch.bfloat16)
+    class_step(5, 531, 1_001, compute_dtype=torch.float16)
     pair_step(513, 16_501, 41, kind="inverse", backend="native")
     pair_step(513, 16_501, 41, kind="hinge", margin=50.0, b_weight=torch.rand(16_501, device="cuda"), backend="native")

@@ -46,6 +46,10 @@ inline void refuse(const std::optional<at::Tensor>& bend, int64_t pool) {
   TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
 }
 
+inline void refuse_shadow(const std::optional<at::Tensor>& operands, const std::optional<at::Tensor>& scales) {
+  TORCH_CHECK_VALUE(!operands && !scales, "a shadow of the weights (operands, scales) is for GPUs");
+}
+
 inline void check_rows(const at::Tensor& rows /* [n] contiguous */, int64_t classes) {
   const int64_t* r = rows.const_data_ptr<int64_t>();
   for (int64_t j = 0; j < rows.size(0); ++j)

@@ -13,8 +13,8 @@ TORCH_LIBRARY(fastmargin, m) {
   m.def(
       "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
       "normalize_weight, "
-      "int pool, int topk, ScalarType? compute_dtype, bool want_a) -> (Tensor rest, Tensor topk_values, "
-      "Tensor topk_classes, Tensor a)");
+      "int pool, int topk, ScalarType? compute_dtype, bool want_a, Tensor? operands=None, Tensor? scales=None) -> "
+      "(Tensor rest, Tensor topk_values, Tensor topk_classes, Tensor a)");
   m.def(
       "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
       "normalize_weight, "
@@ -26,11 +26,12 @@ TORCH_LIBRARY(fastmargin, m) {
       "normalize_weight, "
       "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor "
       "d_target, "
-      "Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, Tensor? grad_scale) "
-      "-> (Tensor dx, Tensor db)");
+      "Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, Tensor? grad_scale, "
+      "Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> (Tensor dx, Tensor db)");
   m.def(
       "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? rows, str rule, float[] hyper, Tensor? "
       "grad_scale) -> ()");
+  m.def("class_operands(Tensor w, bool normalize_weight, Tensor(a!) operands, Tensor(b!) scales) -> ()");
   m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()");
   m.def(
       "pairwise_potential_fwd(Tensor a, Tensor? b, Tensor a_ids, Tensor? b_ids, Tensor? b_weight, str kind, float "

@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmargin.backends import pick
+from fastmargin.backends import HALVES, pick
 from fastmargin.distributed import is_replica
 from fastmargin.head import MarginHead
 from fastmargin.ops.class_update import IMPLS, Step
+from fastmargin.ops.nontarget_lse import IMPLS as LSE
+from fastmargin.ops.shadow import Shadow
 
 HISTORY = 1024  # steps after which all rows are brought up to date, so that the list of products stays short
 
@@ -39,14 +41,19 @@ class ClassOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step leaves grad_scale and found_inf here, and waits for neither
 
-    def __init__(self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any) -> None:
+    def __init__(
+        self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any, shadow: bool
+    ) -> None:
         if not isinstance(head, MarginHead):
             raise ValueError(f"head is a {type(head).__name__}: want a MarginHead")
         if scaler is not None and not in_backward:
             raise ValueError("scaler is for in_backward=True; without it, call scaler.step(optimizer)")
         if in_backward and is_replica(head.classes.group):
             raise ValueError("in_backward=True with a head that other processes hold too: want MarginHead(group=...)")
+        if shadow:
+            check_shadow(head, in_backward)
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
+        self.shadow = Shadow() if shadow else None
         self.stage = "ready"  # then "forward", and "backward" where the weights have moved
         super().__init__([head.weight], defaults)
         head._catch_up()  # with what another one has left to do
@@ -164,9 +171,14 @@ class ClassSGD(ClassOptimizer):
         scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
             finite keep their weight and state; the step counts all the same, and rows that sat out go on as ever.
             Without in_backward, scaler.step(optimizer) does so for all rows of a step if one gradient is not finite.
+        shadow: on a GPU, with in_backward=True, a compute_dtype and all classes: the step writes the rounded weights as
+            well, 2 bytes a number more, and the next forward and backward passes need not round them, to the same
+            results. After any other write to the weight they are made anew; one into `weight.data`, or between replays
+            of a CUDA graph, is not seen. Has not run on a GPU.
 
     Raises:
-        ValueError: options out of range. RuntimeError: a second forward or backward pass before `step()`.
+        ValueError: options out of range, or a shadow where none can be kept. RuntimeError: a second forward or backward
+            pass before `step()`.
     """
 
     def __init__(
@@ -179,6 +191,7 @@ class ClassSGD(ClassOptimizer):
         nesterov: bool = False,
         in_backward: bool = False,
         scaler: Any = None,
+        shadow: bool = False,
     ) -> None:
         check_range("lr", lr, 0, math.inf)
         check_range("momentum", momentum, 0, 1)
@@ -186,7 +199,7 @@ class ClassSGD(ClassOptimizer):
         if nesterov and momentum == 0:
             raise ValueError("nesterov=True with momentum = 0: want a momentum above 0")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(head, defaults, in_backward, scaler)
+        super().__init__(head, defaults, in_backward, scaler, shadow)
         self.forget()
 
     def forget(self) -> None:
@@ -250,13 +263,15 @@ class ClassAdamW(ClassOptimizer):
         *,
         in_backward: bool = False,
         scaler: Any = None,
+        shadow: bool = False,
     ) -> None:
         check_range("lr", lr, 0, math.inf)
         check_range("betas[0]", betas[0], 0, 1)
         check_range("betas[1]", betas[1], 0, 1)
         check_range("eps", eps, 0, math.inf)
         check_range("weight_decay", weight_decay, 0, math.inf)
-        super().__init__(head, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), in_backward, scaler)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(head, defaults, in_backward, scaler, shadow)
 
     def next_step(self) -> Step:
         group, t = self.param_groups[0], self.state[self.weight].get("step", 0) + 1
@@ -264,6 +279,19 @@ class ClassAdamW(ClassOptimizer):
         hyper = [lr, decay, beta1, beta2, eps, 1 - beta1**t, math.sqrt(1 - beta2**t)]
         state = [self.state_tensor("exp_avg"), self.state_tensor("exp_avg_sq")]
         return Step(state, "adamw", [float(h) for h in hyper], None)
+
+
+def check_shadow(head: MarginHead, in_backward: bool) -> None:
+    """Raises ValueError where no shadow of the class weights can be kept."""
+    backend = pick(LSE, head.weight, head.backend)
+    for met, given, wanted in (
+        (in_backward, "in_backward=False", "in_backward=True, whose step writes it"),
+        (head.compute_dtype in HALVES, f"compute_dtype = {head.compute_dtype}", "torch.bfloat16 or torch.float16"),
+        (head.sample_rate == 1, f"sample_rate = {head.sample_rate}", "1.0: all classes"),
+        (LSE[backend].keeps_shadow(head.weight), f"the {backend} backend on {head.weight.device}", "native on a GPU"),
+    ):
+        if not met:
+            raise ValueError(f"shadow=True with {given}: want {wanted}")
 
 
 def check_range(name: str, given: float, low: float, high: float) -> None:

@@ -85,8 +85,9 @@ def emulated(emulated_ops):
         "fwd": ops.nontarget_lse_fwd.default,
         "bwd": ops.nontarget_lse_bwd.default,
         "bwd_update": ops.nontarget_lse_bwd_update.default,
+        "operands": ops.class_operands.default,
     }
-    IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES)
+    IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES, is_float32)
     updates = {"update": ops.class_update.default, "catch_up": ops.class_catch_up.default}
     others = {
         target_logit: {"fwd": ops.target_logit.default},

@@ -152,8 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
                                                              const optional<Tensor>& rows,  // [n]
                                                              const optional<Tensor>& bend,  // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool want_a) {
+                                                             optional<at::ScalarType> compute_dtype, bool want_a,
+                                                             const optional<Tensor>& operands,
+                                                             const optional<Tensor>& scales) {
   refuse(bend, pool);
+  refuse_shadow(operands, scales);
   check_compute(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);

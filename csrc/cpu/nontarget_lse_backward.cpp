@@ -257,8 +257,10 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
                                                     bool need_dx, bool need_db,
                                                     at::TensorList state,  // [C, d] each, changed
                                                     c10::string_view rule, at::ArrayRef<double> hyper,
-                                                    const optional<Tensor>& grad_scale /* [] */) {
+                                                    const optional<Tensor>& grad_scale,  // []
+                                                    const optional<Tensor>& operands, const optional<Tensor>& scales) {
   refuse(bend, pool);
+  refuse_shadow(operands, scales);
   check_compute(x.scalar_type(), compute_dtype);
   const Operands o = checked(x, w, y, bias, rows, normalize_weight);
   const Saved saved = checked_saved(o, rest, topk_classes, a, d_rest, d_target, d_topk, need_dx);

@@ -1,7 +1,9 @@
-// Optimiser steps of class weights on a GPU: a warp a class. The rules are in csrc/class_update.h.
+// Optimiser steps of class weights on a GPU: a warp a class. The rules are in csrc/class_update.h. Where a shadow of
+// the weights is kept (fastmargin/ops/shadow.py), the step writes it too, in the same pass over the row.
 #include "block.cuh"
 #include "classes.cuh"
 #include "launch.h"
+#include "operand.cuh"
 
 namespace fastmargin {
 namespace {
@@ -10,21 +12,45 @@ __device__ inline int64_t offset_of(const ClassStates& s, int64_t place) {
   return (s.rows ? s.rows[place] : place) * s.d;
 }
 
-// Places first .. first + n. With a scale, a class whose gradient is not finite stays as it is.
-template <typename Rule>
-__global__ void class_update_kernel(Rule rule, ClassStates s, const float* g /* [n, d] */, int64_t first, int64_t n) {
+constexpr int kHeld = 16;  // numbers of its new row that a lane keeps: up to d = 512 none is read again
+
+// Places first .. first + n. With a scale, a class whose gradient is not finite stays as it is, and so does its shadow.
+// A shadow, of operands of type O, has all classes; float: there is none.
+template <typename Rule, typename O>
+__global__ void class_update_kernel(Rule rule, ClassStates s, Shadow kept, const float* g /* [n, d] */, int64_t first,
+                                    int64_t n) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (j >= n) return;
-  const int64_t at = offset_of(s, first + j);
+  const int64_t at = offset_of(s, first + j), tail = lane + kHeld * kWarp;
   const float factor = s.grad_scale ? 1.0f / *s.grad_scale : 1.0f;
   float lost = 0;
   for (int64_t f = lane; s.grad_scale && f < s.d; f += kWarp) lost += g[j * s.d + f] * factor * 0.0f;
   if (over_warp(lost, [](float a, float b) { return a + b; }) != 0.0f) return;
-  for (int64_t f = lane; f < s.d; f += kWarp) {
-    float one = s.first ? s.first[at + f] : 0.0f, two = s.second ? s.second[at + f] : 0.0f;
-    rule.step(s.w[at + f], one, two, g[j * s.d + f] * factor);
+  float held[kHeld], squares = 0;
+  const auto step = [&](int64_t f) {
+    float w = s.w[at + f], one = s.first ? s.first[at + f] : 0.0f, two = s.second ? s.second[at + f] : 0.0f;
+    rule.step(w, one, two, g[j * s.d + f] * factor);
+    s.w[at + f] = w;
     if (s.first) s.first[at + f] = one;
     if (s.second) s.second[at + f] = two;
+    squares += w * w;
+    return w;
+  };
+#pragma unroll
+  for (int l = 0; l < kHeld; ++l)
+    if (lane + l * kWarp < s.d) held[l] = step(lane + l * kWarp);
+  for (int64_t f = tail; f < s.d; f += kWarp) step(f);
+  if constexpr (rounds<O>()) {
+    O* o = static_cast<O*>(kept.o) + at;
+    float rest;
+    const float power = split_scale<O>(kept.normalize ? inverse_root(squares) : 1.0f, rest);
+#pragma unroll
+    for (int l = 0; l < kHeld; ++l)
+      if (lane + l * kWarp < s.d) o[lane + l * kWarp] = rounded(held[l] * power, O());
+    for (int64_t f = tail; f < s.d; f += kWarp) o[f] = rounded(s.w[at + f] * power, O());
+    if (lane != 0) return;
+    kept.power[first + j] = power;
+    kept.factor[first + j] = rest;
   }
 }
 
@@ -41,15 +67,24 @@ __global__ void class_catch_up_kernel(ClassStates s, const float* p /* [n, 4] */
   }
 }
 
-}  // namespace
-
-int launch_class_update(const Sgd& rule, const ClassStates& s, const float* g, int64_t first, int64_t n, void* stream) {
-  return launch(class_update_kernel<Sgd>, blocks_of(n), stream, rule, s, g, first, n);
+template <typename Rule>
+int launch_update(const Rule& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first, int64_t n,
+                  void* stream) {
+  return with_operand(kept.type, [&](auto t) {
+    return launch(class_update_kernel<Rule, decltype(t)>, blocks_of(n), stream, rule, s, kept, g, first, n);
+  });
 }
 
-int launch_class_update(const AdamW& rule, const ClassStates& s, const float* g, int64_t first, int64_t n,
-                        void* stream) {
-  return launch(class_update_kernel<AdamW>, blocks_of(n), stream, rule, s, g, first, n);
+}  // namespace
+
+int launch_class_update(const Sgd& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first,
+                        int64_t n, void* stream) {
+  return launch_update(rule, s, kept, g, first, n, stream);
+}
+
+int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first,
+                        int64_t n, void* stream) {
+  return launch_update(rule, s, kept, g, first, n, stream);
 }
 
 int launch_class_catch_up(const ClassStates& s, const float* products, int64_t n, void* stream) {

@@ -1,6 +1,6 @@
 // nontarget_lse on a GPU: checks, allocation, and the loop over waves of classes whose logits stay in the L2 cache.
 //
-//   forward   o = operands of the wave;  z = x o^T;  sums and the k best, row by row
+//   forward   o = operands of the wave, or of its shadow;  z = x o^T;  sums and the k best, row by row
 //   backward  o and z again;  g, for both products;  dx += g o in splits of the wave;  dw = g^T x, then projected
 //
 // Matrix products are ATen's, all else is in nontarget_lse.cu. Nothing waits for the device, so a graph can be
@@ -23,11 +23,10 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "../check.h"
-#include "../class_rule.h"
 #include "../tile.h"
+#include "class_step.h"
 #include "device.h"
 #include "launch.h"
 
@@ -38,10 +37,6 @@ constexpr int64_t kMostClasses = 1 << 14;               // of a wave: few long r
 constexpr int64_t kMostLift = 100;                      // as a power of two: what a float32 has room for
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's tile, about
 constexpr int64_t kMultiprocessors = 132, kMostSplits = 8;
-
-OperandType operand_type(at::ScalarType t) {
-  return t == at::kBFloat16 ? OperandType::kBf16 : t == at::kHalf ? OperandType::kHalf : OperandType::kFloat;
-}
 
 void check_types(at::ScalarType dtype, const optional<at::ScalarType>& compute) {
   TORCH_CHECK_VALUE(dtype == at::kFloat, "want float32 on a GPU; got ", dtype);
@@ -66,12 +61,15 @@ Classes classes_of(const Operands& in, int64_t first, int64_t n) {
 // What both passes walk over: the operands, and room for one wave.
 struct Waves {
   Operands in;
-  at::ScalarType type;            // of the products' operands
-  int64_t B, d, C, step;          // rows, features, classes, classes of a wave
-  Tensor x, o, z, power, factor;  // [B, d], [step, d], [B step], [step], [step]
+  at::ScalarType type;      // of the products' operands
+  int64_t B, d, C, step;    // rows, features, classes, classes of a wave
+  Tensor x, z;              // [B, d], [B step]
+  Tensor o, power, factor;  // [step, d], [step], [step]; of all classes where a shadow has them
   void* stream;
+  Shadow shadow;
 
-  Waves(const Operands& given, const optional<at::ScalarType>& compute)
+  Waves(const Operands& given, const optional<at::ScalarType>& compute, const optional<Tensor>& operands = {},
+        const optional<Tensor>& scales = {})
       : in(given),
         type(compute.value_or(at::kFloat)),
         B(in.x.size(0)),
@@ -80,26 +78,40 @@ struct Waves {
         step(std::min(C,
                       std::clamp<int64_t>(kWaveBytes / 4 / std::max({B, d, int64_t(1)}) / 64 * 64, 256, kMostClasses))),
         x(in.x.to(type)),
-        stream(device::stream_of(in.x)) {
+        stream(device::stream_of(in.x)),
+        shadow(shadow_of(in.w, in.normalize_weight, type, operands, scales)) {
+    TORCH_CHECK_VALUE(!operands || !in.rows, "want a shadow of all classes, or rows");
     const auto room = in.x.options();
-    if (type != at::kFloat || in.rows || in.w.stride(1) != 1) o = at::empty({step, d}, room.dtype(type));
     z = at::empty({B * step}, room);
+    if (operands) {
+      o = *operands;
+      power = scales->select(0, 0);
+      factor = scales->select(0, 1);
+      return;
+    }
+    if (type != at::kFloat || in.rows || in.w.stride(1) != 1) o = at::empty({step, d}, room.dtype(type));
     power = at::empty({step}, room);
     factor = at::empty({step}, room);
   }
 
   Classes classes(int64_t first) const { return classes_of(in, first, std::min(step, C - first)); }
 
-  Tensor operands(const Classes& c) const { return o.defined() ? o.narrow(0, 0, c.n) : in.w.narrow(0, c.first, c.n); }
+  // Where a wave's operands and scales begin.
+  int64_t begin(const Classes& c) const { return shadow.o ? c.first : 0; }
+
+  Tensor operands(const Classes& c) const {
+    return o.defined() ? o.narrow(0, begin(c), c.n) : in.w.narrow(0, c.first, c.n);
+  }
 
   Tensor wide(const Tensor& t, const Classes& c) const { return t.narrow(0, 0, B * c.n).view({B, c.n}); }
 
   // z of a wave.
   Logits products(const Classes& c) const {
-    check(launch_operands(operand_type(type), c, o.defined() ? o.data_ptr() : nullptr, power.data_ptr<float>(),
-                          factor.data_ptr<float>(), stream));
+    if (!shadow.o)
+      check(launch_operands(operand_type(type), c, o.defined() ? o.data_ptr() : nullptr, power.data_ptr<float>(),
+                            factor.data_ptr<float>(), stream));
     device::multiply(wide(z, c), x, operands(c).t());
-    return {z.data_ptr<float>(), B, in.y.const_data_ptr<int64_t>(), factor.const_data_ptr<float>()};
+    return {z.data_ptr<float>(), B, in.y.const_data_ptr<int64_t>(), factor.const_data_ptr<float>() + begin(c)};
   }
 };
 
@@ -201,8 +213,8 @@ void add_wave(const Waves& waves, const Classes& c, const Upstream& u, const Ent
   if (dw.defined()) device::multiply(dw, g.t(), waves.x);
   if (out.db.defined()) out.db.narrow(0, c.first, c.n).copy_(at::sum(g, {0}, false, at::kFloat));
   if (!dw.defined() && !out.db.defined()) return;
-  check(launch_weight_gradient(c, u, entries, waves.power.const_data_ptr<float>(), waves.factor.const_data_ptr<float>(),
-                               dw.defined() ? dw.data_ptr<float>() : nullptr,
+  const float* power = waves.power.const_data_ptr<float>() + waves.begin(c);
+  check(launch_weight_gradient(c, u, entries, power, z.factor, dw.defined() ? dw.data_ptr<float>() : nullptr,
                                out.db.defined() ? out.db.data_ptr<float>() + c.first : nullptr, waves.stream));
 }
 
@@ -231,22 +243,6 @@ void sweep(const Waves& waves, const Saved& saved, const Gradients& out, const F
                             out.dx.data_ptr<float>(), waves.stream));
 }
 
-ClassStates states_of(const Tensor& w, at::TensorList state, const optional<Tensor>& rows,
-                      const optional<Tensor>& grad_scale) {
-  const auto data = [&](size_t i) { return state.size() > i ? state[i].data_ptr<float>() : nullptr; };
-  return {w.data_ptr<float>(),
-          data(0),
-          data(1),
-          rows ? rows->const_data_ptr<int64_t>() : nullptr,
-          grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-          w.size(1)};
-}
-
-void step(const Rule& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n, void* stream) {
-  check(rule.is_sgd ? launch_class_update(rule.sgd, s, g, first, n, stream)
-                    : launch_class_update(rule.adamw, s, g, first, n, stream));
-}
-
 }  // namespace
 
 Tensor target_logit(const Tensor& x,               // [B, d]
@@ -272,13 +268,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
                                                              const optional<Tensor>& rows,  // [n]
                                                              const optional<Tensor>& bend,  // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool) {
+                                                             optional<at::ScalarType> compute_dtype, bool,
+                                                             const optional<Tensor>& operands,  // [C, d]
+                                                             const optional<Tensor>& scales /* [2, C] */) {
   const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
   const c10::DeviceGuard guard(x.device());
-  const Waves waves(in, compute_dtype);
+  const Waves waves(in, compute_dtype, operands, scales);
   const auto options = in.x.options();
   Tensor shift = at::full({waves.B}, kNoShift, options), sum = at::zeros({waves.B}, options);
   Tensor values = at::full({waves.B, topk}, -INFINITY, options);
@@ -337,54 +335,25 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
                                                     bool need_dx, bool need_db,
                                                     at::TensorList state,  // [C, d] each, changed
                                                     std::string_view rule, at::ArrayRef<double> hyper,
-                                                    const optional<Tensor>& grad_scale /* [] */) {
+                                                    const optional<Tensor>& grad_scale,  // []
+                                                    const optional<Tensor>& operands,    // [C, d], changed
+                                                    const optional<Tensor>& scales /* [2, C], changed */) {
   const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   const c10::DeviceGuard guard(x.device());
-  const Waves waves(in, compute_dtype);
+  const Waves waves(in, compute_dtype, operands, scales);
   const Saved saved = checked_saved(in.x, rest, topk_classes, d_rest, d_target, d_topk);
   const Gradients out(waves, need_dx, waves.step, need_db);
-  const Rule how = rule_of(rule, hyper, w, state);
-  const ClassStates states = states_of(w, state, in.rows, grad_scale);
+  const ClassStep step(w, state, in.rows, rule, hyper, grad_scale, waves.shadow, waves.stream);
   if (waves.B) {
-    sweep(waves, saved, out, [&](const Classes& c, const Tensor& dw) {
-      step(how, states, dw.const_data_ptr<float>(), c.first, c.n, waves.stream);
-    });
+    sweep(waves, saved, out,
+          [&](const Classes& c, const Tensor& dw) { step.make(dw.const_data_ptr<float>(), c.first, c.n); });
   } else {
     for (int64_t first = 0; first < waves.C; first += waves.step)
-      step(how, states, out.dw.const_data_ptr<float>(), first, std::min(waves.step, waves.C - first), waves.stream);
+      step.make(out.dw.const_data_ptr<float>(), first, std::min(waves.step, waves.C - first));
   }
   return {out.given(out.dx), out.given(out.db)};
-}
-
-void class_update(const Tensor& w,               // [C, d], changed
-                  at::TensorList state,          // [C, d] each, changed
-                  const Tensor& grad,            // [n, d]
-                  const optional<Tensor>& rows,  // [n]
-                  std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale /* [] */) {
-  check_types(w.scalar_type(), {});
-  const int64_t n = rows ? rows->numel() : w.size(0);
-  const Rule how = rule_of(rule, hyper, w, state);
-  const Tensor g = checked_like("grad", grad, {n, w.size(1)}, at::kFloat, w.device());
-  const auto ids = rows ? optional(checked_like("rows", *rows, {n}, at::kLong, w.device())) : std::nullopt;
-  const c10::DeviceGuard guard(w.device());
-  step(how, states_of(w, state, ids, grad_scale), g.const_data_ptr<float>(), 0, n, device::stream_of(w));
-}
-
-void class_catch_up(const Tensor& w,               // [C, d], changed
-                    const optional<Tensor>& v,     // [C, d], changed
-                    const optional<Tensor>& rows,  // [n]
-                    const Tensor& products /* [n, 4] */) {
-  check_types(w.scalar_type(), {});
-  const int64_t n = rows ? rows->numel() : w.size(0);
-  std::vector<Tensor> state;
-  if (v) state.push_back(*v);
-  rule_of("sgd", std::vector<double>(4), w, state);
-  const Tensor p = checked_like("products", products, {n, 4}, at::kFloat, w.device());
-  const auto ids = rows ? optional(checked_like("rows", *rows, {n}, at::kLong, w.device())) : std::nullopt;
-  const c10::DeviceGuard guard(w.device());
-  check(launch_class_catch_up(states_of(w, state, ids, {}), p.const_data_ptr<float>(), n, device::stream_of(w)));
 }
 
 }  // namespace fastmargin::cuda

@@ -28,7 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x, co
                                                              const optional<Tensor>& bias, const optional<Tensor>& rows,
                                                              const optional<Tensor>& bend, bool normalize_weight,
                                                              int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool want_a);
+                                                             optional<at::ScalarType> compute_dtype, bool want_a,
+                                                             const optional<Tensor>& operands,
+                                                             const optional<Tensor>& scales);
 
 std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
                                                      const optional<Tensor>& bias, const optional<Tensor>& rows,
@@ -43,12 +45,16 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(
     const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
     const Tensor& rest, const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest, const Tensor& d_target,
     const optional<Tensor>& d_topk, bool need_dx, bool need_db, at::TensorList state, std::string_view rule,
-    at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale);
+    at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale, const optional<Tensor>& operands,
+    const optional<Tensor>& scales);
 
 void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, const optional<Tensor>& rows,
                   std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale);
 
 void class_catch_up(const Tensor& w, const optional<Tensor>& v, const optional<Tensor>& rows, const Tensor& products);
+
+void class_operands(const Tensor& w, bool normalize_weight, const Tensor& operands, const Tensor& scales);
+
 std::tuple<Tensor, Tensor> pairwise_potential_fwd(const Tensor& a, const optional<Tensor>& b, const Tensor& a_ids,
                                                   const optional<Tensor>& b_ids, const optional<Tensor>& b_weight,
                                                   c10::string_view kind, double margin, bool want_slope);

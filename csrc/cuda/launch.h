@@ -69,6 +69,14 @@ struct ClassStates {
   int64_t d;
 };
 
+// The operands of all classes, as they are kept from one pass to the next; an update writes those of its classes too.
+struct Shadow {
+  OperandType type;
+  void* o;                // [C, d], or null: none are kept
+  float *power, *factor;  // [C] each
+  bool normalize;
+};
+
 // o_j = w_j * power_j, rounded, with power_j factor_j = 1 / ||w_j||; power is 1 for float operands, which may be null.
 int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, float* power /* [n] */,
                     float* factor /* [n] */, void* stream);
@@ -96,10 +104,10 @@ int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /*
 int launch_add_splits(const Upstream& u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
                       float* dx /* [n] */, void* stream);
 
-int launch_class_update(const Sgd& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n,
-                        void* stream);
-int launch_class_update(const AdamW& rule, const ClassStates& s, const float* g /* [n, d] */, int64_t first, int64_t n,
-                        void* stream);
+int launch_class_update(const Sgd& rule, const ClassStates& s, const Shadow& kept, const float* g /* [n, d] */,
+                        int64_t first, int64_t n, void* stream);
+int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& kept, const float* g /* [n, d] */,
+                        int64_t first, int64_t n, void* stream);
 int launch_class_catch_up(const ClassStates& s, const float* products /* [n, 4] */, int64_t n, void* stream);
 
 int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,

@@ -22,10 +22,11 @@ __global__ void operands_kernel(Classes c, O* o /* [n, d] or null */, float* pow
   if (j >= c.n) return;
   const float* w = row_of(c, c.first + j);
   const float scale = c.normalize ? inverse_norm(w, c) : 1.0f;
-  const float p = rounds<O>() ? power_below(scale) : 1.0f;
+  float rest_of_scale;
+  const float p = split_scale<O>(scale, rest_of_scale);
   if (lane == 0) {
     power[j] = p;
-    factor[j] = p == 0.0f ? 0.0f : scale / p;
+    factor[j] = rest_of_scale;
   }
   if (o == nullptr) return;
   for (int64_t f = lane; f < c.d; f += kWarp) o[j * c.d + f] = rounded(w[f * c.column] * p, O());

@@ -37,6 +37,14 @@ FM_INLINE float power_below(float s) {
   return s;
 }
 
+// What a row of operands is multiplied by: power factor = scale, and power alone before it is rounded.
+template <typename O>
+FM_INLINE float split_scale(float scale, float& factor) {
+  const float power = rounds<O>() ? power_below(scale) : 1.0f;
+  factor = power == 0.0f ? 0.0f : scale / power;
+  return power;
+}
+
 // Calls f with a value of the operand type.
 template <typename F>
 int with_operand(OperandType type, const F& f) {

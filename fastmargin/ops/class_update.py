@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends import BUILD, Impl, native_can_run
+from fastmargin.ops.shadow import Shadow
 
 
 class Step(NamedTuple):
@@ -26,6 +27,8 @@ class Step(NamedTuple):
 
 class SteppingBackward(Protocol):
     """An optimiser that steps inside the backward pass: `fastmargin.optim` with in_backward=True."""
+
+    shadow: Shadow | None
 
     def begin_backward(self) -> Step: ...
 

@@ -64,8 +64,9 @@ class NontargetLSE(torch.autograd.Function):
         o = options
         fwd = IMPLS[o.backend].functions["fwd"]
         rest, topk_values, topk_classes, a = fwd(
-            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.want_a
-        )
+            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.want_a,
+            **shadow_of(w, rows, o),
+        )  # fmt: skip
         target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, rows, o.normalize_weight)
         ctx.save_for_backward(x, w, y, bias, rows, rest, topk_classes, a)
         ctx.options = o
@@ -93,7 +94,8 @@ class NontargetLSE(torch.autograd.Function):
             dx, dw, db = functions["bwd"](*given, need_dw, need_db)
             dw = scatter(dw, rows, w) if need_dw else None
         elif "bwd_update" in functions:
-            dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward())
+            shadow = shadow_of(w, rows, o)
+            dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward(), **shadow)
             dw = None
         else:
             step = o.optimizer.begin_backward()
@@ -102,6 +104,22 @@ class NontargetLSE(torch.autograd.Function):
             dw = None
         db = scatter(db, rows, bias) if need_db else None
         return dx if need_dx else None, dw, None, db, None, None
+
+
+def shadow_of(
+    w: Tensor,  # [C, d]
+    rows: Tensor | None,  # [n]
+    o: Options,
+) -> dict[str, Tensor]:  # operands [C, d], scales [2, C]; or nothing
+    """What the ops take beside w of an optimiser that keeps a shadow: the same numbers in both passes, as w is."""
+    shadow = None if o.optimizer is None else o.optimizer.shadow
+    if shadow is None:
+        return {}
+    make = IMPLS[o.backend].functions.get("operands")
+    if make is None or rows is not None or o.compute_dtype is None:
+        shadow.forget()  # the step to come does not write it
+        return {}
+    return shadow.of(w, o.normalize_weight, o.compute_dtype, make)
 
 
 def scatter(
@@ -203,13 +221,17 @@ if BUILD.facts:
             "fwd": _ops.nontarget_lse_fwd.default,
             "bwd": _ops.nontarget_lse_bwd.default,
             "bwd_update": _ops.nontarget_lse_bwd_update.default,
+            "operands": _ops.class_operands.default,
         },
         native_can_run,
         native_compute,
+        lambda w: w.is_cuda,
     )
 
     @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
-    def _(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a):  # type: ignore[no-untyped-def]
+    def _(  # type: ignore[no-untyped-def]
+        x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a, operands=None, scales=None
+    ):  # fmt: skip
         B = x.shape[0]
         a = x.new_empty(x.shape if want_a and x.device.type == "cpu" else (0,))  # a GPU sums dx in the backward pass
         return x.new_empty(B), x.new_empty(B, topk), y.new_empty(B, topk), a
@@ -230,9 +252,14 @@ if BUILD.facts:
     def _(  # type: ignore[no-untyped-def]
         x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
         rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_db, state, rule, hyper, grad_scale,
+        operands=None, scales=None,
     ):  # fmt: skip
         n = w.shape[0] if rows is None else rows.shape[0]
         return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(n if need_db else 0)
+
+    @torch.library.register_fake("fastmargin::class_operands")
+    def _(w, normalize_weight, operands, scales):  # type: ignore[no-untyped-def]
+        return None
 
 
 IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute)

@@ -1,0 +1,47 @@
+"""A shadow of class weights: the operands of a GPU's matrix products, kept from one pass to the next.
+
+    o_j = w_j power_j, rounded to 16 bits;    power_j factor_j = 1 / ||w_j||, or 1 where weights are not normalised
+
+Without one, the forward pass and the backward pass each read w, take norms and round. The step that a backward pass
+makes has every new row at hand and writes its o, power and factor too: the products of the next passes read these. The
+forward pass then reads 2 bytes a number and not 4; the backward pass reads o, and w for the projection and the step.
+They are the numbers that those passes would have made, bit for bit.
+
+A shadow holds for the memory, the version and the rounding of the weights it was made of. After any other write that
+autograd counts (copy_, load_state_dict, imprint; not one into `weight.data`) the next pass makes it anew. It is no part
+of an optimiser's state, and is never saved. Letters: C classes, d features.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Shadow:
+    """Of one weight at a time; empty at first."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """What it has does not hold any more."""
+        self.source: Tensor | None = None  # [C, d] the weight; while it is here, its memory is given to no other
+        self.made: tuple[int, bool, torch.dtype] | None = None
+        self.parts: dict[str, Tensor] = {}
+
+    def of(
+        self,
+        w: Tensor,  # [C, d]
+        normalize_weight: bool,
+        dtype: torch.dtype,
+        make: Callable[[Tensor, bool, Tensor, Tensor], None],
+    ) -> dict[str, Tensor]:  # operands [C, d], scales [2, C]: power and factor
+        """The shadow of w as it is now, made by the op `class_operands` where there is none."""
+        wanted = w._version, normalize_weight, dtype
+        if self.source is None or not self.source.is_set_to(w) or self.made != wanted:
+            self.forget()
+            parts = {"operands": torch.empty_like(w, dtype=dtype), "scales": w.new_empty(2, len(w))}
+            make(w, normalize_weight, *parts.values())
+            self.source, self.made, self.parts = w.detach(), wanted, parts
+        return self.parts
