@@ -1,11 +1,9 @@
 """Everything that speaks to other ranks: N ranks hold the classes, and the rows of a batch, between them.
 
-The objective is the average over ranks of what each back-propagates, L = 1/N sum_r L_r, as DDP and FSDP2 have it. From
-the parts (rest_ir, target_ir) that every rank r makes of its classes and row i, the row's owner merges
+The objective is the average over ranks of what each back-propagates, L = 1/N sum_r L_r, as DDP and FSDP2 have it. The
+owner of row i merges what every rank r makes of its classes and the row (merging.py), and
 
-    rest_i    = log sum_r exp(rest_ir)                  target_i    = sum_r target_ir
-    d rest_ir = 1/N exp(rest_ir - rest_i) d rest_i      d target_ir = 1/N d target_i      0 where rest_ir = -inf
-    d x_i     = N sum_r d x_ir
+    d x_i = N sum_r d x_ir
 
 dw then is the objective's gradient as it is. d x_i is that of the owner's L_r: the backbone's own averaging divides it
 by N. What every rank holds in whole (a learnt scale, margins, a bias) has its gradient averaged.
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmargin.ops.nontarget_lse_portable import best
+from fastmargin.merging import merge_lists, merge_parts, pack_lists, shard_gradients
 
 Group: TypeAlias = dist.ProcessGroup
 T = TypeVar("T")
@@ -273,24 +271,6 @@ class MergeShards(torch.autograd.Function):
         return *shard_gradients(rest, merged, d_rest, d_target, len(ctx.layout.sizes)), None
 
 
-def merge_parts(parts: Tensor) -> tuple[Tensor, Tensor]:  # [N, b, 2] -> [b], [b]
-    """rest and target over all classes, from those of every rank."""
-    rests, targets = parts.unbind(2)
-    return rests.logsumexp(0), targets.sum(0)
-
-
-def shard_gradients(
-    rest: Tensor,  # [B] over this rank's classes
-    merged: Tensor,  # [B] over all
-    d_rest: Tensor,  # [B] of the merged
-    d_target: Tensor,  # [B]
-    ranks: int,
-) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """The gradients of this rank's rest and target."""
-    share = torch.where(rest == -torch.inf, 0.0, (rest - merged).exp())
-    return d_rest * share / ranks, d_target / ranks
-
-
 def merge_shards(
     rest: Tensor,  # [B]
     target: Tensor,  # [B]
@@ -314,20 +294,6 @@ def merge_topk(
     if k == 0:
         return layout.own(values), layout.own(classes)
     return merge_lists(to_owners(pack_lists(values, classes), layout), k, values.dtype)
-
-
-def pack_lists(values: Tensor, classes: Tensor) -> Tensor:  # [B, k], [B, k] int64 -> [B, 3 k] int32 (4 k of float64)
-    return torch.cat([t.contiguous().view(torch.int32) for t in (values, classes)], 1)
-
-
-def merge_lists(
-    lists: Tensor,  # [N, b, 3 k] int32, ranks in the order of their classes, as `best` wants
-    k: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]
-    parts = lists.transpose(0, 1).split((lists.shape[2] - 2 * k, 2 * k), 2)
-    values, classes = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return best(values.view(dtype).flatten(1), classes.view(torch.int64).flatten(1), k)
 
 
 class OwnClasses(torch.autograd.Function):

@@ -22,6 +22,7 @@ LAYERS = (  # a part imports from the lines above its own, and from itself
     ("backends",),
     ("ops",),
     ("angles",),
+    ("merging",),
     ("distributed", "margins"),
     ("checks", "sampling"),
     ("classes",),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastmargin.distributed import merge_lists, pack_lists
 from fastmargin.driver import cli, simulate
 from fastmargin.driver.plan import Plan, wire
+from fastmargin.merging import merge_lists, pack_lists
 
 F32, F64 = torch.float32, torch.float64
 pytestmark = pytest.mark.usefixtures("one_thread")

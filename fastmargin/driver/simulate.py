@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.distributed import Layout, chunks, merge_lists, merge_parts, pack_lists, shard_gradients
+from fastmargin.distributed import Layout, chunks
 from fastmargin.driver.plan import Plan, wire
 from fastmargin.head import MarginHead
 from fastmargin.margins import ArcFace
+from fastmargin.merging import merge_lists, merge_parts, pack_lists, shard_gradients
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6}  # of tests/test_distributed.py too

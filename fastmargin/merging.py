@@ -1,0 +1,44 @@
+"""What the parts of N ranks make together: each has scored all rows against its own classes. No rank speaks here.
+
+    rest_i    = log sum_r exp(rest_ir)                  target_i    = sum_r target_ir
+    d rest_ir = 1/N exp(rest_ir - rest_i) d rest_i      d target_ir = 1/N d target_i      0 where rest_ir = -inf
+
+for the objective 1/N sum_r L_r. Letters: N ranks, B rows of all, b of one rank, k nearest classes.
+"""
+
+import torch
+from torch import Tensor
+
+from fastmargin.ops.nontarget_lse_portable import best
+
+
+def merge_parts(parts: Tensor) -> tuple[Tensor, Tensor]:  # [N, b, 2] -> [b], [b]
+    """rest and target over all classes, from those of every rank."""
+    rests, targets = parts.unbind(2)
+    return rests.logsumexp(0), targets.sum(0)
+
+
+def shard_gradients(
+    rest: Tensor,  # [B] over this rank's classes
+    merged: Tensor,  # [B] over all
+    d_rest: Tensor,  # [B] of the merged
+    d_target: Tensor,  # [B]
+    ranks: int,
+) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """The gradients of this rank's rest and target."""
+    share = torch.where(rest == -torch.inf, 0.0, (rest - merged).exp())
+    return d_rest * share / ranks, d_target / ranks
+
+
+def pack_lists(values: Tensor, classes: Tensor) -> Tensor:  # [B, k], [B, k] int64 -> [B, 3 k] int32 (4 k of float64)
+    return torch.cat([t.contiguous().view(torch.int32) for t in (values, classes)], 1)
+
+
+def merge_lists(
+    lists: Tensor,  # [N, b, 3 k] int32, ranks in the order of their classes, as `best` wants
+    k: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]
+    parts = lists.transpose(0, 1).split((lists.shape[2] - 2 * k, 2 * k), 2)
+    values, classes = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return best(values.view(dtype).flatten(1), classes.view(torch.int64).flatten(1), k)
