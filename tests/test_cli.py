@@ -75,7 +75,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([], ["train", "evaluate", "export"]),
         (["grow"], ["grow"]),
         (["train", "--optim.steps", "many"], ["optim.steps", "many"]),
-        (["train", "--optim.steps", "0"], ["optim.steps is 0", "at least 1"]),
+        (["train", "--optim.steps", "-1"], ["optim.steps is -1", "at least 1"]),
         (["train", "--optim.lr", "-1"], ["optim.lr is -1.0"]),
         (["train", "--optim.lr", ".nan"], ["optim.lr is nan"]),
         (["train", "--optim.lr", ".inf"], ["optim.lr is inf"]),

@@ -8,6 +8,7 @@ import pytest
 from samples import pictures, write_folder, write_idx, write_insightface
 
 from fastmargin.driver import cli, folder
+from fastmargin.driver.config import OptimConfig, TrainConfig, settled
 
 
 @pytest.fixture
@@ -48,6 +49,20 @@ def test_workers_and_cache_may_change_when_a_run_resumes_and_nothing_else(
     assert "finished" in capsys.readouterr().out
     assert train(photographs, "--optim.batch_size", "8", "--data.size", "18") == cli.MISTAKE
     assert "data.size 16 there, 18 here" in capsys.readouterr().err
+
+
+def test_the_number_of_images_decides_how_many_steps_of_how_many(
+    photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = [settled(TrainConfig(), images).optim for images in (300, 19_157, 4_999, 5_000, 1_000_000)]
+    assert [(o.steps, o.batch_size) for o in optim] == [(800, 64), (1600, 256), (1563, 64), (1600, 256), (78_125, 256)]
+    given = OptimConfig(steps=7, batch_size=6)
+    assert settled(TrainConfig(optim=given), 300).optim == given
+    assert train(photographs, "--data.size", "16") == 0
+    assert "2 steps of 64 images" in capsys.readouterr().out
+    assert folder.read_config(photographs.parent / "run").optim.batch_size == 64
+    assert train(photographs, "--data.size", "16") == 0, "what is left open agrees with what was decided"
+    assert train(photographs, "--data.size", "16", "--optim.batch_size", "32") == cli.MISTAKE
 
 
 def test_records_and_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

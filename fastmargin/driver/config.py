@@ -7,13 +7,16 @@ Every default, its help text and its range live here and nowhere else. This modu
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 GLYPHS = "glyphs"  # the source that needs no files
 # Options on which no result depends: a run is resumed with any of them.
 FREE = ("data.workers", "data.cache", "tensorboard")
+# Options whose 0 means that the number of images decides: see `settled`.
+BY_IMAGES = ("optim.steps", "optim.batch_size")
+FEW, EPOCHS = 5000, 20  # images below which steps are smaller and fewer; times that each image is seen at least
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
@@ -116,8 +119,10 @@ class OptimConfig:
     """The optimiser, the course of its learning rate, and what a step is made of: see `driver.optimizers`."""
 
     name: Literal["sgd", "adamw"] = option("sgd", "optimiser of all weights; adamw wants an lr of about 1e-3")
-    steps: int = option(1600, "optimiser steps of the whole run")
-    batch_size: int = option(256, "images per step")
+    steps: int = option(
+        0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
+    )
+    batch_size: int = option(0, "images per step; 0: 256, below 5,000 images 64")
     accumulation: int = option(1, "parts of a step's images that go through the network one by one, to save memory")
     lr: float = option(0.1, "learning rate at the end of the warm-up")
     head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
@@ -143,10 +148,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         low, high = self.betas
         parts, milestones = self.accumulation, self.milestones
-        require(self.steps >= 1, "optim.steps", self.steps, "at least 1")
-        require(self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2")
-        divides = parts >= 1 and self.batch_size % parts == 0 and self.batch_size // parts >= 2
-        require(divides, "optim.accumulation", parts, f"a divisor of the {self.batch_size} images, 2 or more in a part")
+        require(self.steps >= 0, "optim.steps", self.steps, "at least 1, or 0")
+        require(self.batch_size == 0 or self.batch_size >= 2, "optim.batch_size", self.batch_size, "at least 2, or 0")
+        size = self.batch_size or 64
+        divides = parts >= 1 and size % parts == 0 and size // parts >= 2
+        require(divides, "optim.accumulation", parts, f"a divisor of the {size} images, 2 or more in a part")
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
         require(0 <= self.head_lr < math.inf, "optim.head_lr", self.head_lr, "a number of 0 or more")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more steps")
@@ -299,7 +305,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def settled(config: TrainConfig, images: int) -> TrainConfig:
+    """The configuration with what the number of images to train on decides."""
+    few = images < FEW
+    size = config.optim.batch_size or (64 if few else 256)
+    steps = config.optim.steps or max(800 if few else 1600, math.ceil(EPOCHS * images / size))
+    return replace(config, optim=replace(config.optim, batch_size=size, steps=steps))
+
+
 def differing(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
     """Dotted names of the options in which two configurations differ and their results may."""
     other = flatten(theirs)
-    return [name for name, value in flatten(ours).items() if value != other[name] and name not in FREE]
+    return [
+        name
+        for name, value in flatten(ours).items()
+        if value != other[name] and name not in FREE and not (name in BY_IMAGES and value == 0)
+    ]

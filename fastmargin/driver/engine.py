@@ -56,10 +56,11 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
     if config.init_from is not None and not begun:
         start_from(run, Path(config.init_from), log)
-    where = folder.claim(out, config)
+    where = folder.claim(out, run.config)
     log(
         f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
-        f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}"
+        f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}; "
+        f"{run.config.optim.steps} steps of {run.config.optim.batch_size} images"
     )
     with locked(where):
         resume(run, where, log)

@@ -18,7 +18,7 @@ from fastmargin import margins
 from fastmargin.checkpoint import Checkpoint, load, part_of
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone, check_factory, network_weights
-from fastmargin.driver.config import HeadConfig, TrainConfig, require
+from fastmargin.driver.config import HeadConfig, TrainConfig, require, settled
 from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
 from fastmargin.driver.mined import Mined
@@ -78,6 +78,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
         raise ValueError(f"{split}; wanted at least 2 of each: more data, another data.holdout or data.split_seed")
+    config = settled(config, len(train.labels))
     if config.head.topk >= train.num_classes:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
     torch.manual_seed(config.seed)
