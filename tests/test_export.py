@@ -13,12 +13,12 @@ from torch import nn
 from fastmargin import checkpoint
 from fastmargin.driver import cli, export, folder
 from fastmargin.driver.backbone import build_backbone
-from fastmargin.driver.config import DataConfig, ModelConfig, TrainConfig
+from fastmargin.driver.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastmargin.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = TrainConfig(data=DataConfig(size=16), dim=8)
+SMALL = TrainConfig(optim=OptimConfig(steps=1600), data=DataConfig(size=16), dim=8)
 WITH_ONNX = all(importlib.util.find_spec(package) for package in export.ONNX)
 
 
