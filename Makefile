@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch numpy setuptools wheel pybind11 cmake ninja
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train,test,lint,triton]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train,export,tb,test,lint,triton]'
 	touch $@
 
 train: setup
