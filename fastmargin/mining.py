@@ -33,6 +33,7 @@ class MiningStatistics:
     batches: int = 0
     confusable: int = 0  # batches that hold a class together with the one that this batch finds nearest to it
     lists: int = 0  # that were replaced
+    met: int = 0  # of them: their class was in the batch, too
     changed: int = 0  # of them: to another class, or from none
 
     def count(
@@ -43,18 +44,22 @@ class MiningStatistics:
         self.batches += 1
         self.confusable += bool(present.any())
         self.lists += len(changed)
+        self.met += int(present.sum())
         self.changed += int(changed.sum())
 
     def take(self) -> dict[str, float]:
-        """Shares since the last time: `confusable_batches` of the batches, `list_turnover` of the lists replaced.
+        """Shares since the last time, 0 where there was nothing to count.
 
-        0 where there was nothing to count.
+        confusable_batches: of the batches, those with a confusable pair: nearly all, where they are large.
+        confusable_classes: of their classes, those that meet the class nearest to them.
+        list_turnover: of the lists replaced, those that now name another class.
         """
         shares = {
             "confusable_batches": self.confusable / max(1, self.batches),
+            "confusable_classes": self.met / max(1, self.lists),
             "list_turnover": self.changed / max(1, self.lists),
         }
-        self.batches = self.confusable = self.lists = self.changed = 0
+        self.batches = self.confusable = self.lists = self.met = self.changed = 0
         return shares
 
 

@@ -126,18 +126,21 @@ def test_statistics_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     table, best = DoppelgangerTable(12, k=2), {}
     for updates in (1, 7, 0, 30):
-        batches, replaced = [], []
+        batches, replaced, met = [], [], []
         for _ in range(updates):
             labels = torch.randint(-1, 12, (4,), generator=generator)
             classes = torch.randint(-1, 12, (4, 2), generator=generator)
             scores = torch.rand(4, 2, generator=generator)
             table.update(labels.short(), classes, scores)
             lists = {c: pool[0][1] for c, pool in brute_force_lists(labels, classes, scores, 2).items()}
-            batches.append(any(wrong in labels.tolist() for wrong in lists.values()))
+            present = [wrong in labels.tolist() for wrong in lists.values()]
+            batches.append(any(present))
+            met += present
             replaced += [best.get(c) != wrong for c, wrong in lists.items()]
             best |= lists
         assert table.statistics.take() == {
             "confusable_batches": sum(batches) / max(1, updates),
+            "confusable_classes": sum(met) / max(1, len(met)),
             "list_turnover": sum(replaced) / max(1, len(replaced)),
         }
 
@@ -146,11 +149,13 @@ def test_statistics_by_hand():
     table = DoppelgangerTable(6)
     scores = torch.ones(2, 1)
     table.update(torch.tensor([0, 1]), torch.tensor([[2], [3]]), scores)
-    assert table.statistics.take() == {"confusable_batches": 0, "list_turnover": 1}, "from no class to one"
+    first = {"confusable_batches": 0, "confusable_classes": 0, "list_turnover": 1}
+    assert table.statistics.take() == first, "from no class to one"
     table.update(torch.tensor([0, 1]), torch.tensor([[2], [3]]), scores)
     table.update(torch.tensor([0, 1]), torch.tensor([[1], [3]]), scores)
     table.update(torch.tensor([0, -100]), torch.tensor([[1], [0]]), scores)
-    assert table.statistics.take() == {"confusable_batches": 1 / 3, "list_turnover": 1 / 5}
+    shares = {"confusable_batches": 1 / 3, "confusable_classes": 1 / 5, "list_turnover": 1 / 5}
+    assert table.statistics.take() == shares
 
 
 def test_listed_counts_the_lists_a_class_is_on():

@@ -100,7 +100,7 @@ def test_a_whole_page(tmp_path: Path) -> None:
     assert titled["dim"] == ["8", "128"] and titled["seed"] == ["0", ""], "value, and the default if it is another"
     assert titled["torch"] == [torch.__version__]
     assert f"fastmargin evaluate {shlex.quote(str(out))}" in seen.text
-    assert titled["loader"][1].endswith("%") and titled["together"][1] == "100.0%"
+    assert titled["loader"][1].endswith("%") and titled["a step"][1] == "100.0%"
 
 
 def test_a_plain_layer_has_no_angles_and_the_page_says_why(tmp_path: Path) -> None:

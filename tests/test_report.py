@@ -45,7 +45,7 @@ def test_names_that_are_hard_to_draw(tmp_path: Path, recwarn: pytest.WarningsRec
     """Among them: a dollar (mathematics to matplotlib), a character that DejaVu Sans lacks, a merged identity."""
     file, names = tmp_path / "doppelgangers.png", ["$", "一", "AΑА", "_"]
     pairs = [Pair(0, 1, 0.9), Pair(2, 3, 0.8), Pair(0, 3, 0.7)]
-    contact_sheet.plot_doppelgangers(file, pairs, identities(names, colored=not glyphs), glyphs)
+    contact_sheet.plot_doppelgangers(file, pairs, identities(names, colored=not glyphs), glyphs=glyphs, plain=glyphs)
     picture = Image.open(file)
     picture.load()
     assert picture.format == "PNG" and min(picture.size) >= 200 and max(picture.size) <= 2000

@@ -63,7 +63,7 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
     """Writes the lists above into a new or empty folder and prints the first lines of each.
 
     model: as for `engine.train`. ValueError for a folder that holds no run or no checkpoint, an `out` that is not
-    empty, data that are none, and more than MOST pairs.
+    empty, data that are none, and more than MOST pairs, or MOST / 2 within one set.
     """
     folder.check_unused(out)
     backbone = load_backbone(where, log, model)
@@ -133,7 +133,7 @@ def close(
     itself: Tensor,  # [R] int64, the centre that is the row's own, -1: none
     above: float,
 ) -> Close:
-    """All pairs of a row and another centre with a cosine of `above` or more. No array of R x C.
+    """All pairs of a row and another centre with a cosine of `above` or more, in both orders. No array of R x C.
 
     ValueError for more than MOST.
     """
@@ -150,7 +150,9 @@ def close(
             count += len(row)
         todo = torch.cat(crowded)
         if count + k * len(todo) > MOST:
-            raise ValueError(f"above is {above}, and more than {MOST} pairs of identities are; wanted a higher cosine")
+            raise ValueError(
+                f"above is {above}, and more than {MOST // 2} pairs of identities are; wanted a higher cosine"
+            )
         k *= 2
     row, centre, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = cosine.argsort(descending=True, stable=True)

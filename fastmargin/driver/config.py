@@ -123,7 +123,9 @@ class OptimConfig:
         0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
     )
     batch_size: int = option(0, "images per step; 0: 256, below 5,000 images 64")
-    accumulation: int = option(1, "parts of a step's images that go through the network one by one, to save memory")
+    accumulation: int = option(
+        1, "parts of a step's images that go through network and head one by one, to save memory"
+    )
     lr: float = option(0.1, "learning rate at the end of the warm-up")
     head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
     warmup: int = option(100, "steps of linear warm-up")
@@ -237,6 +239,9 @@ class TrainConfig:
             plain = self.optim.accumulation == 1 and self.optim.precision != "fp16"
             wanted = "another: its centres step by themselves, without optim.accumulation and the scale of fp16"
             require(plain or not moved, f"terms.{name}.options.route", "centers", wanted)
+            means = name in ("center", "git") and term.options.get("reduction", "mean") == "mean"
+            wanted = f"1 beside the term {name}: parts hold other pairs than the whole, and their sums are no sum"
+            require(means or self.optim.accumulation == 1, "optim.accumulation", self.optim.accumulation, wanted)
         require(self.dim >= 1, "dim", self.dim, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")

@@ -40,7 +40,7 @@ def mined_pairs(
     return list(pairs.values())
 
 
-def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities, glyphs: bool) -> None:
+def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities, *, glyphs: bool, plain: bool) -> None:
     """A contact sheet: in each cell some images of one identity above those of its doppelganger."""
     rows = max(1, -(-len(pairs) // COLUMNS))
     gaps = ConstrainedLayoutEngine(wspace=0.06, hspace=0.02)  # the four strips of a row stay apart
@@ -58,7 +58,7 @@ def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities
         figure,
         path,
         "Most similar pairs mined while training: a class above, its doppelganger below.\n"
-        "The number is the largest cosine of an image of the one to the weight of the other.",
+        f"The number: the largest {'logit' if plain else 'cosine'} of an image of the one and the weight of the other.",
     )
 
 

@@ -13,7 +13,8 @@ from fastmargin.driver.backbone import newest
 from fastmargin.driver.config import GLYPHS
 from fastmargin.driver.data import Log
 from fastmargin.driver.datasets import load_data
-from fastmargin.driver.run import check_images
+from fastmargin.driver.mined import Mined
+from fastmargin.driver.run import build_margin, check_images
 from fastmargin.mining import DoppelgangerTable
 
 STEM = "doppelgangers"
@@ -32,6 +33,9 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     check_images(saved, train)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     table.load_state_dict(part_of(saved.tensors, "table"))
+    under_way = Mined(table, late=False)
+    under_way.load_state_dict(part_of(saved.tensors, "mined"))
+    under_way.enter()
     glyphs = config.data.source == GLYPHS
     names = list(map(contact_sheet.caption, train.names)) if glyphs else train.names
     log(f"most similar pairs, the larger score of the two:\n{pairs_of(table, names, limit)}")
@@ -39,9 +43,8 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     out = out or where / folder.REPORT
     out.mkdir(parents=True, exist_ok=True)
     folder.write_csv(out / f"{STEM}.csv", COLUMNS, rows_of(table, train.names))
-    contact_sheet.plot_doppelgangers(
-        out / f"{STEM}.png", contact_sheet.mined_pairs(table.classes, table.scores), train, glyphs
-    )
+    pairs, plain = contact_sheet.mined_pairs(table.classes, table.scores), build_margin(config.head).plain
+    contact_sheet.plot_doppelgangers(out / f"{STEM}.png", pairs, train, glyphs=glyphs, plain=plain)
     log(f"all lists: {out / STEM}.csv, contact sheet: {out / STEM}.png")
 
 

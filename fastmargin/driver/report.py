@@ -23,7 +23,8 @@ INDEX = "index.html"
 UNRESOLVED = "-: not resolvable, of too few pairs or identities"
 MEANING = (
     "loader: the wait for a batch; backbone: the network, forward and backward; head: the loss with its terms, forward "
-    "and backward; rest: optimiser, mining, records, checkpoints."
+    "and backward, and the step of the class weights where it is made within; rest: the other optimiser steps, mining, "
+    "records, checkpoints."
 )
 
 RUN = {
@@ -37,6 +38,8 @@ EMBEDDINGS = {
     "tar@1e-3": "TAR at FAR 1e-3",
     "tar@1e-4": "TAR at FAR 1e-4",
     "rank1": "rank-1",
+    "rank5": "rank-5",
+    "coverage@99%": "coverage at 99 % precision, one image enrolled",
     "dir@1e-2": "open set: DIR at FAR 1e-2, rank 1",
     "accuracy": "10-fold accuracy, insightface",
     "inter": "distance between classes, mean",
@@ -161,7 +164,9 @@ def doppelgangers(into: Path, run: Run) -> list[str]:
     if not pairs:
         return [page.paragraph("None were mined.")]
     file = into / "doppelgangers.png"
-    contact_sheet.plot_doppelgangers(file, pairs, run.train, run.config.data.source == GLYPHS)
+    contact_sheet.plot_doppelgangers(
+        file, pairs, run.train, glyphs=run.config.data.source == GLYPHS, plain=run.head.margin.plain
+    )
     names = [(run.train.names[one], run.train.names[other], f"{score:.3f}") for one, other, score in pairs]
     return [
         page.picture(file, "images of the most similar pairs of classes"),
@@ -175,8 +180,8 @@ def timing(into: Path, run: Run, records: plots.Records) -> list[str]:
         return [page.paragraph(f"None: {folder.RECORDS} has no seconds.")]
     plots.plot_timing(into / "timing.png", timed)
     seconds = {part: median(record["seconds"][part] for record in timed) for part in PARTS}
-    whole = sum(seconds.values())
-    rows = [(title, f"{1000 * s:.2f}", f"{s / whole:.1%}") for title, s in {**seconds, "together": whole}.items()]
+    whole = median(sum(record["seconds"].values()) for record in timed)
+    rows = [(title, f"{1000 * s:.2f}", f"{s / whole:.1%}") for title, s in {**seconds, "a step": whole}.items()]
     speed = f"{run.config.optim.batch_size / whole:,.0f} images/s"
     return [
         page.paragraph(f"Medians of {len(timed)} records: {speed}. {MEANING}"),

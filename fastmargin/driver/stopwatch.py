@@ -2,8 +2,8 @@
 
     loader     the wait for the batch
     backbone   the network, forward and backward
-    head       head and terms, forward and backward
-    rest       optimiser, mining, records, checkpoints
+    head       head and terms, forward and backward; the step of the class weights where it is made in the backward pass
+    rest       other optimisers, mining, records, checkpoints
 
 The two backward passes are one call; a hook on the embeddings, which runs once their gradient is whole, parts them.
 On a CPU a mark is the time of day. On a GPU, which works behind Python's back, it is an event in the stream: seconds
