@@ -122,7 +122,7 @@ class OptimConfig:
     steps: int = option(
         0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
     )
-    batch_size: int = option(0, "images per step; 0: 256, below 5,000 images 64")
+    batch_size: int = option(0, "images per step, of all processes together; 0: 256, below 5,000 images 64")
     accumulation: int = option(1, "parts of a step's images that go through the network one by one, to save memory")
     lr: float = option(0.1, "learning rate at the end of the warm-up")
     head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
