@@ -26,11 +26,11 @@ all, who then leave the step out together and keep one scale. (Within a backward
 import copy
 import math
 from collections.abc import Mapping
-from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastmargin.distributed import Group
@@ -40,6 +40,21 @@ from fastmargin.head import MarginHead
 from fastmargin.optim import ClassAdamW, ClassOptimizer, ClassSGD
 
 NEVER = 2**31 - 1  # steps
+
+
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler that counts for all ranks of a group. (Torch 2.13's ShardedGradScaler fails with a fused AdamW.)"""
+
+    def __init__(self, group: Group | None, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
+
+    def _unscale_grads_(self, *arguments: Any) -> dict[torch.device, Tensor]:
+        counts = super()._unscale_grads_(*arguments)
+        if self.group is not None:
+            for count in counts.values():
+                dist.all_reduce(count, group=self.group)
+        return counts
 
 
 class Optimizers:
@@ -80,8 +95,6 @@ class Optimizers:
         average(self.terms, self.group)
         if self.config.clip is not None:
             self.clip(self.config.clip)
-        elif self.group is not None and not self.classes.in_backward:
-            self.scaler.unscale_(self.classes)  # counts for all ranks
         for optimizer in self.each:
             if optimizer is self.classes and self.classes.in_backward:
                 self.classes.step()
@@ -128,10 +141,9 @@ class Optimizers:
 
 
 def build_scaler(config: OptimConfig, device: torch.device, group: Group | None) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler if group is None else partial(ShardedGradScaler, process_group=group)
     if config.precision == "fp16":
-        return scaler(device.type)
-    return scaler(device.type, init_scale=1.0, growth_interval=NEVER)
+        return Scaler(group, device.type)
+    return Scaler(group, device.type, init_scale=1.0, growth_interval=NEVER)
 
 
 def build_classes(
