@@ -122,3 +122,46 @@ def test_ranks_take_the_steps_of_one_process(
     trained(ALIKE[name], tmp_path / "one")
     assert_equal_on_all_ranks(ranks(count, trained, ALIKE[name], tmp_path / "many"))
     assert_close_runs(tmp_path / "one", tmp_path / "many")
+
+
+# ---------------------------------------------------------------------------------------------- 2n = n + n
+
+DRAWING = replace(
+    configured(HeadConfig("ElasticFace"), ema=0.9), sampler=MINING.sampler, terms={"margin_based": TermConfig(0.1)}
+)
+EXACT = {
+    "uniform": SMALL,
+    "drawing": DRAWING,
+    "parts": configured(HeadConfig(sample_rate=0.3), name="adamw", lr=1e-3, accumulation=2, clip=1.0, precision="fp16"),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_stop_changes_no_bit_on_as_many_ranks(
+    ranks: Callable[..., list[Any]], tmp_path: Path, name: str, count: int
+) -> None:
+    """A signal to one rank stops all, between two checkpoints."""
+    factory = None if name == "uniform" else "test_torchrun:dropping"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert_equal_on_all_ranks(ranks(count, trained, EXACT[name], whole, factory))
+    ranks(count, trained, EXACT[name], parts, factory, 6)
+    saved_tensors(parts, step=6)
+    assert_equal_on_all_ranks(ranks(count, trained, EXACT[name], parts, factory))
+    expected, got = (checkpoint.load_latest(where / folder.CHECKPOINTS) for where in (whole, parts))
+    assert expected is not None and got is not None and got.step == expected.step == 12
+    assert expected.tensors.keys() == got.tensors.keys() and expected.state["scaler"] == got.state["scaler"]
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(got.tensors[name], tensor), name
+    assert records(parts) == records(whole)
+
+
+def test_any_number_of_ranks_goes_on(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for name in ("everything", "sampled"):
+        whole, parts = tmp_path / f"{name} whole", tmp_path / f"{name} parts"
+        ranks(2, trained, ALIKE[name], whole)
+        ranks(2, trained, ALIKE[name], parts, "test_torchrun:plain", 2)
+        trained(ALIKE[name], parts, stop=6)
+        ranks(3, trained, ALIKE[name], parts, "test_torchrun:plain", 10)
+        ranks(2, trained, ALIKE[name], parts)
+        assert_close_runs(whole, parts)

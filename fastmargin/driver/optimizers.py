@@ -43,7 +43,10 @@ NEVER = 2**31 - 1  # steps
 
 
 class Scaler(torch.amp.GradScaler):
-    """A GradScaler that counts for all ranks of a group. (Torch 2.13's ShardedGradScaler fails with a fused AdamW.)"""
+    """A GradScaler whose count is 1 on all ranks of a group if it is on one.
+
+    Torch 2.13's ShardedGradScaler adds the counts, and fused optimisers leave out a step for a count of 1 alone.
+    """
 
     def __init__(self, group: Group | None, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -53,7 +56,7 @@ class Scaler(torch.amp.GradScaler):
         counts = super()._unscale_grads_(*arguments)
         if self.group is not None:
             for count in counts.values():
-                dist.all_reduce(count, group=self.group)
+                dist.all_reduce(count, dist.ReduceOp.MAX, group=self.group)
         return counts
 
 
