@@ -11,6 +11,7 @@ connections close, and torchrun ends the others.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fastmargin.driver.data import Log
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-ECHO = timedelta(seconds=5)  # how long after another rank the first may come to make the same mistake
+ECHO = 5.0  # seconds after another rank in which the first may come to make the same mistake
 
 
 @dataclass(frozen=True)
@@ -188,13 +189,11 @@ def only_once(text: str) -> str | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return text
     rank, said = int(os.environ["RANK"]), f"fastmargin/{os.environ['TORCHELASTIC_RESTART_COUNT']}/said"
-    try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=ECHO)
-        if rank == 0:
-            store.set(said, text)
-            return text
-        if store.get(said) == text.encode():  # or an error after a while: the first one is not of this opinion
-            return None
-    except RuntimeError:
-        pass
-    return f"rank {rank}: {text}"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if rank == 0:
+        store.set(said, text)
+        return text
+    late = time.monotonic() + ECHO
+    while not store.check([said]) and time.monotonic() < late:
+        time.sleep(0.05)
+    return None if store.check([said]) and store.get(said) == text.encode() else f"rank {rank}: {text}"
