@@ -127,7 +127,13 @@ def test_ranks_take_the_steps_of_one_process(
 # ---------------------------------------------------------------------------------------------- 2n = n + n
 
 DRAWING = replace(
-    configured(HeadConfig("ElasticFace"), ema=0.9), sampler=MINING.sampler, terms={"margin_based": TermConfig(0.1)}
+    configured(HeadConfig("ElasticFace"), ema=0.9),
+    sampler=MINING.sampler,
+    terms={
+        "margin_based": TermConfig(0.1),
+        "minimum_margin": TermConfig(0.1, {"route": "centers", "margin": 0.1}),
+        "git": TermConfig(0.01),
+    },
 )
 EXACT = {
     "uniform": SMALL,

@@ -49,6 +49,8 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
 
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
     None: config.model. It is given from Python alone, also to resume or to evaluate.
+    Under torchrun, or where torch.distributed runs already, all processes call this with the same arguments and train
+    together; the first one alone logs and writes.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is training in the folder.
     `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
@@ -210,14 +212,14 @@ def keep_cosines(
     spare = run.config.optim.steps - EDGE
     for stage, before in {"start": 0, "middle": spare // 2, "end": spare}.items():
         if before < run.step <= before + EDGE:
-            run.cosines[stage] = torch.cat([run.cosines[stage], run.mined.rows.gather(scores)])
+            run.cosines[stage] = torch.cat([run.cosines[stage], run.rows.gather(scores)])
 
 
 def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
     """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong."""
     run.head.check()
-    rows = run.mined.rows
-    own = [out.loss.item(), out.target_score.mean().item() * len(rows.sizes) * rows.count / rows.total]
+    weight = run.processes.count * run.rows.count / run.rows.total
+    own = [out.loss.item(), weight * out.target_score.mean().item()]
     terms = {name: value.item() for name, value in run.terms.last.items()}
     weights = learnt(run.model, run.head, run.terms).values()
     broken = run.optimizers.failed() or not all(weight.isfinite().all() for weight in weights)

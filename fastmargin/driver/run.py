@@ -48,7 +48,8 @@ class Run:
     config: TrainConfig
     processes: Processes
     device: torch.device
-    part: Layout  # of the rows of a part of a step over the processes
+    rows: Layout  # of a step, over the processes
+    part: Layout  # the rows of each of its parts (optim.accumulation)
     train: Identities
     test: Identities
     factory: str | None  # import path of the network, where it is not config.model's
@@ -106,6 +107,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
         config=config,
         processes=processes,
         device=device,
+        rows=rows,
         part=part,
         train=train,
         test=test,

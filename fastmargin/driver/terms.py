@@ -142,7 +142,7 @@ def build_minimum_margin(bank: CenterBank, route: str = "through_update", **opti
 
 
 class TrainedCenters:
-    """The minimum margin of the bank's centres, which it moves itself, in a group by the average gradient."""
+    """The minimum margin of the bank's centres, which it moves itself, in a group by the average gradient: an all-reduce of [C, d]."""
 
     def __init__(self, bank: CenterBank, options: dict[str, Any]) -> None:
         self.bank, self.options = bank, options
@@ -155,8 +155,9 @@ class TrainedCenters:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         gradient = self.leaf.grad
-        if self.bank.group is not None:
-            gradient = averaged(torch.zeros_like(self.leaf) if gradient is None else gradient, self.bank.group)
+        if self.bank.group is not None:  # sparse ones have other rows on each rank
+            own = torch.zeros_like(self.leaf) if gradient is None else gradient.to_dense()
+            gradient = averaged(own, self.bank.group)
         if gradient is not None:
             self.bank.centers.add_(gradient, alpha=-lr)
 
