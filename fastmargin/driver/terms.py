@@ -142,7 +142,8 @@ def build_minimum_margin(bank: CenterBank, route: str = "through_update", **opti
 
 
 class TrainedCenters:
-    """The minimum margin of the bank's centres, which it moves itself, in a group by the average gradient: an all-reduce of [C, d]."""
+    """The minimum margin of the bank's centres, which it moves itself: in a group by the average of all ranks'
+    gradients, C d numbers that travel in each step."""
 
     def __init__(self, bank: CenterBank, options: dict[str, Any]) -> None:
         self.bank, self.options = bank, options
