@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         given = build_parser().parse_args(arguments)
+        if given.command not in ("train", "evaluate"):
+            alone(given.command)
         COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
         if said := only_once(" ".join(str(mistake).split())):
@@ -224,7 +226,6 @@ def evaluate(given: Any) -> None:
 
 
 def export(given: Any) -> None:
-    alone("export")
     folder.read_config(Path(given.run))
     from fastmargin.driver import export as exporter
 
@@ -232,7 +233,6 @@ def export(given: Any) -> None:
 
 
 def doppelgangers(given: Any) -> None:
-    alone("doppelgangers")
     folder.read_config(Path(given.run))
     require(given.limit >= 1, "limit", given.limit, "at least 1")
     from fastmargin.driver import doppelgangers as mined
@@ -241,7 +241,6 @@ def doppelgangers(given: Any) -> None:
 
 
 def clean(given: Any) -> None:
-    alone("clean")
     values = given.as_dict()
     where, out = Path(values.pop("run")), Path(values.pop("out"))
     config = from_dict(CleanConfig, values)
@@ -260,7 +259,6 @@ def simulate(given: Any) -> None:
 
 
 def info(_: Any) -> None:
-    alone("info")
     from fastmargin import backends
 
     log(f"{'fastmargin':10} {__version__}\n{backends.describe()}")
