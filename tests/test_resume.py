@@ -95,7 +95,7 @@ def test_sampled_sgd_resumes_bit_for_bit_from_the_checkpoints_of_the_whole_run(
 def test_what_is_mined_late_is_a_step_late_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(configured(HeadConfig(sample_rate=0.5), name="adamw"), sampler=replace(SMALL.sampler, lag=2))
     config = replace(config, sampler=replace(config.sampler, name="doppelganger"), save_every=3)
-    monkeypatch.setattr(run, "Mined", lambda table, late: Mined(table, late=True))
+    monkeypatch.setattr(run, "Mined", lambda table, rows, late: Mined(table, rows, late=True))
     current = run.build(config, print)
     tables = []
     for batch in batches(current, 3):

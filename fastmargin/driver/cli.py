@@ -4,9 +4,11 @@ Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--conf
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
 OSError) ends in one line on stderr and exit code 2; any other exception is ours and keeps its traceback.
 SIGINT and SIGTERM let `train` save a checkpoint and end with exit code 130 and 143: see `driver.signals`.
-torch is imported by the commands, not here.
+torchrun may run `train` and `evaluate RUN` in many processes: see `driver.processes`. What all of them have to say is
+said once. torch is imported by the commands, not here.
 """
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -37,14 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         given = build_parser().parse_args(arguments)
+        if given.command not in ("train", "evaluate"):
+            alone(given.command)
         COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
-        print(f"fastmargin: {' '.join(str(mistake).split())}", file=sys.stderr)
+        if said := only_once(" ".join(str(mistake).split())):
+            print(f"fastmargin: {said}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("fastmargin: interrupted; checkpoints made so far are kept", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def processes() -> int:
+    """How many torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def only_once(text: str) -> str | None:
+    """What this process should print of what others may say, too; None for nothing."""
+    if processes() == 1:
+        return text
+    from fastmargin.driver import processes as ours
+
+    return ours.only_once(text)
+
+
+def alone(command: str) -> None:
+    """ValueError under torchrun."""
+    if processes() > 1:
+        raise ValueError(f"{command} is for one process, not {processes()}: torchrun runs train and evaluate RUN")
 
 
 def build_parser() -> ArgumentParser:
@@ -80,7 +105,9 @@ def new_parser(**options: Any) -> ArgumentParser:
 def train_parser() -> ArgumentParser:
     parser = new_parser(
         description="Train on glyphs or images of your own, evaluate on identities never seen, report. SIGINT and "
-        "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once.",
+        "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once. Many "
+        "processes, each with a part of the classes and of every batch: torchrun --nproc-per-node N -m fastmargin "
+        "train ...",
         epilog="Example: fastmargin train --data.source synthetic:40x8 --data.size 16 --optim.steps 4 --out run",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
@@ -171,7 +198,8 @@ def train(given: Any) -> None:
     if out is not None:
         folder.check(Path(out), config)
         if folder.finished(Path(out)):
-            return log(f"{out} holds a finished run: nothing to do")
+            said = only_once(f"{out} holds a finished run: nothing to do")
+            return log(said) if said else None
     from fastmargin.driver import engine
 
     engine.train(config, out, log)
@@ -185,6 +213,8 @@ def evaluate(given: Any) -> None:
         given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null but for a run's --pairs"
     )
     require(given.out is None or given.pairs or stored, "out", given.out, "null: a run's numbers go to its folder")
+    if stored or given.pairs:
+        alone("evaluate of stored embeddings, or with --pairs,")
     from fastmargin.driver import engine, verify
 
     if stored:

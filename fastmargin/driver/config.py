@@ -122,7 +122,7 @@ class OptimConfig:
     steps: int = option(
         0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
     )
-    batch_size: int = option(0, "images per step; 0: 256, below 5,000 images 64")
+    batch_size: int = option(0, "images per step, of all processes together; 0: 256, below 5,000 images 64")
     accumulation: int = option(
         1, "parts of a step's images that go through network and head one by one, to save memory"
     )

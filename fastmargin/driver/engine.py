@@ -2,7 +2,8 @@
 
 n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`. (With sampled classes
 and SGD a checkpoint brings late rows up to date, which rounds them: only a stop at a step of `save_every` is exact.)
-How a step moves the weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`.
+How a step moves the weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`, what N processes
+tell each other in `driver.processes`: on as many, a stop changes no bit; on another number, sums are rounded otherwise.
 """
 
 import math
@@ -11,7 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from fastmargin import __version__, checkpoint
-from fastmargin.driver import folder, report, signals, tensorboard
+from fastmargin.driver import folder, processes, report, signals, tensorboard
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Stored
@@ -46,40 +49,52 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
 
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
     None: config.model. It is given from Python alone, also to resume or to evaluate.
+    Under torchrun, or where torch.distributed runs already, all processes call this with the same arguments and train
+    together; the first one alone logs and writes.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is training in the folder.
     `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # or a mistake, before any work
-    run = build(config, log, model)
-    begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
-    if config.init_from is not None and not begun:
-        start_from(run, Path(config.init_from), log)
-    where = folder.claim(out, run.config)
-    log(
-        f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
-        f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}; "
-        f"{run.config.optim.steps} steps of {run.config.optim.batch_size} images"
-    )
-    with locked(where):
+    with processes.joined() as ours, ExitStack() as held:
+        log = ours.log(log)
+        run = build(config, log, model, ours)
+        begun = out is not None and checkpoint.committed(Path(out) / folder.CHECKPOINTS)
+        if config.init_from is not None and not begun:
+            start_from(run, Path(config.init_from), log)
+        where = ours.by_first(partial(claim, out, run.config, held))
+        log(
+            f"run {where}: {run.train.num_classes} identities, {len(run.train.images)} images to train on, "
+            f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}; "
+            f"{run.config.optim.steps} steps of {run.config.optim.batch_size} images"
+        )
         resume(run, where, log)
         loop(run, where, log)
         finish(run, where, log)
     return where
 
 
+def claim(out: str | None, config: TrainConfig, held: ExitStack) -> Path:
+    """Makes the folder of the run, and holds its lock."""
+    where = folder.claim(out, config)
+    held.enter_context(locked(where))
+    return where
+
+
 def evaluate(where: Path, log: Log, model: str | None = None) -> None:
     """Evaluates the last checkpoint of a run; model as for `train`. ValueError if there is none."""
-    run = build(folder.read_config(where), log, model)
-    if not resume(run, where, log):
-        raise ValueError(f"{where} has no checkpoint yet")
-    finish(run, where, log)
+    with processes.joined() as ours:
+        log = ours.log(log)
+        run = build(folder.read_config(where), log, model, ours)
+        if not resume(run, where, log):
+            raise ValueError(f"{where} has no checkpoint yet")
+        finish(run, where, log)
 
 
 def resume(run: Run, where: Path, log: Log) -> bool:
     """Takes up the newest checkpoint of the folder; False if there is none. ValueError if it does not fit."""
-    saved = checkpoint.load_latest(where / folder.CHECKPOINTS)
+    saved = checkpoint.load_latest(where / folder.CHECKPOINTS, group=run.processes.host)
     if saved is None:
         return False
     for warning in saved.warnings:
@@ -91,25 +106,26 @@ def resume(run: Run, where: Path, log: Log) -> bool:
 
 def loop(run: Run, where: Path, log: Log) -> None:
     """Trains to the last step; records and saves on the way. `signals.Stopped` after a signal, with all saved."""
-    config, last = run.config, run.config.optim.steps
-    board = tensorboard.Board(where, run.step) if config.tensorboard else None
-    run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device)
+    config, last, first = run.config, run.config.optim.steps, run.processes.rank == 0
+    board = tensorboard.Board(where, run.step) if config.tensorboard and first else None
+    run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device, run.processes.count)
     since, clock = run.step, time.perf_counter()
-    bar = tqdm(total=last, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    bar = tqdm(total=last, initial=run.step, unit="step", disable=not (first and sys.stderr.isatty()))
     with bar, signals.noted() as noted:
         for images, labels in batches(run):
             run.watch("loader")
             out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
             bar.update()
-            stop = noted.number
+            stop = run.processes.agree(noted.number)
             saving = stop or run.step % config.save_every == 0 or run.step == last
             if saving or run.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
                 run.seconds += seconds
-                record = measure(run, out, len(labels) * (run.step - since) / seconds)
+                record = measure(run, out, config.optim.batch_size * (run.step - since) / seconds)
                 record |= {"seconds": run.watch.per_step(run.step - since), "machine": here}
-                folder.append_record(where, record)
+                if first:
+                    folder.append_record(where, record)
                 if board:
                     board.add(record)
                 if not bar.disable:
@@ -118,7 +134,8 @@ def loop(run: Run, where: Path, log: Log) -> None:
                     log(f"step {run.step:>{len(str(last))}} of {last}: {report.progress(record)}")
                 since, clock = run.step, time.perf_counter()
             if saving:
-                checkpoint.save(where / folder.CHECKPOINTS, run.step, tensors(run), state(run))
+                held = tensors(run), state(run)
+                checkpoint.save(where / folder.CHECKPOINTS, run.step, *held, group=run.processes.host)
             if stop:
                 log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}")
                 raise signals.Stopped(stop)
@@ -127,21 +144,25 @@ def loop(run: Run, where: Path, log: Log) -> None:
 
 def train_step(
     run: Run,
-    images: Tensor,  # [B, c, H, W] float32
-    labels: Tensor,  # [B] int64
-) -> HeadOutput:
+    images: Tensor,  # [b, c, H, W] float32, of this process
+    labels: Tensor,  # [b] int64
+) -> HeadOutput:  # of these rows
     """One step of the optimisers. From batches in pinned memory, the host waits for no GPU."""
-    torch.manual_seed(key(run.config.seed, run.step))  # dropout and random margins
+    torch.manual_seed(key(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
     run.optimizers.set_rate(run.step)
     run.optimizers.zero_grad()
     parts = run.config.optim.accumulation
-    done = [backward(run, *part, 1 / parts) for part in zip(images.chunk(parts), labels.chunk(parts), strict=True)]
+    done: list[tuple[HeadOutput, Tensor, dict[str, Tensor]]] = []
+    for part in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        with nullcontext() if len(done) == parts - 1 else processes.unreduced(run.replica):
+            done.append(backward(run, *part, 1 / parts))
     run.optimizers.step()
     outs, embeddings, terms = zip(*done, strict=True)
     out = joined(outs)
     run.terms.last = {name: torch.stack([values[name] for values in terms]).mean() for name in terms[0]}
-    run.terms.update(torch.cat(embeddings), labels.to(run.device, non_blocking=True), run.optimizers.rate)
-    run.mined.add(labels, out)
+    there = labels.to(run.device, non_blocking=True)
+    run.terms.update(torch.cat(embeddings), there, run.optimizers.rate)
+    run.mined.add(labels if run.processes.group is None else there, out)
     if run.schedule:
         run.schedule.step()
     if isinstance(run.order, DoppelgangerBatchSampler):
@@ -163,7 +184,7 @@ def backward(
     images, labels = (t.to(run.device, non_blocking=True) for t in (images, labels))
     precision = DTYPES[run.config.optim.precision]
     with torch.autocast(run.device.type, precision, enabled=precision is not None):
-        embeddings = run.model(images)
+        embeddings = run.replica(images)
     embeddings = embeddings.float()
     run.watch("backbone")
     out = run.head(embeddings, labels, hard_classes=listed)
@@ -183,36 +204,40 @@ def joined(outs: Sequence[HeadOutput]) -> HeadOutput:
 
 def keep_cosines(
     run: Run,
-    scores: Tensor,  # [B]
+    scores: Tensor,  # [b]
 ) -> None:
-    """Gathers the cosines of EDGE steps at the start, in the middle and at the end; a plain layer has none."""
+    """Gathers all rows' cosines of EDGE steps at the start, in the middle and at the end; a plain layer has none."""
     if run.head.margin.plain:
         return
     spare = run.config.optim.steps - EDGE
     for stage, before in {"start": 0, "middle": spare // 2, "end": spare}.items():
         if before < run.step <= before + EDGE:
-            run.cosines[stage] = torch.cat([run.cosines[stage], scores])
+            run.cosines[stage] = torch.cat([run.cosines[stage], run.rows.gather(scores)])
 
 
 def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
-    """The record of a step. ValueError if the run has gone wrong."""
+    """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong."""
     run.head.check()
+    weight = run.processes.count * run.rows.count / run.rows.total
+    own = [out.loss.item(), weight * out.target_score.mean().item()]
+    terms = {name: value.item() for name, value in run.terms.last.items()}
+    weights = learnt(run.model, run.head, run.terms).values()
+    broken = run.optimizers.failed() or not all(weight.isfinite().all() for weight in weights)
+    loss, score, broken_somewhere, *values = run.processes.mean([*own, broken, *terms.values()])
     record: dict[str, Any] = {
         "step": run.step,
-        "loss": out.loss.item(),
-        "terms": {name: value.item() for name, value in run.terms.last.items()},
-        "target_score": out.target_score.mean().item(),
+        "loss": loss,
+        "terms": dict(zip(terms, values, strict=True)),
+        "target_score": score,
         "lr": run.optimizers.rate,
         "margin": getattr(run.head.margin, "m", None),
         **run.table.statistics.take(),
         "images_per_second": round(images_per_second, 1),
     }
-    weights, losses = learnt(run.model, run.head, run.terms).values(), (record["loss"], *record["terms"].values())
-    finite = all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights)
-    if not finite or run.optimizers.failed():
+    if broken_somewhere or not all(map(math.isfinite, (loss, *values))):
         raise ValueError(
-            f"training diverged by step {run.step}: the loss is {record['loss']}, or a term, a gradient or a weight "
-            "not finite. The last checkpoint is kept; a smaller optim.lr may help"
+            f"training diverged by step {run.step}: the loss is {loss}, or a term, a gradient or a weight not finite. "
+            "The last checkpoint is kept; a smaller optim.lr may help"
         )
     return record
 
@@ -221,11 +246,28 @@ def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, An
 
 
 def finish(run: Run, where: Path, log: Log) -> None:
-    """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done."""
+    """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done.
+
+    Of several processes each embeds its share of the images, and the first one does the rest.
+    """
     begin = time.perf_counter()
-    images, labels = run.test.images, run.test.labels
     run.mined.enter()
-    compared = {"model": embed(run.network, images, run.device), "raw_pixels": embed(RawPixels(), images)}
+    run.processes.copy_buffers(run.network)
+    share = replace(run.processes.share(len(run.test.labels)), group=run.processes.host)
+    images = run.test.take(np.arange(share.start, share.stop)).images
+    embeddings = share.gather(embed(run.network, images, run.device))
+    run.processes.by_first(partial(describe, run, where, embeddings, begin, log))
+
+
+def describe(
+    run: Run,
+    where: Path,
+    embeddings: Tensor,  # [N, d] of the images held out
+    begin: float,  # of the evaluation, by the clock
+    log: Log,
+) -> None:
+    images, labels = run.test.images, run.test.labels
+    compared = {"model": embeddings, "raw_pixels": embed(RawPixels(), images)}
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
     run.cosines = {stage: scores.cpu() for stage, scores in run.cosines.items()}
@@ -242,7 +284,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
         },
         "config": asdict(run.config),
     }
-    report.draw(where, run, report.Measured(metrics, curves, compared["model"].norm(dim=1)))
+    report.draw(where, run, report.Measured(metrics, curves, embeddings.norm(dim=1)))
     folder.write_json(where / folder.METRICS, metrics)
     log(report.table(metrics))
     log(f"report: {where / folder.REPORT / report.INDEX}, metrics: {where / folder.METRICS}")

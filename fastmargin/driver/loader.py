@@ -2,7 +2,8 @@
 
 Batch t is a function of (seed, t) and, with the doppelganger sampler, of what it has drawn: of no thread and of no
 earlier batch. So any number of workers gives the same batches, bit for bit, and those that were prepared when a run
-stopped are prepared again.
+stopped are prepared again. Of N processes each draws all of a batch, and loads its share: of every part, where a step
+has several (optim.accumulation), so that all have the parts that one process has.
 """
 
 from collections import deque
@@ -36,8 +37,8 @@ AHEAD = 2  # batches prepared ahead by each worker
 
 
 class Batch(NamedTuple):
-    images: Tensor  # [B, 1, H, W] or [B, 3, H, W] float32
-    labels: Tensor  # [B] int64
+    images: Tensor  # [b, 1, H, W] or [b, 3, H, W] float32
+    labels: Tensor  # [b] int64
 
 
 def batches(run: Run) -> Iterator[Batch]:
@@ -66,17 +67,25 @@ def ahead(run: Run) -> int:
 
 
 def numbers(run: Run) -> Iterator[tuple[Indices, Indices]]:
-    """Image numbers [B] and their epochs [B], for each step that is left.
+    """Numbers [b] of this process's images and their epochs [b], for each step that is left.
 
     What the doppelganger sampler draws is numbered, so that an image it repeats is augmented anew each time.
     """
     size, left = run.config.optim.batch_size, range(run.step, run.config.optim.steps)
     if isinstance(run.order, UniformBatches):
         for step in left:
-            yield run.order.indices(step), run.order.epochs(step)
+            yield own(run, run.order.indices(step)), own(run, run.order.epochs(step))
     else:
         for step, drawn in zip(left, run.order, strict=False):  # it has no end
-            yield np.array(drawn), step * size + np.arange(size)
+            yield own(run, np.array(drawn)), own(run, step * size + np.arange(size))
+
+
+def own(
+    run: Run,
+    everyones: Indices,  # [B]
+) -> Indices:  # [b]
+    """This process's share of each part of a batch."""
+    return everyones.reshape(run.config.optim.accumulation, -1)[:, run.part.start : run.part.stop].reshape(-1)
 
 
 def load(run: Run, transform: Augment, index: Indices, epoch: Indices) -> Batch:

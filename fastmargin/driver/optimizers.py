@@ -17,34 +17,63 @@ GradScaler. With fp16 it is the usual one, whose skips are part of its search fo
 can only fall: `failed`, asked on logging steps, says whether it has. (torch._assert_async would end the process on a
 GPU without a word of why; and ClassSGD has moved the class weights, if their own gradient was finite, before that of
 the backbone is known.)
+
+Of N processes each has all weights but the classes', and their gradients, averaged, are equal on all: so are their
+steps, and what GradScaler counts. Of the class weights each has its own, and an infinite gradient of one is counted by
+all, who then leave the step out together and keep one scale. (Within a backward pass rows are left out one by one.)
 """
 
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastmargin.distributed import Group
 from fastmargin.driver.config import OptimConfig
+from fastmargin.driver.processes import average
 from fastmargin.head import MarginHead
 from fastmargin.optim import ClassAdamW, ClassOptimizer, ClassSGD
 
 NEVER = 2**31 - 1  # steps
 
 
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler whose count is 1 on all ranks of a group if it is on one.
+
+    Torch 2.13's ShardedGradScaler adds the counts, and fused optimisers leave out a step for a count of 1 alone.
+    """
+
+    def __init__(self, group: Group | None, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
+
+    def _unscale_grads_(self, *arguments: Any) -> dict[torch.device, Tensor]:
+        counts = super()._unscale_grads_(*arguments)
+        if self.group is not None:
+            for count in counts.values():
+                dist.all_reduce(count, dist.ReduceOp.MAX, group=self.group)
+        return counts
+
+
 class Optimizers:
     """The optimisers of a run, stepped together.
 
-    others: what is learnt beside the head. `classes` moves head.weight, `rest` all other parameters.
+    model, terms: what is learnt beside the head. `classes` moves head.weight, `rest` all other parameters. In a group,
+    the head's, DDP averages the gradients of the model, the head its own, and those of the terms are averaged here.
     """
 
-    def __init__(self, config: OptimConfig, head: MarginHead, others: list[nn.Parameter]) -> None:
-        self.config, self.head, self.others = config, head, others
+    def __init__(self, config: OptimConfig, head: MarginHead, model: nn.Module, terms: nn.Module) -> None:
+        self.config, self.head, self.group = config, head, head.classes.group
+        self.terms = [p for p in terms.parameters() if p.requires_grad]
+        self.others = others = [*(p for p in model.parameters() if p.requires_grad), *self.terms]
         replicated = [p for p in head.replicated_parameters() if p.requires_grad]
         in_backward = config.clip is None and config.accumulation == 1 and bool(others)
-        self.scaler = build_scaler(config, head.weight.device)
+        self.scaler = build_scaler(config, head.weight.device, self.group)
         self.classes = build_classes(config, head, in_backward, self.scaler)
         groups = [{"params": others, "factor": 1.0}, {"params": replicated, "factor": config.head_lr}]
         self.rest = build_rest(config, groups)
@@ -66,6 +95,7 @@ class Optimizers:
         self.scaler.scale(loss).backward()
 
     def step(self) -> None:
+        average(self.terms, self.group)
         if self.config.clip is not None:
             self.clip(self.config.clip)
         for optimizer in self.each:
@@ -106,17 +136,17 @@ class Optimizers:
         for key, value in saved.items():
             name, _, slot = key.rpartition(".")
             p = named[name]
-            if p is self.head.weight:
+            if p is self.head.weight:  # of the classes held here
                 self.classes.state[p][slot] = int(value) if slot == "step" else torch.empty_like(p).copy_(value)
             else:  # in the layout of the parameter, as torch makes it; AdamW's step has none
                 like = p if value.shape == p.shape else value
                 self.rest.state[p][slot] = torch.empty_like(like, device=p.device).copy_(value)
 
 
-def build_scaler(config: OptimConfig, device: torch.device) -> torch.amp.GradScaler:
+def build_scaler(config: OptimConfig, device: torch.device, group: Group | None) -> torch.amp.GradScaler:
     if config.precision == "fp16":
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=NEVER)
+        return Scaler(group, device.type)
+    return Scaler(group, device.type, init_scale=1.0, growth_interval=NEVER)
 
 
 def build_classes(

@@ -1,10 +1,12 @@
 """What a run holds: how it is built from its configuration, and how it goes into a checkpoint and comes back.
 
 Images, their order, their augmentation and what a step draws are functions of (seed, step); everything else that a
-step reads and changes is in the checkpoint.
+step reads and changes is in the checkpoint. Of N processes each writes the rows of its classes, the first one all else:
+any number of them goes on from there.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
-from fastmargin.checkpoint import Checkpoint, load, part_of
+from fastmargin.checkpoint import Checkpoint, Sharded, load
+from fastmargin.distributed import Layout
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone, check_factory, network_weights
 from fastmargin.driver.config import HeadConfig, TrainConfig, require, settled
@@ -23,6 +26,7 @@ from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
 from fastmargin.driver.mined import Mined
 from fastmargin.driver.optimizers import Optimizers, build_average
+from fastmargin.driver.processes import ALONE, Processes
 from fastmargin.driver.stopwatch import Stopwatch
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
@@ -33,6 +37,7 @@ from fastmargin.schedules import LambdaSchedule, MarginRamp, Schedule
 Order = UniformBatches | DoppelgangerBatchSampler
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+COUNTER = "counter._extra_state"  # in the state of a head
 LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
 
 
@@ -41,11 +46,15 @@ class Run:
     """All that a step reads or changes."""
 
     config: TrainConfig
+    processes: Processes
     device: torch.device
+    rows: Layout  # of a step, over the processes
+    part: Layout  # the rows of each of its parts (optim.accumulation)
     train: Identities
     test: Identities
     factory: str | None  # import path of the network, where it is not config.model's
     model: nn.Module
+    replica: nn.Module  # the same, or what averages its gradients over the processes
     head: MarginHead
     terms: Terms
     average: nn.Module | None  # the network with averaged weights
@@ -68,59 +77,78 @@ class Run:
         return self.model if self.average is None else self.average
 
 
-def build(config: TrainConfig, log: Log, factory: str | None = None) -> Run:
+def build(config: TrainConfig, log: Log, factory: str | None = None, processes: Processes = ALONE) -> Run:
     """Data, network, head, optimisers, mining. ValueError for options that do not fit together.
 
     factory: import path of a network of the caller's own, instead of config.model.name.
     """
-    device = pick_device(config.device)
-    train, test = load_data(config.data, log)
+    device = pick_device(config.device, processes)
+    with processes.in_turn():
+        train, test = load_data(config.data, log)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
         raise ValueError(f"{split}; wanted at least 2 of each: more data, another data.holdout or data.split_seed")
     config = settled(config, len(train.labels))
+    part = share_rows(config, processes)
     if config.head.topk >= train.num_classes:
         raise ValueError(f"head.topk is {config.head.topk}; wanted less than the {train.num_classes} classes")
     torch.manual_seed(config.seed)
     model = build_backbone(config, train.input_shape, factory)
     if factory is None and config.model.name == "doppelganger":
         lsuv(model, to_float(train.images[np.linspace(0, len(train.labels) - 1, LSUV).astype(np.int64)]))
-    head = build_head(config, train.num_classes)
-    terms = Terms(config.terms, train.num_classes, config.dim)
+    head = build_head(config, train.num_classes, part)
+    terms = Terms(config.terms, train.num_classes, config.dim, part)
     for module in (model, head, terms):
         module.to(device)
-    others = [p for module in (model, terms) for p in module.parameters() if p.requires_grad]
+    replica = processes.replicated(model, train.input_shape)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
+    rows = Layout(part.group, tuple(size * config.optim.accumulation for size in part.sizes))
     return Run(
         config=config,
+        processes=processes,
         device=device,
+        rows=rows,
+        part=part,
         train=train,
         test=test,
         factory=factory,
         model=model,
+        replica=replica,
         head=head,
         terms=terms,
         average=build_average(config.optim, model),
-        optimizers=Optimizers(config.optim, head, others),
+        optimizers=Optimizers(config.optim, head, model, terms),
         schedule=build_schedule(config, head.margin),
         table=table,
-        mined=Mined(table, late=device.type == "cuda"),
+        mined=Mined(table, rows, late=device.type == "cuda"),
         order=build_order(config, train, table),
     )
 
 
-def pick_device(name: str | None) -> torch.device:
+def share_rows(config: TrainConfig, processes: Processes) -> Layout:
+    """ValueError for fewer than two rows a process, as one alone has no variance for batch norm."""
+    size, parts = config.optim.batch_size, config.optim.accumulation
+    wanted = f"at least 2 for each of {processes.count} processes, {2 * processes.count * parts} in all"
+    require(size // parts >= 2 * processes.count, "optim.batch_size", size, wanted)
+    return processes.share(size // parts)
+
+
+def pick_device(name: str | None, processes: Processes = ALONE) -> torch.device:
+    """Of several processes each takes the GPU of its own number."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return processes.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     wanted = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
     known = kind == "cpu" and not number
     known |= kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count()
     require(known, "device", name, wanted)
-    return torch.device(name)
+    if processes.count == 1:
+        return torch.device(name)
+    require(not number, "device", name, "cuda, cpu or null: each process takes a GPU of its own")
+    return processes.device(kind)
 
 
-def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
+def build_head(config: TrainConfig, num_classes: int, rows: Layout) -> MarginHead:
     margin = build_margin(config.head)
     return MarginHead(
         config.dim,
@@ -129,6 +157,8 @@ def build_head(config: TrainConfig, num_classes: int) -> MarginHead:
         bias=margin.plain,
         topk=config.head.topk,
         sample_rate=config.head.sample_rate,
+        group=rows.group,
+        uneven=len(set(rows.sizes)) > 1,
         compute_dtype=DTYPES[config.head.compute_dtype],
         backend=config.head.backend,
         seed=config.seed,
@@ -175,7 +205,7 @@ def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Par
 # Into a checkpoint and back
 
 
-def tensors(run: Run) -> dict[str, Tensor]:
+def tensors(run: Run) -> dict[str, Tensor | Sharded]:
     """All tensors that the next step depends on, and the cosines kept for the report."""
     moved = learnt(run.model, run.head, run.terms)
     parts = {
@@ -189,7 +219,29 @@ def tensors(run: Run) -> dict[str, Tensor]:
         "order": {} if isinstance(run.order, UniformBatches) else run.order.state_dict(),
         "cosines": run.cosines,
     }
-    return {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+    parts["head"].pop(COUNTER, None)
+    named = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+    start, total = run.head.classes.start, run.head.num_classes
+    return {name: Sharded(t, start, total) if of_classes(name, t.shape) else t for name, t in named.items()}
+
+
+def of_classes(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor has a row for each class of the head: its weight, and what their optimiser keeps of them."""
+    return name == "head/weight" or (name.startswith("optimizer/head.weight.") and len(shape) > 0)
+
+
+def part_of(saved: Checkpoint, part: str, head: MarginHead) -> dict[str, Tensor]:
+    """The tensors of one part, by their own names; of the classes, those held here."""
+    names, shape = [name for name in saved.tensors if name.startswith(f"{part}/")], saved.tensors.shape
+    rows = {name: head.class_range if of_classes(name, shape(name)) else (0, None) for name in names}
+    return {name.removeprefix(f"{part}/"): saved.tensors.rows(name, *of) for name, of in rows.items()}
+
+
+def load_head(head: MarginHead, saved: Checkpoint, passes: int) -> None:
+    """passes: made in training, which some heads count: those with sampled classes, or in a group."""
+    weights = part_of(saved, "head", head)
+    weights.pop(COUNTER, None)
+    head.load_state_dict(weights | ({} if head.counter is None else {COUNTER: torch.tensor(passes)}))
 
 
 def state(run: Run) -> dict[str, Any]:
@@ -209,9 +261,9 @@ def restore(run: Run, saved: Checkpoint) -> None:
     """Brings a run just built to where the checkpoint was made. ValueError if images or network are others."""
     check_factory(saved, run.config, run.factory)
     check_images(saved, run.train)
-    part = partial(part_of, saved.tensors)
+    part = partial(part_of, saved, head=run.head)
     run.model.load_state_dict(part("model"))
-    run.head.load_state_dict(part("head"))
+    load_head(run.head, saved, saved.step * run.config.optim.accumulation)
     run.terms.load_state_dict(part("terms"))
     run.table.load_state_dict(part("table"))
     run.optimizers.load_tensors(learnt(run.model, run.head, run.terms), part("optimizer"))
@@ -237,14 +289,14 @@ def start_from(run: Run, path: Path, log: Log) -> None:
     """Takes the weights alone from a checkpoint of another run: the network's, and where that run was trained on the
     same images, the head's and what its terms hold that this run has too. ValueError for weights of other shapes.
     """
-    saved = load(path)
+    saved = load(path, rank=run.processes.rank, ranks=run.processes.count)
     same = saved.state["data"] == run.train.fingerprint
     try:
         for network in {run.model, run.network}:
             network.load_state_dict(network_weights(saved.tensors))
         if same:
-            run.head.load_state_dict(part_of(saved.tensors, "head"))
-            run.terms.load_state_dict(part_of(saved.tensors, "terms"), strict=False)
+            load_head(run.head, saved, 0)
+            run.terms.load_state_dict(part_of(saved, "terms", run.head), strict=False)
     except RuntimeError as error:
         raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error
     others = "" if same else "; it saw other images, so head and terms start afresh"

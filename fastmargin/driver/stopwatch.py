@@ -64,10 +64,12 @@ class Stopwatch:
         return earlier.elapsed_time(later) / 1000
 
 
-def machine(device: torch.device) -> str:
-    """The processor, the threads torch uses, and the GPU if the run is on one."""
+def machine(device: torch.device, processes: int = 1) -> str:
+    """The processor, the threads torch uses, the GPU if the run is on one, and how many processes have as much."""
     told = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
     threads = torch.get_num_threads()
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return f"{names[0] if names else platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'}{gpu}"
+    several = f", {processes} such processes" if processes > 1 else ""
+    processor = names[0] if names else platform.machine()
+    return f"{processor}, {threads} {'thread' if threads == 1 else 'threads'}{gpu}{several}"

@@ -14,6 +14,10 @@ Rows are the embeddings as the network makes them. The first three share one ban
 weight of 0 it does nothing else): losses see the old centres, and the bank moves after the optimiser's step. With the
 route "centers" it then takes a step down the minimum margin, too: the
 run's learning rate times the gradient of the weighted term, without momentum or decay.
+
+Of N processes each takes the terms of its own rows, b of B, and the objective is the average of theirs. Counted N b / B
+times (with reduction "sum" N times), means and sums over rows are those of all rows. The bank is that of all rows, and
+so is the minimum margin by the route through_update; pairs of rows are of one process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmargin.distributed import Layout, averaged
 from fastmargin.driver.config import TermConfig, require
 from fastmargin.losses.center import CenterBank, batch_means, center_loss
 from fastmargin.losses.git import git_loss
@@ -40,18 +45,22 @@ OF_ROWS: dict[str, Callable[..., Tensor]] = {"marginal": marginal_loss, "range":
 class Terms(nn.Module):
     """The terms of a configuration: called for their weighted sum, `last` has each without its weight.
 
-    Every term is tried on four rows, so that a mistake in its options is said here: ValueError names the term.
+    rows: how those of a batch lie over the processes; None: all are here. Every term is tried on four rows, so that a
+    mistake in its options is said here: ValueError names the term.
     """
 
-    def __init__(self, config: Mapping[str, TermConfig], num_classes: int, dim: int) -> None:
+    def __init__(
+        self, config: Mapping[str, TermConfig], num_classes: int, dim: int, rows: Layout | None = None
+    ) -> None:
         super().__init__()
         self.weights = {name: term.weight for name, term in config.items()}
         options = {name: dict(term.options) for name, term in config.items()}
+        self.shares = {name: share(name, given, rows) for name, given in options.items()}
         self.bank: CenterBank | None = None
         if config.keys() & {*BANKED, "minimum_margin"}:
             of_bank = {k: options["center"].pop(k) for k in ("update", "alpha") if k in options.get("center", {})}
             with named("center"):
-                self.bank = CenterBank(num_classes, dim, **of_bank)
+                self.bank = CenterBank(num_classes, dim, **of_bank, group=None if rows is None else rows.group)
         self.losses: dict[str, Loss] = {}
         for name, given in options.items():
             with named(name):
@@ -66,7 +75,7 @@ class Terms(nn.Module):
         labels: Tensor,  # [B]
     ) -> Tensor | float:
         """Their weighted sum, 0.0 where there is none."""
-        values = {name: loss(x, labels) for name, loss in self.losses.items()}
+        values = {name: self.shares[name] * loss(x, labels) for name, loss in self.losses.items()}
         self.last = {name: value.detach() for name, value in values.items()}
         return sum((self.weights[name] * value for name, value in values.items()), 0.0)
 
@@ -82,6 +91,14 @@ class Terms(nn.Module):
         trained = self.losses.get("minimum_margin")
         if isinstance(trained, TrainedCenters):
             trained.step(lr)
+
+
+def share(name: str, options: Mapping[str, Any], rows: Layout | None) -> float:
+    """How often a term of own rows counts in the average over the processes."""
+    if rows is None or name == "minimum_margin":
+        return 1.0
+    summed = options.get("reduction") == "sum"
+    return len(rows.sizes) * (1.0 if summed else rows.count / rows.total)
 
 
 @contextmanager
@@ -125,7 +142,8 @@ def build_minimum_margin(bank: CenterBank, route: str = "through_update", **opti
 
 
 class TrainedCenters:
-    """The minimum margin of the bank's centres, which it moves itself."""
+    """The minimum margin of the bank's centres, which it moves itself: in a group by the average of all ranks'
+    gradients, C d numbers that travel in each step."""
 
     def __init__(self, bank: CenterBank, options: dict[str, Any]) -> None:
         self.bank, self.options = bank, options
@@ -137,8 +155,12 @@ class TrainedCenters:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        if self.leaf.grad is not None:
-            self.bank.centers.add_(self.leaf.grad, alpha=-lr)
+        gradient = self.leaf.grad
+        if self.bank.group is not None:  # sparse ones have other rows on each rank
+            own = torch.zeros_like(self.leaf) if gradient is None else gradient.to_dense()
+            gradient = averaged(own, self.bank.group)
+        if gradient is not None:
+            self.bank.centers.add_(gradient, alpha=-lr)
 
 
 class MarginBased(nn.Module):
