@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from small_run import SMALL, batches, configured, records, small_data, stop_at, 
 from torch import nn
 
 from fastmargin import checkpoint
-from fastmargin.driver import cli, engine, folder, run, signals
+from fastmargin.driver import cli, engine, folder, loader, run, signals
 from fastmargin.driver.config import HeadConfig, TrainConfig
 from fastmargin.driver.datasets import load_data
 from fastmargin.driver.mined import Mined
@@ -196,3 +197,31 @@ def interrupted(arguments: list[str], records: Path, number: signal.Signals) -> 
         time.sleep(0.01)
     said, _ = child.communicate(timeout=60)
     return said, child.returncode
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = checkpoint.save
+
+    def interrupted(where: Path, step: int, *given: Any, **group: Any) -> Path:
+        if step == SMALL.optim.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(where, step, *given, **group)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    with pytest.raises(signals.Stopped) as stopped:
+        train_loop(SMALL, tmp_path)
+    assert stopped.value.code == 143
+
+
+def test_rows_under_way_on_a_gpu_enter_the_table_of_a_run_on_a_cpu() -> None:
+    current = run.build(SMALL, print)
+    images, labels = next(loader.batches(current))
+    current.mined.late = True
+    engine.train_step(current, images, labels)
+    held = {name: t.clone() for name, t in current.mined.state_dict().items()}
+    assert (current.table.classes == -1).all()
+    resumed = run.build(SMALL, print)
+    resumed.mined.load_state_dict(held)
+    other = labels[:1].new_full((len(labels),), -100)  # a step that mines nothing of its own
+    resumed.mined.add(other, engine.backward(current, images, labels, 1.0)[0])
+    assert (resumed.table.classes[labels] >= 0).all()

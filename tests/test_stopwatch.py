@@ -60,7 +60,7 @@ class Slow(nn.Module):
 def test_a_step_is_parted_in_its_backward_pass_too(clock: Clock) -> None:
     """Two steps: the loader takes 1 and 3 s, the backbone 10 + 20, the head's term 100 + 200, what follows 1000."""
     current = run.build(SMALL, print)
-    current.model = Slow(current.model, clock, 10, 20)
+    current.replica = Slow(current.model, clock, 10, 20)
     current.terms.forward = lambda x, labels: Spend.apply(x, clock, 100, 200).sum() * 0  # type: ignore[method-assign]
     current.watch = Stopwatch(current.head.weight.device)
     batches = loader.batches(current)

@@ -10,6 +10,7 @@ from fastmargin import checkpoint
 from fastmargin.driver import folder
 from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Log
+from fastmargin.driver.processes import pick_device
 from fastmargin.models import build_model
 
 
@@ -58,8 +59,8 @@ def newest(where: Path, config: TrainConfig, log: Log) -> checkpoint.Checkpoint:
     return saved
 
 
-def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone:
-    """The network of the newest checkpoint of a run.
+def load_backbone(where: Path, log: Log, factory: str | None = None, device: str | None = "cpu") -> Backbone:
+    """The network of the newest checkpoint of a run, on the device that is named; None: a GPU where there is one.
 
     ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
     """
@@ -69,4 +70,4 @@ def load_backbone(where: Path, log: Log, factory: str | None = None) -> Backbone
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)
     network.load_state_dict(network_weights(saved.tensors))
-    return Backbone(config, network.eval(), (channels, height, width), saved.step)
+    return Backbone(config, network.eval().to(pick_device(device)), (channels, height, width), saved.step)

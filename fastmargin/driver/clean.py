@@ -66,7 +66,7 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
     empty, data that are none, and more than MOST pairs, or MOST / 2 within one set.
     """
     folder.check_unused(out)
-    backbone = load_backbone(where, log, model)
+    backbone = load_backbone(where, log, model, options.device)
     ours = backbone.config.data if options.source is None else adapted(backbone, options.source)
     theirs = None if options.against is None else adapted(backbone, options.against)
     loaded = [(config.source, load(backbone, config, log)) for config in (ours, theirs) if config is not None]

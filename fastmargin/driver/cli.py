@@ -137,6 +137,9 @@ def evaluate_parser() -> ArgumentParser:
         help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
     )
     parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
+    parser.add_argument(
+        "--device", type=str | None, help="cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
+    )
     return parser
 
 
@@ -220,9 +223,9 @@ def evaluate(given: Any) -> None:
     if stored:
         verify.evaluate_stored(what, given.pairs, given.out, log)
     elif given.pairs:
-        verify.evaluate_set(what, given.pairs, given.mirror, given.out, log)
+        verify.evaluate_set(what, given.pairs, given.mirror, given.out, log, device=given.device)
     else:
-        engine.evaluate(what, log)
+        engine.evaluate(what, log, device=given.device)
 
 
 def export(given: Any) -> None:

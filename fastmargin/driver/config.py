@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 GLYPHS = "glyphs"  # the source that needs no files
-# Options on which no result depends: a run is resumed with any of them.
-FREE = ("data.workers", "data.cache", "tensorboard")
+# Options that may change when a run is resumed.
+FREE = ("data.workers", "data.cache", "tensorboard", "device", "log_every")
 # Options whose 0 means that the number of images decides: see `settled`.
 BY_IMAGES = ("optim.steps", "optim.batch_size")
 FEW, EPOCHS = 5000, 20  # images below which steps are smaller and fewer; times that each image is seen at least
@@ -94,8 +94,14 @@ class HeadConfig:
         "ArcFace", "AdaFace", "MagFace", "ElasticFace",
     ] = option("ArcFace", "margin of the target")  # fmt: skip
     s: float | None = option(None, "scale; null: 30 for ArcFace, else the margin's own default")
-    m: float | None = option(None, "margin; null: 0.4 for ArcFace, else the margin's own default")
-    ramp: float = option(0.3, "m grows linearly from 0 over this share of the steps; 0: constant")
+    m: float | None = option(
+        None,
+        "margin, of an angle in radians (ArcFace, AdaFace, ElasticFace), a cosine (CosFace, AMSoftmax) or a factor of "
+        "the angle (SphereFace); null: 0.4 for ArcFace, else the margin's own default",
+    )
+    ramp: float | None = option(
+        None, "share of the steps over which m grows linearly from 0; 0: none; null: 0.3 where the margin has one m"
+    )
     topk: int = option(1, "nearest wrong classes mined per row")
     backend: Literal["native", "stream", "reference"] | None = option(None, "null: the fastest that can run")
     sample_rate: float = option(1.0, "share of the classes drawn for each step, beside the batch's own and mined ones")
@@ -104,7 +110,7 @@ class HeadConfig:
     )
 
     def __post_init__(self) -> None:
-        require(0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
+        require(self.ramp is None or 0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
         require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "a share above 0, at most 1")
         require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs one")
 
@@ -185,7 +191,7 @@ class SamplerConfig:
     random_classes: float = option(
         1 / 3, "classes of a batch drawn at random, not mined: a share of them, up to 1, or from 2 on how many"
     )
-    counts: tuple[int, int] = option((2, 8), "fewest and most images of a class in a batch")
+    counts: tuple[int, int] = option((2, 8), "fewest and most images of a class in a batch, but for its last two")
     lag: int = option(8, "batches drawn ahead of the table")
 
     def __post_init__(self) -> None:
@@ -257,6 +263,7 @@ class CleanConfig:
     below: float | None = option(None, "images with a smaller cosine to their identity's centre are listed for removal")
     above: float = option(0.45, "pairs of identities are listed from this cosine of their centres on")
     limit: int = option(20, "lines of each list that are printed")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")
 
     def __post_init__(self) -> None:
         require(self.below is None or -1 <= self.below <= 1, "below", self.below, "a cosine, from -1 to 1")

@@ -13,7 +13,6 @@ from fastmargin.driver.backbone import newest
 from fastmargin.driver.config import GLYPHS
 from fastmargin.driver.data import Log
 from fastmargin.driver.datasets import load_data
-from fastmargin.driver.mined import Mined
 from fastmargin.driver.run import build_margin, check_images
 from fastmargin.mining import DoppelgangerTable
 
@@ -33,9 +32,8 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     check_images(saved, train)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     table.load_state_dict(part_of(saved.tensors, "table"))
-    under_way = Mined(table, late=False)
-    under_way.load_state_dict(part_of(saved.tensors, "mined"))
-    under_way.enter()
+    if under_way := part_of(saved.tensors, "mined"):  # of a run on a GPU
+        table.update(**under_way)
     glyphs = config.data.source == GLYPHS
     names = list(map(contact_sheet.caption, train.names)) if glyphs else train.names
     log(f"most similar pairs, the larger score of the two:\n{pairs_of(table, names, limit)}")

@@ -31,7 +31,7 @@ from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Stored
 from fastmargin.driver.loader import augmentation, batches
 from fastmargin.driver.optimizers import update_average
-from fastmargin.driver.run import DTYPES, Log, Run, build, learnt, restore, start_from, state, tensors
+from fastmargin.driver.run import DTYPES, Log, Run, build, restore, start_from, state, tensors, trained
 from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.files import locked
@@ -82,11 +82,13 @@ def claim(out: str | None, config: TrainConfig, held: ExitStack) -> Path:
     return where
 
 
-def evaluate(where: Path, log: Log, model: str | None = None) -> None:
-    """Evaluates the last checkpoint of a run; model as for `train`. ValueError if there is none."""
+def evaluate(where: Path, log: Log, model: str | None = None, device: str | None = None) -> None:
+    """Evaluates the last checkpoint of a run; model as for `train`; device: None is a GPU where there is
+    one. ValueError if there is no checkpoint."""
+    config = folder.read_config(where)
     with processes.joined() as ours:
         log = ours.log(log)
-        run = build(folder.read_config(where), log, model, ours)
+        run = build(replace(config, device=device), log, model, ours)
         if not resume(run, where, log):
             raise ValueError(f"{where} has no checkpoint yet")
         finish(run, where, log)
@@ -120,23 +122,24 @@ def loop(run: Run, where: Path, log: Log) -> None:
             stop = run.processes.agree(noted.number)
             saving = stop or run.step % config.save_every == 0 or run.step == last
             if saving or run.step % config.log_every == 0:
-                seconds = time.perf_counter() - clock
-                run.seconds += seconds
-                record = measure(run, out, config.optim.batch_size * (run.step - since) / seconds)
-                record |= {"seconds": run.watch.per_step(run.step - since), "machine": here}
+                record = measure(run, out)  # waits for the device
+                now, steps = time.perf_counter(), run.step - since
+                run.seconds += now - clock
+                record["images_per_second"] = round(config.optim.batch_size * steps / (now - clock), 1)
+                record |= {"seconds": run.watch.per_step(steps), "machine": here}
+                since, clock = run.step, now
                 if first:
                     folder.append_record(where, record)
                 if board:
                     board.add(record)
                 if not bar.disable:
                     bar.set_postfix_str(report.progress(record))
-                elif run.step * 10 // last > since * 10 // last:  # every tenth of the run
+                elif run.step * 10 // last > (run.step - steps) * 10 // last:  # every tenth of the run
                     log(f"step {run.step:>{len(str(last))}} of {last}: {report.progress(record)}")
-                since, clock = run.step, time.perf_counter()
             if saving:
                 held = tensors(run), state(run)
                 checkpoint.save(where / folder.CHECKPOINTS, run.step, *held, group=run.processes.host)
-            if stop:
+            if stop or (run.step == last and (stop := run.processes.agree(noted.number))):  # during the last save, too
                 log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}")
                 raise signals.Stopped(stop)
             run.watch("rest")
@@ -147,7 +150,8 @@ def train_step(
     images: Tensor,  # [b, c, H, W] float32, of this process
     labels: Tensor,  # [b] int64
 ) -> HeadOutput:  # of these rows
-    """One step of the optimisers. From batches in pinned memory, the host waits for no GPU."""
+    """One step of the optimisers. On a GPU the host waits for the step before (see `driver.mined`), and with sampled
+    classes or terms for this one."""
     torch.manual_seed(key(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
     run.optimizers.set_rate(run.step)
     run.optimizers.zero_grad()
@@ -192,7 +196,7 @@ def backward(
     run.watch("head")
     run.watch.split(embeddings)
     run.optimizers.backward(loss * share)
-    run.watch("backbone")
+    run.watch("backbone" if embeddings.requires_grad else "head")
     return out._replace(loss=out.loss.detach()), embeddings.detach(), run.terms.last
 
 
@@ -209,20 +213,20 @@ def keep_cosines(
     """Gathers all rows' cosines of EDGE steps at the start, in the middle and at the end; a plain layer has none."""
     if run.head.margin.plain:
         return
-    spare = run.config.optim.steps - EDGE
+    edge = max(1, min(EDGE, run.config.optim.steps // 3))
+    spare = run.config.optim.steps - edge
     for stage, before in {"start": 0, "middle": spare // 2, "end": spare}.items():
-        if before < run.step <= before + EDGE:
+        if before < run.step <= before + edge:
             run.cosines[stage] = torch.cat([run.cosines[stage], run.rows.gather(scores)])
 
 
-def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, Any]:
+def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
     """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong."""
     run.head.check()
     weight = run.processes.count * run.rows.count / run.rows.total
     own = [out.loss.item(), weight * out.target_score.mean().item()]
     terms = {name: value.item() for name, value in run.terms.last.items()}
-    weights = learnt(run.model, run.head, run.terms).values()
-    broken = run.optimizers.failed() or not all(weight.isfinite().all() for weight in weights)
+    broken = run.optimizers.failed() or not all(numbers.isfinite().all() for numbers in trained(run))
     loss, score, broken_somewhere, *values = run.processes.mean([*own, broken, *terms.values()])
     record: dict[str, Any] = {
         "step": run.step,
@@ -232,12 +236,11 @@ def measure(run: Run, out: HeadOutput, images_per_second: float) -> dict[str, An
         "lr": run.optimizers.rate,
         "margin": getattr(run.head.margin, "m", None),
         **run.table.statistics.take(),
-        "images_per_second": round(images_per_second, 1),
     }
     if broken_somewhere or not all(map(math.isfinite, (loss, *values))):
         raise ValueError(
-            f"training diverged by step {run.step}: the loss is {loss}, or a term, a gradient or a weight not finite. "
-            "The last checkpoint is kept; a smaller optim.lr may help"
+            f"training diverged by step {run.step}: the loss is {loss}, or a term, a gradient, a weight or "
+            "a statistic not finite. The last checkpoint is kept; a smaller optim.lr may help"
         )
     return record
 
@@ -255,7 +258,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
     run.processes.copy_buffers(run.network)
     share = replace(run.processes.share(len(run.test.labels)), group=run.processes.host)
     images = run.test.take(np.arange(share.start, share.stop)).images
-    embeddings = share.gather(embed(run.network, images, run.device))
+    embeddings = share.gather(embed(run.network, images))
     run.processes.by_first(partial(describe, run, where, embeddings, begin, log))
 
 
@@ -314,10 +317,9 @@ class RawPixels(nn.Module):
 def embed(
     model: nn.Module,
     images: Tensor | Stored,  # [N, H, W] or [N, H, W, 3] uint8
-    device: torch.device | str = "cpu",  # of the model
 ) -> Tensor:  # [N, d], in host memory
-    """Embeddings in evaluation mode; the mode is put back afterwards."""
-    training = model.training
+    """Embeddings in evaluation mode, on the model's device; the mode is put back afterwards."""
+    training, device = model.training, next((p.device for p in model.parameters()), "cpu")
     model.eval()
     blocks = np.array_split(np.arange(len(images)), range(EMBED, len(images), EMBED))
     embeddings = torch.cat([model(to_float(images[block]).to(device)).cpu() for block in blocks])

@@ -31,8 +31,7 @@ class Mined:
         out: HeadOutput,  # of b rows
     ) -> None:
         """The rows of a step: they enter the table, or those of the step before do."""
-        if self.late:
-            self.enter()
+        self.enter()  # on a CPU, what a run on a GPU had under way
         mined = {"labels": labels, "hard_classes": out.hard_classes, "hard_scores": out.hard_scores}
         everyones = gathered(mined, self.rows)
         self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in everyones.items()}

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmargin.distributed import Group, Layout
+from fastmargin.driver.config import require
 from fastmargin.driver.data import Log
 
 T = TypeVar("T")
@@ -139,6 +140,21 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def pick_device(name: str | None, processes: Processes = ALONE) -> torch.device:
+    """Of several processes each takes the GPU of its own number."""
+    if name is None:
+        return processes.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    wanted = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
+    known = kind == "cpu" and not number
+    known |= kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count()
+    require(known, "device", name, wanted)
+    if processes.count == 1:
+        return torch.device(name)
+    require(not number, "device", name, "cuda, cpu or null: each process takes a GPU of its own")
+    return processes.device(kind)
 
 
 def silent(text: str) -> None:

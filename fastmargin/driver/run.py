@@ -6,7 +6,7 @@ any number of them goes on from there.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from fastmargin.driver.data import Identities, Log, UniformBatches
 from fastmargin.driver.datasets import load_data
 from fastmargin.driver.mined import Mined
 from fastmargin.driver.optimizers import Optimizers, build_average
-from fastmargin.driver.processes import ALONE, Processes
+from fastmargin.driver.processes import ALONE, Processes, pick_device
 from fastmargin.driver.stopwatch import Stopwatch
 from fastmargin.driver.terms import Terms
 from fastmargin.head import MarginHead
@@ -38,6 +38,7 @@ Order = UniformBatches | DoppelgangerBatchSampler
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 COUNTER = "counter._extra_state"  # in the state of a head
+RAMP = 0.3  # share of the steps over which a margin grows
 LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
 
 
@@ -133,21 +134,6 @@ def share_rows(config: TrainConfig, processes: Processes) -> Layout:
     return processes.share(size // parts)
 
 
-def pick_device(name: str | None, processes: Processes = ALONE) -> torch.device:
-    """Of several processes each takes the GPU of its own number."""
-    if name is None:
-        return processes.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    wanted = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
-    known = kind == "cpu" and not number
-    known |= kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count()
-    require(known, "device", name, wanted)
-    if processes.count == 1:
-        return torch.device(name)
-    require(not number, "device", name, "cuda, cpu or null: each process takes a GPU of its own")
-    return processes.device(kind)
-
-
 def build_head(config: TrainConfig, num_classes: int, rows: Layout) -> MarginHead:
     margin = build_margin(config.head)
     return MarginHead(
@@ -176,9 +162,12 @@ def build_margin(config: HeadConfig) -> margins.Margin:
 def build_schedule(config: TrainConfig, margin: margins.Margin) -> Schedule | None:
     """The ramp of a margin `m`; SphereFace anneals lambda instead."""
     if isinstance(margin, margins.SphereFace):
+        require(config.head.ramp is None, "head.ramp", config.head.ramp, "null: SphereFace anneals its lambda instead")
         return LambdaSchedule(margin)
-    steps = round(config.head.ramp * config.optim.steps)
-    return MarginRamp(margin, "m", steps) if steps and hasattr(margin, "m") else None
+    ramp, grows = config.head.ramp, hasattr(margin, "m")
+    require(grows or ramp is None, "head.ramp", ramp, f"null: {config.head.margin} has no m that grows")
+    steps = round((RAMP if ramp is None else ramp) * config.optim.steps)
+    return MarginRamp(margin, "m", steps) if steps and grows else None
 
 
 def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable) -> Order:
@@ -200,6 +189,13 @@ def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Par
     """What the optimisers move, by name."""
     named = nn.ModuleDict({"model": model, "head": head, "terms": terms}).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def trained(run: Run) -> Iterator[Tensor]:
+    """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centres."""
+    for module in (run.model, run.head, run.terms, run.average):
+        if module is not None:
+            yield from (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
 
 
 # Into a checkpoint and back
@@ -287,7 +283,7 @@ def check_images(saved: Checkpoint, images: Identities) -> None:
 
 def start_from(run: Run, path: Path, log: Log) -> None:
     """Takes the weights alone from a checkpoint of another run: the network's, and where that run was trained on the
-    same images, the head's and what its terms hold that this run has too. ValueError for weights of other shapes.
+    same images, what its head and terms hold that this run's have too. ValueError for weights of other shapes.
     """
     saved = load(path, rank=run.processes.rank, ranks=run.processes.count)
     same = saved.state["data"] == run.train.fingerprint
@@ -295,7 +291,9 @@ def start_from(run: Run, path: Path, log: Log) -> None:
         for network in {run.model, run.network}:
             network.load_state_dict(network_weights(saved.tensors))
         if same:
-            load_head(run.head, saved, 0)
+            own = run.head.state_dict()  # of another margin theirs may have less, or more
+            theirs = part_of(saved, "head", run.head)
+            run.head.load_state_dict(own | {k: t for k, t in theirs.items() if k in own and k != COUNTER})
             run.terms.load_state_dict(part_of(saved, "terms", run.head), strict=False)
     except RuntimeError as error:
         raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error

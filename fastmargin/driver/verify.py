@@ -44,14 +44,20 @@ def evaluate_stored(path: Path, pairs: str | None, out: str | None, log: Log) ->
 
 
 def evaluate_set(
-    where: Path, pairs: str, mirror: evaluation.Mirror | None, out: str | None, log: Log, model: str | None = None
+    where: Path,
+    pairs: str,
+    mirror: evaluation.Mirror | None,
+    out: str | None,
+    log: Log,
+    model: str | None = None,
+    device: str | None = None,
 ) -> None:
     """A run's network on a verification set of InsightFace; images of another size are resized.
 
-    mirror: see `fastmargin.evaluation.mirrored`; model: as for `engine.train`. ValueError for a file that is no
-    such set, an image that cannot be read.
+    mirror: see `fastmargin.evaluation.mirrored`; model: as for `engine.train`; device: None is a GPU where
+    there is one. ValueError for a file that is no such set, an image that cannot be read.
     """
-    _, network, (channels, size, _), _ = load_backbone(where, log, model)
+    _, network, (channels, size, _), _ = load_backbone(where, log, model, device)
     images, same = evaluation.read_bin(pairs)
     color: Color = "grey" if channels == 1 else "rgb"
     pixels = torch.stack([pixels_of(image, number, size, color) for number, image in enumerate(images)])
