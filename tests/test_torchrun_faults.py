@@ -173,9 +173,9 @@ def test_what_all_say_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         return capsys.readouterr().err
 
     assert said(1, "export", "run", "--out", "there").startswith("fastmargin: rank 1: export is for one process, not 2")
-    assert said(0, "train", "--optim.steps", "0") == "fastmargin: optim.steps is 0; wanted at least 1\n"
-    assert said(1, "train", "--optim.steps", "0") == ""
-    assert said(1, "train", "--optim.steps", "x").startswith("fastmargin: rank 1: ")
+    assert said(0, "train", "--dim", "0") == "fastmargin: dim is 0; wanted at least 1\n"
+    assert said(1, "train", "--dim", "0") == ""
+    assert said(1, "train", "--dim", "x").startswith("fastmargin: rank 1: ")
     for command in (["info"], ["doppelgangers", "run"], ["clean", "run", "--out", "there"]):
         assert "is for one process" in said(0, *command)
     del store
@@ -197,6 +197,13 @@ def launch(count: int, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
+def said_to_the_end(child: subprocess.Popen[str]) -> str:
+    try:
+        return child.communicate(timeout=60)[0]
+    finally:
+        child.terminate()
+
+
 def test_torchrun_is_stopped_and_goes_on_with_another_number(tmp_path: Path) -> None:
     out = tmp_path / "run"
     child = launch(2, out)
@@ -204,13 +211,13 @@ def test_torchrun_is_stopped_and_goes_on_with_another_number(tmp_path: Path) -> 
     while child.poll() is None and not (out / folder.RECORDS).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    said, _ = child.communicate(timeout=60)
+    said = said_to_the_end(child)
     stopped = checkpoint.load_latest(out / folder.CHECKPOINTS)
     assert child.returncode == 1 and stopped is not None and 0 < stopped.step < 60, said  # torchrun's own code
     assert said.count(f"SIGTERM: stopped, with a checkpoint of step {stopped.step} of 60") == 1, said
     assert not folder.finished(out)
     child = launch(3, out)
-    said, _ = child.communicate(timeout=60)
+    said = said_to_the_end(child)
     assert child.returncode == 0 and folder.finished(out), said
     assert said.count(f"checkpoint of step {stopped.step} of 60") == said.count("raw pixels") == 1, said
     machines = {record["machine"].rpartition(", ")[2] for record in folder.read_records(out)}
