@@ -199,7 +199,7 @@ def launch(count: int, out: Path, *more: str) -> subprocess.Popen[str]:
 
 def said_to_the_end(child: subprocess.Popen[str]) -> str:
     try:
-        return child.communicate(timeout=60)[0]
+        return child.communicate(timeout=120)[0]
     finally:
         child.terminate()
 
