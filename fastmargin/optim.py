@@ -5,7 +5,9 @@ ever, and what else a model learns (the backbone, `head.replicated_parameters()`
 
 in_backward=True steps inside the backward pass, a block of classes at a time: no gradient of the size of the weight
 exists, in memory there are the weight and the optimiser's state. `step()` still ends every step. (The backends triton
-and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: autograd.grad too.
+and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: autograd.grad too. A
+graph that holds the weights of before then raises, as after any write in place: a term that reads `head.weight`, in one
+backward pass with the head's loss, is to be made after it.
 
 Where a head samples its classes, a step reads and changes those rows alone. What SGD without a gradient would have done
 to a row that sat out (momentum and weight decay go on) is linear in its (v, w):
@@ -29,7 +31,7 @@ from torch import Tensor
 from fastmargin.backends import HALVES, pick
 from fastmargin.distributed import is_replica
 from fastmargin.head import MarginHead
-from fastmargin.ops.class_update import IMPLS, Step
+from fastmargin.ops.class_update import IMPLS, Step, count_write
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
 from fastmargin.ops.shadow import Shadow
 
@@ -134,8 +136,9 @@ class ClassOptimizer(torch.optim.Optimizer):
         self.rows = rows
         self.catch_up(rows)
         state, rule, hyper, _ = self.next_step()
-        update = IMPLS[pick(IMPLS, self.weight)].functions["update"]
+        update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["update"]
         update(self.weight, state, grad.contiguous(), rows, rule, hyper, self.divisor())
+        count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
         """Of a gradient, within GradScaler.step: NaN where one is not finite, so that every row stays as it is."""
@@ -173,8 +176,9 @@ class ClassSGD(ClassOptimizer):
             Without in_backward, scaler.step(optimizer) does so for all rows of a step if one gradient is not finite.
         shadow: on a GPU, with in_backward=True, a compute_dtype and all classes: the step writes the rounded weights as
             well, 2 bytes a number more, and the next forward and backward passes need not round them, to the same
-            results. After any other write to the weight they are made anew; one into `weight.data`, or between replays
-            of a CUDA graph, is not seen. Has not run on a GPU.
+            results. After any other write to the weight they are made anew; writes that autograd does not count are not
+            seen: into `weight.data`, by a collective into `weight.detach()`, between replays of a CUDA graph. Has not
+            run on a GPU.
 
     Raises:
         ValueError: options out of range, or a shadow where none can be kept. RuntimeError: a second forward or backward
@@ -222,7 +226,7 @@ class ClassSGD(ClassOptimizer):
         products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
         seen = self.seen if rows is None else self.seen[rows]
         state = self.next_step().state
-        catch_up = IMPLS[pick(IMPLS, self.weight)].functions["catch_up"]
+        catch_up = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["catch_up"]
         catch_up(self.weight, state[0] if state else None, rows, products[seen.long()])
         if rows is None:
             self.forget()

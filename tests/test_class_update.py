@@ -86,14 +86,16 @@ def test_a_scale_is_taken_out_and_rows_that_overflowed_stay(backend, rule):
 
 
 @pytest.mark.parametrize("with_momentum", [True, False])
-def test_catching_up(backend, with_momentum):
+@pytest.mark.parametrize("rows", [torch.arange(3, 40, 2), None], ids=["some classes", "all classes"])
+def test_catching_up(backend, rows, with_momentum):
     dtype = dtypes(backend)[-1]
     w, v = torch.randn(50, 9, dtype=dtype), torch.randn(50, 9, dtype=dtype) if with_momentum else None
-    rows, p = torch.arange(3, 40, 2), torch.randn(19, 4, dtype=dtype)
+    at = torch.arange(50) if rows is None else rows
+    p = torch.randn(len(at), 4, dtype=dtype)
     want_w, want_v = w.clone(), torch.zeros_like(w) if v is None else v.clone()
-    old_v, old_w = want_v[rows], want_w[rows]
-    want_v[rows] = p[:, :1] * old_v + p[:, 1:2] * old_w
-    want_w[rows] = p[:, 2:3] * old_v + p[:, 3:] * old_w
+    old_v, old_w = want_v[at], want_w[at]
+    want_v[at] = p[:, :1] * old_v + p[:, 1:2] * old_w
+    want_w[at] = p[:, 2:3] * old_v + p[:, 3:] * old_w
     IMPLS[backend].functions["catch_up"](w, v, rows, p)
     assert error(w, want_w) < LIMIT[dtype] and (v is None or error(v, want_v) < LIMIT[dtype])
 

@@ -200,20 +200,38 @@ def test_a_dense_gradient_of_a_sampled_head(monkeypatch):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_backend_named_by_the_environment(monkeypatch, in_backward):
-    monkeypatch.setenv("FASTMARGIN_BACKEND", "reference")
-    head = build(sample_rate=0.1)
-    train(head, optim.ClassSGD(head, 0.5, 0.9, in_backward=in_backward), 2)
+    weights = []
+    for name in ("", "reference"):
+        monkeypatch.setenv("FASTMARGIN_BACKEND", name)
+        head = build(sample_rate=0.1)
+        train(head, optim.ClassSGD(head, 0.5, 0.9, in_backward=in_backward), 2)
+        weights.append(head.state_dict()["weight"])
+    assert error(*weights) < 1e-12 and not torch.equal(weights[0], build().weight)
+
+
+@pytest.mark.skipif("native" not in IMPLS, reason="native kernels not built")
+def test_a_step_is_the_backends_own(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a native op of a head whose backend is stream")
+
+    functions = dict.fromkeys(("update", "catch_up"), refuse)
+    monkeypatch.setitem(optim.IMPLS, "native", optim.IMPLS["native"]._replace(functions=functions))
+    head = build(sample_rate=0.1, backend="stream")
+    train(head, optim.ClassSGD(head, 0.5, 0.9), 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_two_losses_of_sampled_classes_in_one_backward_pass(backend):
-    head = build(sample_rate=0.1, backend=backend)
-    one = optim.ClassSGD(head, 0.5, 0.9)
-    train(head, one, 3)
-    one.zero_grad()
-    (head(*batch(5)).loss + head(*batch(6)).loss).backward()
-    one.step()
-    assert head.weight.isfinite().all()
+    ours, theirs = (build(sample_rate=0.1, backend=backend) for _ in range(2))
+    one, two = optim.ClassSGD(ours, 0.5, 0.9), torch.optim.SGD([theirs.weight], 0.5, 0.9)
+    train(ours, one, 3, falling)
+    dense_steps(theirs, two, 3, falling)
+    for head, optimizer in ((ours, one), (theirs, two)):
+        optimizer.zero_grad()
+        (head(*batch(5)).loss + head(*batch(6)).loss).backward()
+    theirs.weight.grad = theirs.weight.grad.to_dense()
+    one.step(), two.step(), one.catch_up()
+    assert error(ours.weight, theirs.weight) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

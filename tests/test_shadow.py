@@ -112,7 +112,7 @@ def test_what_a_pass_reads_is_the_shadow(made):
 
 
 def by_another_backend(head, optimizer):
-    """Its step is an op that autograd does not count as a write."""
+    """Whose step writes no shadow."""
     head.backend = "reference"
     step(9, head, optimizer)
     head.backend = "emulated"

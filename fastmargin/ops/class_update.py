@@ -33,6 +33,14 @@ class SteppingBackward(Protocol):
     def begin_backward(self) -> Step: ...
 
 
+def count_write(w: Tensor, shadow: Shadow | None = None) -> None:  # [C, d]
+    """Tells autograd, which does not see what an op writes, of a step: a graph that has the weights of before in use
+    raises. The shadow is what that step wrote."""
+    torch.autograd.graph.increment_version(w)
+    if shadow is not None:
+        shadow.stepped(w)
+
+
 def stream_update(
     w: Tensor,  # [C, d], changed
     state: list[Tensor],  # [C, d] each, changed
@@ -93,11 +101,12 @@ def stream_catch_up(
 ) -> None:
     at = slice(None) if rows is None else rows
     vv, vw, wv, ww = products.T[:, :, None]
-    old_w, old_v = w[at], torch.zeros_like(w[at]) if v is None else v[at]
-    with torch.autograd._unsafe_preserve_version_counter(w):  # rows that a graph has in use are up to date
-        w[at] = wv * old_v + ww * old_w
+    old_w, old_v = w[at], torch.zeros_like(w[at]) if v is None else v[at]  # of all rows they are views
+    new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
+    with torch.autograd._unsafe_preserve_version_counter(w):  # no write: rows that a graph has in use are up to date
+        w[at] = new_w
     if v is not None:
-        v[at] = vv * old_v + vw * old_w
+        v[at] = new_v
 
 
 IMPLS: dict[str, Impl] = {}

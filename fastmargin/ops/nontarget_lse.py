@@ -94,14 +94,16 @@ class NontargetLSE(torch.autograd.Function):
             dx, dw, db = functions["bwd"](*given, need_dw, need_db)
             dw = scatter(dw, rows, w) if need_dw else None
         elif "bwd_update" in functions:
-            shadow = shadow_of(w, rows, o)
-            dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward(), **shadow)
+            parts = shadow_of(w, rows, o)
+            dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward(), **parts)
             dw = None
+            class_update.count_write(w, o.optimizer.shadow if parts else None)
         else:
             step = o.optimizer.begin_backward()
             dx, dw, db = functions["bwd"](*given, True, need_db)
-            class_update.IMPLS[pick(class_update.IMPLS, w)].functions["update"](w, step.state, dw, rows, *step[1:])
+            class_update.IMPLS[o.backend].functions["update"](w, step.state, dw, rows, *step[1:])
             dw = None
+            class_update.count_write(w)
         db = scatter(db, rows, bias) if need_db else None
         return dx if need_dx else None, dw, None, db, None, None
 

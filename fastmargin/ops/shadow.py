@@ -7,9 +7,11 @@ makes has every new row at hand and writes its o, power and factor too: the prod
 forward pass then reads 2 bytes a number and not 4; the backward pass reads o, and w for the projection and the step.
 They are the numbers that those passes would have made, bit for bit.
 
-A shadow holds for the memory, the version and the rounding of the weights it was made of. After any other write that
-autograd counts (copy_, load_state_dict, imprint; not one into `weight.data`) the next pass makes it anew. It is no part
-of an optimiser's state, and is never saved. Letters: C classes, d features.
+A shadow holds for the memory, the version and the rounding of the weights it was made of; a step that writes it counts
+the version of both. After any other write that autograd counts (copy_, load_state_dict, imprint) the next pass makes it
+anew; one into `weight.data`, by a collective into `weight.detach()` or by a replay of a CUDA graph goes unseen. Where
+the weights get other memory (`weight.data = t`) it keeps the old until that next pass. It is no part of an optimiser's
+state, and is never saved. Letters: C classes, d features.
 """
 
 from collections.abc import Callable
@@ -45,3 +47,8 @@ class Shadow:
             make(w, normalize_weight, *parts.values())
             self.source, self.made, self.parts = w.detach(), wanted, parts
         return self.parts
+
+    def stepped(self, w: Tensor) -> None:  # [C, d]
+        """It is of w as a step has left it, and as autograd has counted that step."""
+        if self.made is not None:
+            self.made = w._version, *self.made[1:]
