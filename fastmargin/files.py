@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import os
+import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,21 +17,31 @@ LOCK = "lock"
 def locked(folder: Path) -> Iterator[None]:
     """The folder is this process's alone until the end of the block, or of the process, however that comes.
 
-    BlockingIOError if another has it. A file system that cannot lock files is warned of.
+    BlockingIOError if another has it, ValueError if something else has the lock's name. A file system that cannot lock
+    files is warned of.
     """
     file = folder / LOCK
-    with file.open("a+") as handle:
+    with os.fdopen(opened(file), "r+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            handle.seek(0)
             raise BlockingIOError(f"{folder} is in use by another run, process {handle.read()}: see {file}") from error
         except OSError as error:
             warnings.warn(f"{file} cannot be locked ({error}): nothing stops a second run in this folder", stacklevel=3)
         handle.truncate(0)
-        handle.write(str(os.getpid()))
+        handle.write(f"{os.getpid()} on {os.uname().nodename}")
         handle.flush()
         yield
+
+
+def opened(file: Path) -> int:
+    """A descriptor, to read and write; the file is made where there is none. ValueError for a link, pipe or device."""
+    refuse_link(file)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{file}: is no regular file")
+    return descriptor
 
 
 def sha256(file: Path) -> str:
@@ -46,6 +58,35 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents; the name of each that is new is forced onto the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, or whatever else has the name: a link, and not what it leads to.
+
+    What cannot be removed is warned of.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        warnings.warn(f"{path} was not removed: {error}", stacklevel=2)
+
+
 def refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise ValueError(f"{path}: is a symbolic link")
+
+
+def want_file(path: Path) -> None:
+    """ValueError for a link, a folder, a pipe that would never end, and nothing at all."""
+    refuse_link(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, or no regular file")

@@ -210,6 +210,9 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
         altered_entry(shape=[-7, 5]),
         altered_entry(shape=[7, 6]),
         altered_entry(parts=[]),
+        altered_entry(shape=[0, 5], parts=[]),
+        altered_entry(dtype=["float32"]),
+        altered_entry(dtype="Tensor"),
         altered_entry(parts=[["/etc/hostname", 0, 7]]),
         altered_entry(parts=[[TENSORS, 0, 7], [TENSORS, 0, 7]]),
         altered_entry(parts=[[TENSORS, 0, 7.0]]),
@@ -309,35 +312,22 @@ def small_files() -> Iterator[None]:
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, small_files: None) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(OSError, match=r"step-00000002.tmp/tensors.safetensors was not written: .*too large"):
+    with pytest.raises(OSError, match=r"step-00000002\.\w+\.tmp/tensors.safetensors was not written: .*too large"):
         save(tmp_path, 2, {"w": torch.ones(200_000)}, {})
     assert_is(load_latest(tmp_path), 1)
     assert not list(tmp_path.glob("*.tmp")), "it would fill the disk further"
-    with pytest.raises(OSError, match=r"step-00000002.tmp/manifest.json was not written: .*too large"):
+    with pytest.raises(OSError, match=r"step-00000002\.\w+\.tmp/manifest.json was not written: .*too large"):
         save(tmp_path, 2, {}, {"much": "a" * 200_000})
     assert_is(load_latest(tmp_path), 1)
     assert_is(load_latest(saved(tmp_path, 2)), 2)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write anywhere, so that the refusal is made."""
-    saved(tmp_path, 1)
-    original = Path.mkdir
-
-    def mkdir(self: Path, *args: object, **options: object) -> None:
-        if self.suffix == ".tmp":
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        original(self, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(PermissionError, match=r"Permission denied: .*step-00000002.tmp"):
-        saved(tmp_path, 2)
-    assert_is(load_latest(tmp_path), 1)
-
-
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with locked(tmp_path), pytest.raises(BlockingIOError, match=rf"in use by another run, process {os.getpid()}: see"):
+    with (
+        locked(tmp_path),
+        pytest.raises(BlockingIOError, match=rf"in use by another run, process {os.getpid()} on .+: see"),
+    ):
         saved(tmp_path, 2)
     assert_is(load_latest(tmp_path), 1)
     assert_is(load_latest(saved(tmp_path, 2)), 2)

@@ -2,9 +2,10 @@
 
 The weights of a head in a group, and all that its class optimiser keeps of them, are `Sharded` by class: any number of
 ranks takes up what any other wrote. A state_dict travels as JSON in which {"dict": [[key, value], ...]} is a dict,
-{"tensor": name} a tensor, and {"rows": name} this rank's rows of one.
+{"tensor": name} a tensor, {"rows": name} this rank's rows of one, and {"float": "inf"} what JSON has no number for.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[st
         torch optimisers, schedules, a DoppelgangerTable, a sampler. Without DDP's wrapper a module's names are the same
         for any number of processes.
 
-    ValueError for a state_dict with anything but tensors, dicts, lists, strings, numbers and None.
+    Tied weights are written, as they are listed, under each of their names. ValueError for a state_dict with anything
+    but tensors, dicts, lists, strings, numbers and None, and where two tensors would have one name, as those of
+    {"a/b": t, "a": {"b": u}} and {1: t, "1": u} would.
     """
     tensors: dict[str, Tensor | Sharded] = {}
     return tensors, {name: encode(sharded_state(part), name, tensors) for name, part in parts.items()}
@@ -33,15 +36,23 @@ def unpack(saved: Checkpoint, parts: Mapping[str, Any]) -> None:
     """Brings each part to where `pack` found it; the weights of classes, and what their optimiser keeps, are read in
     place, the rows held here and no others.
 
-    ValueError for a part that the checkpoint has not, or that does not fit; parts before it have then been loaded.
+    Lets go of the files at the end. ValueError for a part that the checkpoint has not, or that does not fit; parts
+    before it have then been loaded, and rows of classes may have been read into it.
     """
-    for name, part in parts.items():
-        if name not in saved.state:
-            raise ValueError(f"{saved.path} has no {name!r}: it has {', '.join(saved.state)}")
-        try:
-            part.load_state_dict(decode(saved.state[name], saved, part))
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{saved.path}: {name} does not fit: {error}") from error
+    try:
+        for name, part in parts.items():
+            if name not in saved.state:
+                raise ValueError(f"{saved.path} has no {name!r}: it has {', '.join(saved.state)}")
+            load_part(saved, name, part)
+    finally:
+        saved.tensors.close()
+
+
+def load_part(saved: Checkpoint, name: str, part: Any) -> None:
+    try:
+        part.load_state_dict(decode(saved.state[name], saved, part))
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{saved.path}: {name} does not fit: {error}") from error
 
 
 def sharded_state(part: Any) -> Any:
@@ -63,12 +74,16 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor | Sharded]) -> Any:
     """JSON; tensors go into `tensors`."""
     match value:
         case Tensor() | Sharded():
+            if name in tensors:
+                raise ValueError(f"{name} is the name of two tensors: want keys that differ as text, without '/'")
             tensors[name] = value
             return {"rows" if isinstance(value, Sharded) else "tensor": name}
         case Mapping():
             return {"dict": [[key, encode(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
         case list() | tuple():
             return [encode(inner, f"{name}/{place}", tensors) for place, inner in enumerate(value)]
+        case float() if not math.isfinite(value):
+            return {"float": str(value)}
         case None | str() | bool() | int() | float():
             return value
     raise ValueError(f"{name} is a {type(value).__name__}: want tensors, dicts, lists, strings, numbers or None")
@@ -80,6 +95,8 @@ def decode(value: Any, saved: Checkpoint, part: Any) -> Any:
             return saved.tensors[name]
         case {"rows": name}:
             return rows_of(saved, name, part)
+        case {"float": text}:
+            return float(text)
         case {"dict": pairs}:
             return {key: decode(inner, saved, part) for key, inner in pairs}
         case list():

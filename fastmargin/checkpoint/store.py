@@ -1,8 +1,10 @@
 """Saving and loading: one folder a step, committed by one rename.
 
-    step-00000400.tmp/   written afresh: tensors.safetensors, what all ranks have, by the first; rows-00003.safetensors,
-                         rank 3's rows; then manifest.json, by the first. All, and the folder, are fsynced
-    step-00000400/       one rename commits it; its parent is fsynced; only the two newest are kept
+    step-00000400.RANDOM.tmp/   of this save alone: tensors.safetensors, what all ranks have, by the first;
+                                rows-00003.safetensors, rank 3's rows; then manifest.json, by the first. All, and the
+                                folder, are fsynced
+    step-00000400/              one rename commits it; its parent is fsynced; the two newest that are whole are kept
+    step-00000400.old/          one that is saved again, until the new one is committed; as good as any till then
 
 The manifest holds the schema version, the step, the torch version, the state that is not tensors, which file has which
 rows of each tensor, and size and SHA-256 of every file; it carries the SHA-256 of itself. Loading takes the newest
@@ -15,8 +17,9 @@ on one is an error on all, that names rank and file; if one dies, the others fai
 
 import hashlib
 import json
+import os
 import re
-import shutil
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,11 +31,12 @@ from torch import Tensor
 
 from fastmargin.checkpoint.tensors import Entry, Sharded, Tensors, check_parts, error_of_safetensors, joined, split
 from fastmargin.distributed import Group, gather_objects, together
-from fastmargin.files import fsync, locked, refuse_link, sha256
+from fastmargin.files import fsync, locked, make_folder, refuse_link, remove, sha256, want_file
 
 SCHEMA = 2
 KEEP = 2
 MANIFEST = "manifest.json"
+OLD = ".old"
 
 Verify: TypeAlias = Literal["size", "own", "all"]
 
@@ -61,24 +65,24 @@ def save(
         `state`, which is plain JSON, and `step`. What differs by rank, such as a random state, is a row of a Sharded.
     group: the ranks that save together; None: this process alone.
 
-    Killed at any moment, on any rank, this leaves the checkpoints that were there, and at most a `.tmp` folder that the
-    next call removes; only a step that is saved again is gone for an instant. Ranks wait for the slowest one's writing,
+    Killed at any moment, on any rank, this leaves the checkpoints that were there, and at most a folder that the next
+    call removes. What stands in the way of removing old ones is warned of. Ranks wait for the slowest one's writing,
     within the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if the disk refuses or
     another process is saving there, ValueError for NaN in `state`, a DTensor, and rows that are not the whole of a
     tensor, each once.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
-    fresh = final.with_suffix(".tmp")
     rank = 0 if group is None else group.rank()
     with ExitStack() as held:
-        together(partial(prepare, folder, fresh, held) if rank == 0 else idle, group)
+        name, *_ = together(partial(prepare, final, held) if rank == 0 else idle, group)
+        fresh = folder / f"{name}"
         try:
             written = together(partial(write_files, fresh, tensors, rank), group)
             together(partial(commit, fresh, final, step, state, written) if rank == 0 else idle, group)
         except Exception:
-            if rank == 0:
-                shutil.rmtree(fresh, ignore_errors=True)  # on a full disk it would be in the way
+            if rank == 0 and fresh.exists():
+                remove(fresh)  # on a full disk it would be in the way
             raise
     return final
 
@@ -87,12 +91,21 @@ def idle() -> None:
     """What the other ranks do while the first works."""
 
 
-def prepare(folder: Path, fresh: Path, held: ExitStack) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare(final: Path, held: ExitStack) -> str:
+    """Makes the folder that all ranks write into; returns its name, which no other save has."""
+    folder = final.parent
+    make_folder(folder)
     held.enter_context(locked(folder))
     for stale in folder.glob("step-*.tmp"):
-        shutil.rmtree(stale)
+        remove(stale)
+    for old in folder.glob(f"step-*{OLD}"):
+        if os.path.lexists(old.with_suffix("")):
+            remove(old)
+        else:
+            old.rename(old.with_suffix(""))
+    fresh = final.with_name(f"{final.name}.{secrets.token_hex(4)}.tmp")
     fresh.mkdir()
+    return fresh.name
 
 
 class Written(NamedTuple):
@@ -100,10 +113,11 @@ class Written(NamedTuple):
 
     files: dict[str, dict[str, Any]]  # {name: {size, sha256}}
     parts: dict[str, tuple[str, int, int, str, list[int]]]  # {tensor: (file, start, stop, dtype, shape of all)}
+    names: list[str]  # of all tensors, also of those of whose rows it has none
 
 
 def write_files(fresh: Path, tensors: Mapping[str, Tensor | Sharded], rank: int) -> Written:
-    written = Written({}, {})
+    written = Written({}, {}, [*tensors])
     for name, held in split(tensors, rank).items():
         file = fresh / name
         write_tensors(file, {tensor: rows for tensor, (rows, _, _) in held.items()})
@@ -118,8 +132,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with naming(file):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        save_file(unshared(tensors), file)
         fsync(file)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they go to the disk: safetensors takes no two in one memory, such as tied weights, so the second is a copy."""
+    out, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return out
 
 
 @contextmanager
@@ -134,9 +159,12 @@ def naming(file: Path) -> Iterator[None]:
 def commit(fresh: Path, final: Path, step: int, state: Mapping[str, Any], written: Sequence[Written]) -> None:
     write_manifest(fresh, step, state, written)
     fsync(fresh)
-    if final.exists():  # a damaged one that a resumed run has reached again
-        shutil.rmtree(final)
+    old = final.with_suffix(OLD)
+    if os.path.lexists(final):  # a damaged one, it may be, that a resumed run has reached again
+        final.rename(old)
     rename(fresh, final)
+    if os.path.lexists(old):
+        remove(old)
     forget(final.parent, step)
 
 
@@ -147,7 +175,7 @@ def write_manifest(fresh: Path, step: int, state: Mapping[str, Any], written: Se
         "torch": torch.__version__,
         "ranks": len(written),
         "state": state,
-        "tensors": joined([theirs.parts for theirs in written]),
+        "tensors": joined([theirs.parts for theirs in written], [name for theirs in written for name in theirs.names]),
         "files": {name: entry for theirs in written for name, entry in theirs.files.items()},
     }
     with naming(fresh / MANIFEST):
@@ -174,7 +202,7 @@ def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verif
         found = refusal = None
         try:
             found = load(path, verify=verify, rank=rank, ranks=ranks)
-        except ValueError as error:
+        except Exception as error:  # of any kind: the ranks go on together
             refusal = f"{error}" if group is None else f"rank {rank}: {error}"
         refusals = [said for said in gather_objects(refusal, group) if said]
         if found and not refusals:
@@ -200,8 +228,9 @@ def load(path: str | Path, *, verify: Verify = "own", rank: int = 0, ranks: int 
         for name, entry in files.items():
             check_file(path, name, entry["size"], entry["sha256"] if name in own and verify != "size" else None)
         tensors.check(own)
+        tensors.close()
         return Checkpoint(path, manifest["step"], tensors, manifest["state"], [])
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no checkpoint of this format ({error!r})") from error
 
 
@@ -216,7 +245,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest's body, once it is proved to be, byte for byte, what `save` wrote for this folder."""
     file = path / MANIFEST
     refuse_link(path)
-    refuse_link(file)
+    want_file(file)
     try:
         raw = file.read_bytes()
         body = json.loads(raw)["body"]
@@ -236,9 +265,7 @@ def check_file(folder: Path, name: str, size: int, digest: str | None) -> None:
     file = folder / name
     if Path(name).name != name or name == "..":
         raise ValueError(f"{folder / MANIFEST}: {name!r} leaves the folder")
-    refuse_link(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: missing")
+    want_file(file)
     if file.stat().st_size != size:
         raise ValueError(f"{file}: {file.stat().st_size} bytes; {size} were written")
     if digest is not None and sha256(file) != digest:
@@ -246,18 +273,32 @@ def check_file(folder: Path, name: str, size: int, digest: str | None) -> None:
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix("step-").removesuffix(OLD))
 
 
 def committed(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
+    found = [path for path in folder.glob("step-*") if re.fullmatch(rf"step-\d{{8,}}({OLD})?", path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD))
 
 
 def forget(folder: Path, step: int) -> None:
-    """Removes all but the newest two up to `step`. Newer ones were refused at loading and are left alone."""
-    for path in [path for path in committed(folder) if step_of(path) <= step][:-KEEP]:
-        shutil.rmtree(path)
+    """Removes what is older than the newest two up to `step` that are whole. Newer ones, refused at loading, stay."""
+    whole = 0
+    for path in reversed(committed(folder)):
+        if whole == KEEP:
+            remove(path)
+        elif step_of(path) <= step:
+            whole += is_whole(path)
+
+
+def is_whole(path: Path) -> bool:
+    """All files are there, as long as they were written."""
+    try:
+        load(path, verify="size")
+    except Exception:  # of any kind: what is saved is saved
+        return False
+    return True
 
 
 def seal(body: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ MiB more (a rank of two, C = 1,000,000, d = 128, with momentum; here none), it f
 Exceptions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 TENSORS = "tensors.safetensors"  # what all ranks have
 ROWS = "rows-{:05d}.safetensors"  # what one has
+DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
 class Sharded(NamedTuple):
@@ -46,7 +47,10 @@ class Entry(NamedTuple):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, read from the disk when asked for, each time anew: `tensors[name]` is the whole of one."""
+    """Tensors by name, read from the disk when asked for, each time anew: `tensors[name]` is the whole of one.
+
+    Files stay mapped, and where they are removed meanwhile their bytes on the disk stay taken, until `close`.
+    """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
         self.folder, self.entries = folder, entries
@@ -118,6 +122,10 @@ class Tensors(Mapping[str, Tensor]):
             self.opened[file] = safe_open(self.folder / file, "pt")
         return self.opened[file]
 
+    def close(self) -> None:
+        """Lets go of the files; what is asked for later opens them again."""
+        self.opened.clear()
+
     def check(self, files: set[str]) -> None:
         """Opens these and compares what they hold with the manifest. ValueError as `read_into`."""
         for name, entry in self.entries.items():
@@ -145,22 +153,23 @@ def split(
             raise ValueError(f"{name} is a DTensor: want its full_tensor(), or a Sharded of its rows")
         if isinstance(tensor, Sharded):
             rows, start, total = tensor
-            if len(rows):
+            if len(rows) or (total == 0 and rank == 0):
                 files.setdefault(ROWS.format(rank), {})[name] = rows, start, [total, *rows.shape[1:]]
         elif rank == 0:
             files.setdefault(TENSORS, {})[name] = tensor, 0, [*tensor.shape]
     return files
 
 
-def joined(everyones: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
+def joined(everyones: Sequence[Mapping[str, Sequence[Any]]], names: Iterable[str]) -> dict[str, Any]:
     """The manifest's entries, from (file, start, stop, dtype, shape) of each rank's part of each tensor.
 
-    ValueError for parts of different kinds, a gap, or an overlap.
+    ValueError for parts of different kinds, a gap, an overlap, or none.
     """
-    names = dict.fromkeys(name for theirs in everyones for name in theirs)
     entries = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         parts = sorted((theirs[name] for theirs in everyones if name in theirs), key=lambda part: part[1])
+        if not parts:
+            raise ValueError(f"{name} has no rows on any rank: want all of them, each once")
         *_, dtype, shape = parts[0]
         entries[name] = {"dtype": dtype, "shape": shape, "parts": [list(part[:3]) for part in parts]}
         if any(part[3:] != parts[0][3:] for part in parts):
@@ -171,13 +180,15 @@ def joined(everyones: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
 
 def check_parts(name: str, entry: Mapping[str, Any]) -> Entry:
     """An entry, once its parts are all of the rows, each once. ValueError if they are not."""
-    dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
+    dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     parts = tuple(Part(*part) for part in entry["parts"])
     rows = shape[0] if shape else 1
     ends = [0, *(part.stop for part in parts)]
     starts = [*(part.start for part in parts), rows]
     numbers = [*shape, *starts, *ends]
-    if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in numbers) or starts != ends:
+    if dtype is None:
+        raise ValueError(f"{name} is {entry['dtype']!r}: no type of tensors")
+    if not parts or not all(type(n) is int and n >= 0 for n in numbers) or starts != ends:
         held = [(part.start, part.stop) for part in parts]
         raise ValueError(f"{name} {[*shape]} has the rows {held}: want all of them, each once")
     return Entry(dtype, shape, parts)
