@@ -183,17 +183,23 @@ def test_a_kill_while_a_step_is_saved_again(
 def test_two_saves_of_a_step_where_nothing_can_be_locked_never_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One starts while the other writes; the first then finds its folder gone, or all is its own."""
-    original = store.write_tensors
+    """Both have begun; the first writes its tensors just when the second is about to hash its own."""
+    write, digest = store.write_tensors, store.sha256
 
-    def interrupted(file: Path, held: dict[str, torch.Tensor]) -> None:
-        monkeypatch.setattr(store, "write_tensors", original)
+    def first_writes(file: Path, held: dict[str, torch.Tensor]) -> None:
+        def second_hashes(theirs: Path) -> str:
+            with contextlib.suppress(OSError):
+                write(file, held)
+            return digest(theirs)
+
         with monkeypatch.context() as patch:
+            patch.setattr(store, "write_tensors", write)
+            patch.setattr(store, "sha256", second_hashes)
             patch.setattr(store, "locked", lambda folder: contextlib.nullcontext())
             save(tmp_path, 1, tensors(2), state(2))
-        original(file, held)
+        write(file, held)
 
-    monkeypatch.setattr(store, "write_tensors", interrupted)
+    monkeypatch.setattr(store, "write_tensors", first_writes)
     with pytest.raises(OSError, match="was not written"):
         save(tmp_path, 1, tensors(1), state(1))
     latest = load_latest(tmp_path)
