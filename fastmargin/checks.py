@@ -1,9 +1,11 @@
 """Checks of what a head is given: its options and its batches. Each raises ValueError."""
 
+import hashlib
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmargin.backends import HALVES
 from fastmargin.margins import Margin
@@ -33,6 +35,23 @@ def check_options(
         raise ValueError(f"reduction = {reduction!r}: want 'mean', 'sum' or 'none'")
     if not isinstance(ignore_index, int):
         raise ValueError(f"ignore_index = {ignore_index!r}: want an int")
+
+
+def digest(*tensors: Tensor | None, of: str = "") -> str:
+    """Eight hexadecimal digits of a text and the bits of tensors, for ranks to compare."""
+    found = hashlib.sha256(of.encode())
+    for tensor in tensors:
+        found.update(b"" if tensor is None else tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
+def content(module: nn.Module) -> str:
+    """What it prints, with a digest of all that it holds: classes, numbers and strings, parameters and buffers."""
+    held = [
+        (name, type(part).__qualname__, {k: v for k, v in vars(part).items() if isinstance(v, Real | str | None)})
+        for name, part in module.named_modules()
+    ]
+    return f"{module!r} {digest(*module.parameters(), *module.buffers(), of=repr(held))}"
 
 
 def check_class_weight(class_weight: Tensor, num_classes: int) -> None:  # [C]

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.checks import check_class_weight, check_embeddings, check_hard_classes, check_options, check_rows
+from fastmargin.checks import (
+    check_class_weight,
+    check_embeddings,
+    check_hard_classes,
+    check_options,
+    check_rows,
+    content,
+    digest,
+)
 from fastmargin.classes import ClassWeights
 from fastmargin.distributed import Group, Layout, check_group, spread
 from fastmargin.margins import Margin
@@ -94,11 +102,13 @@ class MarginHead(ClassWeights):
         check_options(sizes, margin, bias, sample_rate, gather_dtype, reduction, ignore_index)
         if class_weight is not None:
             check_class_weight(class_weight, num_classes)
-        check_group(group, dict(
-            in_features=in_features, num_classes=num_classes, margin=repr(margin), bias=bias, topk=topk, seed=seed,
-            sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype, compute_dtype=compute_dtype,
-            reduction=reduction, ignore_index=ignore_index, check_labels=check_labels,
-        ))  # fmt: skip
+        if group is not None:
+            check_group(group, dict(
+                in_features=in_features, num_classes=num_classes, margin=content(margin), bias=bias, topk=topk,
+                seed=seed, sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype,
+                compute_dtype=compute_dtype, reduction=reduction, ignore_index=ignore_index, check_labels=check_labels,
+                class_weight=None if class_weight is None else digest(class_weight),
+            ))  # fmt: skip
         super().__init__(
             in_features, num_classes, margin, bias=bias, group=group, gather_dtype=gather_dtype,
             compute_dtype=compute_dtype, backend=backend, seed=seed,

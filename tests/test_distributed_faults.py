@@ -14,10 +14,11 @@ from fastmargin.head import MarginHead
 
 TIMEOUT = 5  # seconds
 F, Y = torch.ones(4, 3), torch.tensor([0, 1, 2, -100])
+M = torch.arange(5) / 10
 
 
-def head(C=5, **options):
-    return MarginHead(3, C, fm.ArcFace(), group=dist.group.WORLD, **options)
+def head(C=5, margin=None, **options):
+    return MarginHead(3, C, margin or fm.ArcFace(), group=dist.group.WORLD, **options)
 
 
 # ---------------------------------------------------------------------------------------------- mistakes all ranks see
@@ -60,15 +61,29 @@ def wrong_hard_classes():
         it(F, Y, hard_classes=hard)
 
 
+class Like(fm.AdaFace):
+    """Prints as AdaFace does."""
+
+    def _get_name(self):
+        return "AdaFace"
+
+
 def options_that_differ():
     rank = dist.get_rank()
     for options, message in (
         ({"seed": rank}, "seed is 0 on rank 0, 1 on rank 1: want one value"),
         ({"C": 5 + rank // 2}, "num_classes is 5 on rank 0, 6 on rank 2"),
         ({"gather_dtype": (None, torch.bfloat16)[rank % 2]}, "gather_dtype is None on rank 0"),
-    ):
+        ({"class_weight": torch.ones(5) + rank}, "class_weight is '.*' on rank 0, '.*' on rank 1"),
+        ({"class_weight": torch.ones(5) if rank else None}, "class_weight is None on rank 0, '.*' on rank 1"),
+        *(({"margin": margin}, r"margin is '\w+\(.*\) \w+' on rank 0") for margin in (
+            fm.AdaFace(h=0.333 - 0.1 * rank), fm.ElasticFace(sigma=0.1 * (1 + rank)), fm.ArcFace(m=M + 0.1 * rank),
+            fm.AdaFace() if rank else Like(),
+        )),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             head(**options)
+    head(margin=fm.ArcFace(m=M), class_weight=M)
 
 
 def groups_that_will_not_do():
