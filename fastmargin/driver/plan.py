@@ -6,6 +6,8 @@ of AdamW's. A wave has w classes; a rank makes ceil(n / w) of them.
 
     n = c, or min(c, r c + b) of sampled classes: what is drawn and this rank's share of the batch's own
     w = 2^23 / max(B, d), at least 256, at most 2^14 (csrc/cuda/glue.cpp);  256 on the CPU, where a tile has 256 rows
+    s = sums of dx: 1, 2, 4 or 8, as long as s ceil(B / 128) ceil(d / 256) <= 132 (ibid.);  3 on the CPU, of two threads
+        and in all
 
 Memory of a rank, bytes (the weight and all sums are float32):
 
@@ -13,7 +15,7 @@ Memory of a rank, bytes (the weight and all sums are float32):
     moments     4 d c m                      optim.py: momentum, or both moments
     gradient    0 in backward, else 4 d n    of a wave in backward
     rows        32 d b + d B (8 + e + 4 s)   own rows on their way to x and back, eight arrays; gathered x, its operand,
-                                             dx, and s = 1 sum of it (CPU: 3, of two threads and in all)
+                                             dx, and its sums
     wave        w (B (4 + e) + d (4 + e))    z and g, weights as operands, dw
     lists       B (64 + 36 k)                labels, parts and gradients; top-k here, packed, received
     draw        5 c + 36 n + 24 min(c, 2^20) sampled classes: marks and last steps; places, products; hashes
@@ -28,7 +30,7 @@ Wire, bytes that a rank sends, and receives, in a step (distributed.py), each ti
 Margins that look at the whole batch (8) and mined classes that are sampled (8 k) would add to them.
 
 Time: the larger of FLOPs / rate and bytes / bandwidth in every phase, then the wire; no phase overlaps another. Each
-product is 2 B n d FLOPs. Exponentials, norms and launches are not counted, nor is latency on the wire.
+product is 2 B n d FLOPs. A step takes that at least: exponentials, norms, launches and latency are not counted.
 
     draw            160 c bytes                          sampled classes: ten passes of eight bytes, in and out
     catch up        16 d n bytes                         sampled classes with momentum: late rows, read and written
@@ -37,8 +39,9 @@ product is 2 B n d FLOPs. Exponentials, norms and launches are not counted, nor 
     dx              product
     dw and update   product, 4 d n + 8 d n m bytes       in backward; else 16 d n + 8 d n m: dw written and read
 
-Operands that a cache does not hold, with what they multiply, cross the memory once a product: x (e d B a wave), the sum
-of dx (8 d B a wave), z (8 B n: written and read) and g (e B n).
+Where the cache does not hold a wave, w (B (4 + e) + d (8 + e)) of z, g, weights, their operands and dw (on the CPU of a
+tile's 256 rows), what is no weight crosses the memory too, once a product: x (e d B a wave), the sums of dx (8 s d B a
+wave), z (8 B n: written and read) and g (e B n).
 
 PartialFC at the same settings, as its published memory is made up (speed_benchmark.md of InsightFace's arcface_torch,
 its first version, 41.95 and 7.98 kB a class at B = 1,024, d = 512, rate 1 and 0.1): the weight and its moments, and of
@@ -76,29 +79,31 @@ class Device:
     network: float  # between nodes, of a rank
     draw: float  # classes per second
     tile: float = math.inf  # rows that a product works on at a time
-    sums: int = 1  # of dx
 
 
 def gpu(
     title: str, memory: int, cache: int, half: float, single: float, bandwidth: float, link: float, network: float
 ) -> Device:
-    """From nominal figures in GB, MB, dense TFLOP/s of 16-bit and of float32 products, GB/s."""
+    """From MiB, and nominal figures in MB, dense TFLOP/s of 16-bit and of float32 products, GB/s."""
     names = ("float16",) if "V100" in title else ("bfloat16", "float16")
     products = dict.fromkeys(names, EFFICIENCY * half * 1e12) | {"float32": EFFICIENCY * single * 1e12}
     memory_rate, link_rate, network_rate = (EFFICIENCY * rate * 1e9 for rate in (bandwidth, link, network))
-    return Device(title, memory * GB, cache * 1e6, products, memory_rate, 8, link_rate, network_rate, memory_rate / 160)
+    return Device(
+        title, memory * 2**20, cache * 1e6, products, memory_rate, 8, link_rate, network_rate, memory_rate / 160
+    )
 
 
 # Nominal figures of NVIDIA's data sheets: SXM boards, NVLink one way, and the network adapters of DGX H200, H100 (a 400
 # Gb/s one a GPU), A100 (200) and DGX-1 (four of 100 Gb/s for eight GPUs). None of them was measured by this project.
+# Memory is what nvidia-smi shows of boards that the sheets call 141, 80, 80 and 32 GB, which are GiB, or nearly.
 DEVICES = {
-    "h200": gpu("NVIDIA H200", 141, 50, 989, 67, 4800, 450, 50),
-    "h100": gpu("NVIDIA H100", 80, 50, 989, 67, 3350, 450, 50),
-    "a100": gpu("NVIDIA A100", 80, 40, 312, 19.5, 2039, 300, 25),
-    "v100": gpu("NVIDIA V100", 32, 6, 125, 15.7, 900, 150, 6.25),
+    "h200": gpu("NVIDIA H200", 143_771, 50, 989, 67, 4800, 450, 50),
+    "h100": gpu("NVIDIA H100", 81_559, 50, 989, 67, 3350, 450, 50),
+    "a100": gpu("NVIDIA A100", 81_920, 40, 312, 19.5, 2039, 300, 25),
+    "v100": gpu("NVIDIA V100", 32_510, 6, 125, 15.7, 900, 150, 6.25),
     # Measured (bench/NOTES.md), but for the network, a nominal 10 Gb/s: two cores of an AMD EPYC with AVX-512.
     "cpu": Device(
-        "two CPU cores", 24 * GB, 32e6, {"bfloat16": 1032e9, "float32": 507e9}, 50e9, 1, 1.25e9, 1.25e9, 2e7, 256, 3
+        "two CPU cores", 24 * GB, 32e6, {"bfloat16": 1032e9, "float32": 507e9}, 50e9, 1, 1.25e9, 1.25e9, 2e7, 256
     ),
 }
 
@@ -178,6 +183,13 @@ class Plan:
             return min(self.held, 256)
         return min(self.held, max(256, min(2**23 // max(self.rows, self.dim) // 64 * 64, 2**14)))
 
+    @property
+    def sums(self) -> int:
+        if self.on.tile < math.inf:
+            return 3
+        tiles = -(-self.rows // 128) * -(-self.dim // 256)
+        return next(s for s in (8, 4, 2, 1) if s * tiles <= 132 or s == 1)
+
 
 def memory(p: Plan) -> dict[str, float]:
     """Bytes of a rank by what they are for; their sum has to fit."""
@@ -187,7 +199,7 @@ def memory(p: Plan) -> dict[str, float]:
         "weight": 4 * d * c,
         "moments" if p.moments > 1 else "momentum": 4 * d * c * p.moments,
         "gradient": 0 if p.in_backward else 4 * d * n,
-        "rows": 32 * d * p.batch + d * B * (8 + e + 4 * p.on.sums),
+        "rows": 32 * d * p.batch + d * B * (8 + e + 4 * p.sums),
         "wave": w * (tile + d) * (4 + e),
         "labels, parts, lists": B * (64 + 36 * p.topk),
         "draw": 0 if p.sample_rate == 1 else 5 * c + 36 * n + 24 * min(c, 2**20),
@@ -221,17 +233,16 @@ def phases(p: Plan) -> dict[str, Phase]:
     B, d, c, n, e, w = p.rows, p.dim, p.held, p.used, p.e, p.wave
     m, waves = p.moments, -(-n // w)
     tile = min(B, p.on.tile)
-    x, z, dx = e * d * tile, 4 * tile * w, 4 * d * tile  # what a product works on at a time
     product = 2.0 * B * n * d
 
-    def spilt(size: float, cached: float) -> float:  # what a cache does not hold
-        return size if cached > p.on.cache else 0.0
+    def spilt(size: float) -> float:  # by a cache that does not hold a wave
+        return size if w * (tile * (4 + e) + d * (8 + e)) > p.on.cache else 0.0
 
     def phase(flops: float, size: float) -> Phase:
         products, moved = flops / p.on.products[p.operands], size / p.on.bandwidth
         return Phase(flops, size, max(products, moved), "products" if products > moved else "memory")
 
-    logits = 4 * d * n + spilt(waves * e * d * B + 8 * B * n, x + z)
+    logits = 4 * d * n + spilt(waves * e * d * B + 8 * B * n)
     written = (4 if p.in_backward else 16) * d * n + 8 * d * n * m
     out = {}
     if p.sample_rate < 1:
@@ -240,8 +251,8 @@ def phases(p: Plan) -> dict[str, Phase]:
             out["catch up"] = phase(0, 16 * d * n)
     out["forward z"] = phase(product, logits)
     out["backward z"] = phase(product, logits)
-    out["dx"] = phase(product, spilt(waves * 8 * d * B + e * B * n, dx + z * e / 4))
-    out["dw and update"] = phase(product, written + spilt(waves * e * d * B + e * B * n, x + z * e / 4))
+    out["dx"] = phase(product, spilt(waves * 8 * p.sums * d * B + e * B * n))
+    out["dw and update"] = phase(product, written + spilt(waves * e * d * B + e * B * n))
     if p.gpus > 1:
         near = p.gpus <= p.on.node
         size = sum(wire(p).values())

@@ -8,6 +8,10 @@ from fastmargin.driver.config import require
 from fastmargin.driver.plan import DEVICES, GB, SPARE, ComputeDtype, Plan
 
 Log = Callable[[str], None]
+COLUMNS = (
+    "classes", "fewest GPUs", "fewest, PartialFC", "GB a GPU", "GB, PartialFC", "MB sent", "head ms, at least",
+    "bound by",
+)  # fmt: skip
 SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 
@@ -114,9 +118,12 @@ def report(p: Plan) -> str:
         out += listing("sent by a rank in a step, MB", {name: f"{size / 1e6:,.3g}" for name, size in traffic.items()})
         out.append(f"  {sum(traffic.values()) / 1e6:,.3g} MB; as many are received")
     out += listing(
-        "step of the head alone, ms", {f"{n}: {part.bound}": milliseconds(part.seconds) for n, part in parts.items()}
+        "step of the head alone, ms, at least",
+        {f"{n}: {part.bound}": milliseconds(part.seconds) for n, part in parts.items()},
     )
-    out.append(f"  {milliseconds(time)} in all, most of it bound by: {plan.bound(p)}; {p.rows / time:,.0f} rows/s")
+    out.append(
+        f"  {milliseconds(time)} in all, most of it bound by: {plan.bound(p)}; {p.rows / time:,.0f} rows/s at most"
+    )
     out += listing("PartialFC at the same settings, GB", {n: gigabytes(size) for n, size in theirs.items() if size})
     out.append(f"  {verdict(p, theirs, plan.smallest(p, plan.partial_fc))}")
     return "\n".join(out)
@@ -128,8 +135,8 @@ def table(plans: list[Plan]) -> str:
     lines = [
         f"Estimates by formula, not measured: {first.gpus:,} ranks, {setting(first)}",
         "",
-        "| classes | fewest GPUs | fewest, PartialFC | GB a GPU | GB, PartialFC | MB sent | head ms | bound by |",
-        f"| ---: |{' ---: |' * 6} --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' ---: |' * 7} --- |",
     ]
     for p in plans:
         fewest = [plan.smallest(p), plan.smallest(p, plan.partial_fc)]
