@@ -1,10 +1,12 @@
 """The shards of N ranks, computed one after another on one machine: do they make one head, and what would they send?
 
 Every rank scores all rows against its own classes. What it would send is merged by the functions that a group uses
-(distributed.py), the loss is computed from that, and its gradient goes back through every rank: its own dw, and a part
-of dx, which are added in the order of the ranks. All of it is compared with a MarginHead that has all classes, by
-||difference|| / ||whole||. The last quarter of the classes are copies of the first, so that the lists hold ties across
-shards. Letters: B rows of all ranks, b of each, C classes, d features, N ranks, k mined classes.
+(merging.py), the loss is computed from that, and its gradient goes back through every rank: its own dw, and a part of
+dx, which are added in the order of the ranks. All of it is compared with a MarginHead that has all classes, by
+||difference|| / ||whole||. That is the arithmetic, in any number of ranks; nothing is sent, so the collectives
+themselves (distributed.py) are proved by the tests' groups of processes alone. The last quarter of the classes are
+copies of the first, so that the lists hold ties across shards. Letters: B rows of all ranks, b of each, C classes, d
+features, N ranks, k mined classes.
 """
 
 from collections.abc import Callable
