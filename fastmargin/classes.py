@@ -99,8 +99,11 @@ class ClassWeights(nn.Module):
     def grad_norm(self, others: Iterable[nn.Parameter] = ()) -> Tensor:  # []
         """The 2-norm of all gradients: of all ranks' classes, the replicated parameters and `others`.
 
-        others: such as a backbone's under DDP or FSDP2. For `torch.nn.utils.clip_grads_with_norm_`.
+        others: such as a backbone's under DDP or FSDP2. For `torch.nn.utils.clip_grads_with_norm_`. RuntimeError beside
+        an optimiser with in_backward=True, which leaves no gradient of the class weights.
         """
+        if self.class_optimizer is not None and self.class_optimizer.in_backward:
+            raise RuntimeError("in_backward=True leaves no gradient of the class weights to measure: want it False")
         return global_grad_norm(self.weight, [*self.replicated_parameters(), *others], self.classes.group)
 
     def _rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [b, d] -> x [b, d], norms [b], r [b]

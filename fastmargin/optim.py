@@ -115,6 +115,10 @@ class ClassOptimizer(torch.optim.Optimizer):
                 loss = closure()
         grad = self.weight.grad
         if self.in_backward:
+            if self.scaler is None and getattr(self, "grad_scale", None) is not None:  # within GradScaler.step
+                raise RuntimeError(
+                    "the backward pass has stepped by a scaled gradient: give scaler= to the optimiser and call step()"
+                )
             if grad is not None:
                 raise RuntimeError("the weight has a .grad, which in_backward=True does not make: call zero_grad()")
             done, self.stage = self.stage == "backward", "ready"

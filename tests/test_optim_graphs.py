@@ -41,3 +41,14 @@ def test_the_graph_of_a_step_ago_is_refused(backend, in_backward):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         old.backward()
     assert torch.equal(head.weight, before)
+
+
+def test_a_scaled_gradient_without_the_scaler_is_refused():
+    head = fm.MarginHead(4, 6, fm.ArcFace())
+    optimizer = fm.optim.ClassSGD(head, lr=0.1, in_backward=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(head(torch.randn(3, 4), torch.arange(3)).loss).backward()
+    with pytest.raises(RuntimeError, match="give scaler= to the optimiser"):
+        scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="no gradient of the class weights"):
+        head.grad_norm()
