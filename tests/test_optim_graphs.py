@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_optim import BACKENDS, batch, build
 
+import fastmargin as fm
 from fastmargin import optim
 
 
