@@ -40,6 +40,13 @@ def identities(names: list[str], images: int = 9, colored: bool = False) -> Iden
     return Identities(pixels[..., None].expand(-1, -1, -1, 3) if colored else pixels, labels, names)
 
 
+def test_accuracies_come_with_their_deviation() -> None:
+    numbers = {"accuracy_insightface": 0.9975, "std_insightface": 0.0012, "accuracy_best": 0.5, "val@1e-3": None}
+    said = report.lines("7 pairs", {"x": numbers}, {key: key for key in numbers if "std" not in key}).splitlines()
+    assert said[2].split() == ["accuracy_insightface", "0.9975", "+-", "0.0012"]
+    assert [line.split()[1:] for line in said[3:5]] == [["0.5000"], ["-"]] and len(set(map(len, said[1:5]))) == 1
+
+
 @pytest.mark.parametrize("glyphs", [True, False])
 def test_names_that_are_hard_to_draw(tmp_path: Path, recwarn: pytest.WarningsRecorder, glyphs: bool) -> None:
     """Among them: a dollar (mathematics to matplotlib), a character that DejaVu Sans lacks, a merged identity."""
@@ -192,14 +199,16 @@ def test_names_are_short_and_can_be_drawn() -> None:
 
 
 def test_table_and_progress() -> None:
-    block = {"tar@1e-2": 0.5, "tar@1e-3": None, "rank1": 0.98765, "accuracy": 1.0, "identities": 7, "images": 70}
+    block = {"tar@1e-2": 0.5, "tar@1e-3": None, "rank1": 0.98765, "accuracy": 1.0, "identities": 10, "images": 70}
     lines = report.table({"model": block, "raw_pixels": {**block, "rank1": 0.25}}).splitlines()
-    assert lines[0] == "7 identities never trained on, 70 images"
+    assert lines[0] == "10 identities never trained on, 70 images"
     assert lines[3].split() == ["TAR", "at", "FAR", "1e-3", "-", "-"]
     assert lines[4].split() == ["rank-1", "0.9877", "0.2500"]
     assert len({len(line) for line in lines[1:-1]}) == 1
     assert lines[-1] == "-: not resolvable, of too few pairs or identities"
     whole = {**block, "tar@1e-3": 0.5}
     assert "not resolvable" not in report.table({"model": whole, "raw_pixels": whole})
+    few = report.table({"model": {**whole, "identities": 3}, "raw_pixels": whole})
+    assert few.endswith("\n3 identities: these numbers say little")
     record = {"step": 20, "loss": 1.0, "target_score": 0.5, "images_per_second": 1234.5}
     assert report.progress(record) == "loss 1.000, target score 0.500, 1234 images/s"

@@ -130,7 +130,8 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--pairs",
         type=str | None,
-        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt",
+        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt, "
+        "whose `name n` is the n-th row of the label of that name (names in the metadata; without, a label as text)",
     )
     parser.add_argument(
         "--mirror",
