@@ -34,6 +34,7 @@ from fastmargin.ops.nontarget_lse import nontarget_lse
 
 BLOCK = 4096  # images embedded, and centres compared, at a time
 NEAREST = 8  # centres looked for around each, and twice as many while all of them are close
+SHARES = (0.01, 0.05, 0.5)  # of the images, whose cosines help to choose --below
 MOST = 1_000_000  # pairs of identities, more than anybody looks at
 
 IMAGES = ("name", "images", "rank", "cosine", "image")
@@ -145,10 +146,10 @@ def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> No
     worst = given.cosines.argsort(stable=True)
     labels, title = given.identities.labels, given.identities.title
     folder.write_csv(out / "images.csv", IMAGES, image_rows(given, worst[labels[worst].argsort(stable=True)]))
-    low, median = np.quantile(given.cosines.numpy(), [0.05, 0.5])
+    quantiles = zip(SHARES, np.quantile(given.cosines.numpy(), SHARES), strict=True)
     log(
-        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity "
-        f"{median:.3f} in the median, below {low:.3f} for one in twenty; the worst:"
+        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity below "
+        f"{', '.join(f'{cosine:.3f} for {share:.0%}' for share, cosine in quantiles)}; the worst:"
     )
     for row in worst[: options.limit].tolist():
         log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {title(row)}")
