@@ -68,6 +68,15 @@ def test_loss_and_where_the_margin_is_full(tmp_path: Path, figures: list[Figure]
     assert above.get_ylabel() and below.get_ylabel() == "mean target cosine" and below.get_xlabel() == "step"
 
 
+def test_the_objective_is_drawn_above_the_loss_of_the_head(tmp_path: Path, figures: list[Figure]) -> None:
+    lines = [{**record, "objective": 1000.0 + n} for n, record in enumerate(records())]
+    plots.plot_loss(tmp_path / "loss.png", lines, "cosine")
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["objective", "head loss (nats)", "mean target cosine"]
+    np.testing.assert_allclose(figures[0].axes[0].lines[0].get_ydata(), 1000 + np.arange(6))
+    plots.plot_loss(tmp_path / "loss.png", [records()[0], *lines[1:]], "cosine")
+    assert len(figures[1].axes) == 2, "a run that an older version began has records without one"
+
+
 def test_a_constant_margin_is_not_marked(tmp_path: Path, figures: list[Figure]) -> None:
     plots.plot_loss(tmp_path / "loss.png", [{**r, "margin": 0.4} for r in records()], "cosine")
     assert len(figures[0].axes[0].lines) == 1
@@ -211,4 +220,6 @@ def test_table_and_progress() -> None:
     few = report.table({"model": {**whole, "identities": 3}, "raw_pixels": whole})
     assert few.endswith("\n3 identities: these numbers say little")
     record = {"step": 20, "loss": 1.0, "target_score": 0.5, "images_per_second": 1234.5}
+    with_terms = report.progress({**record, "objective": 200.0})
+    assert with_terms.startswith("objective 200.000, head loss 1.000, target score")
     assert report.progress(record) == "loss 1.000, target score 0.500, 1234 images/s"

@@ -218,8 +218,10 @@ def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
 
 
 def progress(record: Mapping[str, Any]) -> str:
+    """The objective first, where it is more than the head's loss."""
+    terms = f"objective {record['objective']:.3f}, head " if "objective" in record else ""
     return (
-        f"loss {record['loss']:.3f}, target score {record['target_score']:.3f}, "
+        f"{terms}loss {record['loss']:.3f}, target score {record['target_score']:.3f}, "
         f"{record['images_per_second']:.0f} images/s"
     )
 
