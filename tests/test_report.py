@@ -120,6 +120,21 @@ def test_one_record_is_a_point_that_shows(tmp_path: Path, figures: list[Figure])
     assert figures[0].axes[0].lines[0].get_marker() == "."
 
 
+def test_shares_of_mining_have_a_curve_each(tmp_path: Path, figures: list[Figure]) -> None:
+    lines = [
+        {**record, "confusable_classes": 0.1 * n, "list_turnover": 1 - 0.1 * n} for n, record in enumerate(records())
+    ]
+    plots.plot_mining(tmp_path / "mining.png", lines, report.DRAWN)
+    (axes,) = figures[0].axes
+    np.testing.assert_allclose([curve.get_ydata()[2] for curve in axes.lines], [0.2, 0.8])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["confusable classes", "list turnover"]
+    assert len({curve.get_color() for curve in axes.lines}) == 2
+
+
+def test_shares_that_an_older_version_did_not_record_are_left_out(tmp_path: Path) -> None:
+    assert report.mining(tmp_path, records()) == [] and not list(tmp_path.iterdir())
+
+
 def test_timing_stacks_milliseconds_from_the_first_step(tmp_path: Path, figures: list[Figure]) -> None:
     """A record is of the steps up to its own, so the band of the first begins at 0."""
     seconds = {"loader": 0.001, "backbone": 0.02, "head": 0.003, "rest": 0.0005}

@@ -82,6 +82,21 @@ def plot_schedule(path: Path, records: Records) -> None:
     save(figure, path, "Schedule", *panels)
 
 
+def plot_mining(
+    path: Path,
+    records: Records,
+    titles: Mapping[str, str],  # of the shares that are drawn, by their name in a record
+) -> None:
+    figure = Figure(figsize=(8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for (key, title), color in zip(titles.items(), COLORS.values(), strict=True):
+        line(axes, records, [record[key] for record in records], color)
+        axes.lines[-1].set_label(title)
+    axes.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
+    axes.legend()
+    save(figure, path, "Mining", axes)
+
+
 def plot_timing(
     path: Path,
     records: Records,  # with "seconds"
@@ -159,10 +174,10 @@ def plot_psi(
     save(figure, path, f"{margin}{lam}", axes)
 
 
-def line(axes: Axes, records: Records, values: Sequence[float]) -> None:
+def line(axes: Axes, records: Records, values: Sequence[float], color: str = COLORS["model"]) -> None:
     """A number over the steps; the points of a short run are marked."""
     steps = [record["step"] for record in records]
-    axes.plot(steps, values, color=COLORS["model"], marker="." if len(steps) <= FEW else "")
+    axes.plot(steps, values, color=color, marker="." if len(steps) <= FEW else "")
 
 
 def save(figure: Figure, path: Path, title: str, *framed: Axes) -> None:
