@@ -125,7 +125,7 @@ def evaluate_parser() -> ArgumentParser:
         epilog="Example: fastmargin evaluate run",
     )
     parser.add_argument(
-        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file of embeddings and labels"
+        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file as `fastmargin embed` writes"
     )
     parser.add_argument(
         "--pairs",

@@ -54,7 +54,7 @@ EMBEDDINGS = {
     "coverage@99%": "coverage at 99 % precision, one image enrolled",
     "dir@1e-2": "open set: DIR at FAR 1e-2, rank 1",
     "accuracy": "10-fold accuracy, insightface",
-    "inter/intra": "distance of class means, in units of that to the own",
+    "inter/intra": "distance between classes / within a class",
 }
 PAIRS = {
     "accuracy_insightface": "10-fold accuracy, insightface",
