@@ -148,6 +148,11 @@ def test_a_network_of_ones_own_is_resumed_from_python(tmp_path: Path) -> None:
     assert "model='mine:<net>'" in seen.text and "fastmargin train" not in seen.text
 
 
+def test_commands_hold_in_any_folder() -> None:
+    shown = "".join(report.repeat(Path("a run"), run.build(SMALL, print), {}))
+    assert page.command(f"fastmargin evaluate {shlex.quote(str(Path('a run').resolve()))}") in shown
+
+
 def test_every_argument_is_escaped(tmp_path: Path) -> None:
     """Of each function that takes text, in every place."""
     (tmp_path / "a.png").write_bytes(b"picture")

@@ -128,7 +128,7 @@ def evaluation(metrics: Mapping[str, Any]) -> list[str]:
         page.paragraph(heading(model)),
         page.table(rows, ("", "model", "raw pixels"), numeric=True),
         *map(page.paragraph, notes([model, raw], EMBEDDINGS)),
-        page.paragraph(f"{QUOTED} Here it is of pairs drawn from the images held out."),
+        page.paragraph(f"{QUOTED} This one is of pairs drawn from the images held out."),
     ]
 
 
