@@ -44,6 +44,23 @@ def opened(file: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name to write a whole file under, which then takes its own, with the mode of any new file here.
+
+    safetensors gives its files 0600, whatever the umask.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.touch()
+        mode = draft.stat().st_mode
+        yield draft
+        draft.chmod(mode)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -93,6 +93,8 @@ def test_images_are_ranked_in_their_identity_worst_first(
     said = capsys.readouterr().out
     assert f"{cosines[2]:8.3f}  id00  {files[2]}" in said and "below 0.75: 1 images of 1 identities, 0 of which" in said
     assert said.count(".png") == 2
+    one, twentieth, half = np.quantile(cosines, [0.01, 0.05, 0.5])
+    assert f"below {one:.3f} for 1%, {twentieth:.3f} for 5%, {half:.3f} for 50%; the worst:" in said
 
 
 def test_a_file_name_that_is_not_utf8_comes_out_byte_for_byte(run: Path) -> None:

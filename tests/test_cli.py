@@ -105,6 +105,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["doppelgangers"], ["run"]),
         (["doppelgangers", "absent"], ["absent", "not the folder of a run"]),
         (["doppelgangers", "absent", "--limit", "few"], ["limit", "few"]),
+        (["embed", "absent"], ["out"]),
+        (["embed", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
         (["clean", "absent"], ["out"]),
         (["clean", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
         (["clean", "absent", "--out", "x", "--below", "2"], ["below is 2.0", "from -1 to 1"]),

@@ -11,6 +11,7 @@ from embeddings import blobs, unit
 
 from fastmargin.evaluation import (
     arrays,
+    best_accuracy,
     class_distances,
     cmc,
     cosine_scores,
@@ -281,8 +282,42 @@ def test_evaluate_pairs_agrees_with_its_parts():
     assert numbers["tar@1e-2"] == tar_at_far(cosines[same], cosines[~same], 1e-2)
     assert math.isnan(numbers["val@1e-3"]) and math.isnan(numbers["tar@1e-3"]), "some 200 impostors"
     assert (numbers["pairs"], numbers["genuine_pairs"]) == (400, same.sum())
+    assert numbers["accuracy_best"] == best_accuracy(cosines[same], cosines[~same]) > 0.5
     alone = evaluate_pairs(a, b, np.ones(400))
-    assert math.isnan(alone["tar@1e-2"]) and alone["accuracy_insightface"] > 0.99
+    assert math.isnan(alone["tar@1e-2"]) and math.isnan(alone["accuracy_best"]) and alone["accuracy_insightface"] > 0.99
+
+
+def test_one_fold_has_no_other_to_take_a_threshold_from():
+    a, b, same = np.eye(4), np.eye(4)[[0, 1, 3, 2]], np.array([1, 1, 0, 0])
+    numbers, two = (evaluate_pairs(a, b, same, folds) for folds in (1, 2))
+    unresolved = {key for key, value in numbers.items() if math.isnan(value)}
+    folded = {
+        f"{kind}_{variant}" for kind in ("accuracy", "std") for variant in ("insightface", "sphereface", "euclidean")
+    }
+    assert unresolved == {*folded, "val@1e-3", "tar@1e-2", "tar@1e-3"} and numbers["accuracy_best"] == 1
+    assert not math.isnan(two["accuracy_insightface"])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_accuracy_equals_brute_force(ties):
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40):
+        genuine, impostor = rng.normal(0.5, size=size), rng.normal(size=size + 3)
+        if ties:
+            genuine, impostor = genuine.round(), impostor.round()
+        tried = [-np.inf, *genuine, *impostor]
+        expected = max(((genuine > t).sum() + (impostor <= t).sum()) / (2 * size + 3) for t in tried)
+        assert best_accuracy(torch.from_numpy(genuine), impostor) == pytest.approx(expected, abs=1e-15)
+    with pytest.raises(ValueError, match="genuine scores"):
+        best_accuracy([], [1.0])
+
+
+def test_the_ratio_of_distances_has_no_unit():
+    x, y = blobs(300, 20)
+    numbers, longer = evaluate_embeddings(x, y), evaluate_embeddings(7 * x, y)
+    assert numbers["inter/intra"] == pytest.approx(numbers["inter"] / numbers["intra"])
+    assert longer["inter/intra"] == pytest.approx(numbers["inter/intra"]) and longer["inter"] > 6 * numbers["inter"]
+    assert math.isnan(evaluate_embeddings(np.eye(3)[[0, 0, 1]], [0, 0, 1])["inter/intra"]), "all at their means"
 
 
 def test_tiny_sets_say_what_cannot_be_told():

@@ -27,6 +27,7 @@ def test_the_example_of_every_command_runs(
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     assert {
         "run/metrics.json",
+        "embedded.safetensors",
         "exported/backbone.safetensors",
         "look-alikes/doppelgangers.csv",
         "cleaning/images.csv",
@@ -34,3 +35,5 @@ def test_the_example_of_every_command_runs(
         "cleaning/overlap.csv",
         "cleaning/remove.txt",
     } <= files
+    assert cli.main(["evaluate", "embedded.safetensors"]) == 0
+    assert "10 identities, 40 images" in capsys.readouterr().out

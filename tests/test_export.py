@@ -1,19 +1,25 @@
 """`fastmargin export`: what the files compute, what is said of formats that cannot be written."""
 
 import importlib.util
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from samples import pictures
 from torch import nn
 
 from fastmargin import checkpoint
 from fastmargin.driver import cli, export, folder
+from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone
 from fastmargin.driver.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastmargin.driver.datasets.pixels import decode
 from fastmargin.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,6 +58,29 @@ def test_weights_build_the_same_network(exported: tuple[Path, nn.Module, str]) -
     assert torch.equal(again(images), network(images))
     assert facts["step"] == 7 and facts["largest_difference"]["backbone.safetensors"] == 0
     assert "backbone.safetensors: largest difference to the run's network 0.0e+00" in said
+
+
+def test_what_it_takes_and_gives_is_said(exported: tuple[Path, nn.Module, str]) -> None:
+    """And holds: a photograph that is prepared as it says is the input of the run."""
+    facts = json.loads((exported[0] / "backbone.json").read_bytes())
+    assert facts["images"]["name"] == "images" and facts["images"]["shape"] == ["batch", 1, 16, 16]
+    assert facts["images"]["channels"] == "grey" and export.images_taken(3, 112, 112)["channels"] == "RGB"
+    assert facts["embeddings"] == {
+        "name": "embeddings", "shape": ["batch", 8], "dtype": "float32", "normalised": False, "compare": "cosine"
+    }  # fmt: skip
+    assert not torch.allclose(exported[1](torch.rand(3, 1, 16, 16)).norm(dim=1), torch.ones(3))
+    assert facts["versions"]["fastmargin"]
+    assert "resized to 16 x 16, bicubic" in facts["images"]["prepare"][-1]
+    photograph = Image.fromarray(pictures(1, 40)[0][:, :30])
+    photograph.save(buffer := io.BytesIO(), "PNG")
+    stored = torch.from_numpy(decode(buffer.getvalue(), 16, "rgb")[None].copy())
+    square = ImageOps.fit(photograph, (16, 16), Image.Resampling.BICUBIC)
+    prepared = torch.from_numpy(np.asarray(square).transpose(2, 0, 1)[None] / np.float32(255))
+    torch.testing.assert_close(to_float(stored), prepared)
+
+
+def test_files_have_the_mode_of_any_new_file(exported: tuple[Path, nn.Module, str]) -> None:
+    assert len({path.stat().st_mode for path in exported[0].iterdir()}) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 9])

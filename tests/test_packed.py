@@ -159,7 +159,17 @@ def test_unreadable_pictures_are_skipped_and_logged(root: Path) -> None:
     found = load(root, lines)
     assert np.array_equal(all_images(found), np.delete(pictures(COUNT), 4, axis=0))
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [line for line in lines if "skipped" in line and "id01/0004.png" in line and "identify" in line]
+    (skipped,) = (line for line in lines if "skipped" in line)
+    assert "id01/0004.png (its 10 bytes are no picture of JPEG, PNG" in skipped and "BytesIO" not in skipped
+
+
+def test_what_was_skipped_is_said_again(root: Path) -> None:
+    """When nothing is packed, too; the pictures are named only once."""
+    (root / "id01/0004.png").write_bytes(b"no picture")
+    load(root)
+    lines: list[str] = []
+    load(root, lines)
+    assert lines == [f"data: 1 unreadable images were left out when {file_of(root)} was packed"]
 
 
 def test_an_identity_without_a_readable_picture_goes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

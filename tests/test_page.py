@@ -83,21 +83,28 @@ def reported(out: Path, config: TrainConfig = SMALL, names: Callable[[str], str]
 def test_a_whole_page(tmp_path: Path) -> None:
     """With another term, a hostile class name and a hostile folder."""
     out = tmp_path / "a <b>&amp; run"
-    terms = {"center": TermConfig(weight=0.01), "git": TermConfig(weight=0.1)}
+    terms = {"center": TermConfig(weight=0.01), "git": TermConfig(0.1, {"pairs": "samples"})}
     seen = reported(out, replace(SMALL, terms=terms), lambda name: f"{name}{HOSTILE}")
     assert seen.titles == SECTIONS
     assert seen.tags.isdisjoint({"script", "b", "link", "iframe"})
     assert HOSTILE in seen.text and "a <b>&amp; run" in seen.text and "\N{REPLACEMENT CHARACTER}" not in seen.text
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in seen.links)
     assert {link[1:] for link in seen.links if link[0] == "#"} == set(seen.ids) and len(seen.ids) == len(SECTIONS)
-    assert len(seen.alts) == 8 and all(seen.alts)
+    assert len(seen.alts) == 9 and all(seen.alts)
     pictures = {path.name for path in (out / folder.REPORT).glob("*.png")}
-    assert pictures == {f"{name}.png" for name in "loss terms schedule roc theta psi doppelgangers timing".split()}
+    assert pictures == {
+        f"{name}.png" for name in "loss terms schedule mining roc theta psi doppelgangers timing".split()
+    }
     metrics = json.loads((out / folder.METRICS).read_bytes())
     titled = {row[0]: row[1:] for row in seen.rows}
     assert titled["rank-1"] == [report.number(metrics[name]["rank1"]) for name in ("model", "raw_pixels")]
     assert titled["other terms"] == ["0.01 center, 0.1 git"]
-    assert titled["dim"] == ["8", "128"] and titled["seed"] == ["0", ""], "value, and the default if it is another"
+    assert titled["dim"] == ["8", "128"] and titled["seed"] == ["0"], "the default, if the value is another"
+    assert titled["terms.center.weight"] == ["0.01", ""] and titled["terms.git.options.pairs"] == ['"samples"', ""]
+    order = ("terms.git.weight", "Options that have their default", "tensorboard", "The same again")
+    assert sorted(order, key=seen.text.index) == list(order)
+    assert titled["list_turnover"][0] == f"{folder.read_records(out)[-1]['list_turnover']:.1%}"
+    assert titled[report.EMBEDDINGS["inter/intra"]][0] == report.number(metrics["model"]["inter/intra"])
     assert titled["torch"] == [torch.__version__]
     assert f"fastmargin evaluate {shlex.quote(str(out))}" in seen.text
     assert titled["loader"][1].endswith("%") and titled["a step"][1] == "100.0%"
@@ -113,7 +120,9 @@ def test_a_plain_layer_has_no_angles_and_the_page_says_why(tmp_path: Path) -> No
 
 def test_a_run_of_one_step(tmp_path: Path) -> None:
     seen = reported(tmp_path / "run", replace(SMALL, optim=OptimConfig(steps=1, batch_size=16)))
-    assert seen.titles == SECTIONS and len(seen.alts) == 7
+    assert seen.titles == SECTIONS and len(seen.alts) == 4, "no curves"
+    assert "No curves: train.jsonl has one record, loss " in seen.text and "Of one record: " in seen.text
+    assert seen.alts[1].endswith("at the start"), "which is the end, too"
 
 
 def test_a_run_without_records_or_a_name_that_is_no_text(tmp_path: Path) -> None:
@@ -137,6 +146,11 @@ def test_a_network_of_ones_own_is_resumed_from_python(tmp_path: Path) -> None:
     engine.finish(current, tmp_path, print)
     seen = read(tmp_path)
     assert "model='mine:<net>'" in seen.text and "fastmargin train" not in seen.text
+
+
+def test_commands_hold_in_any_folder() -> None:
+    shown = "".join(report.repeat(Path("a run"), run.build(SMALL, print), {}))
+    assert page.command(f"fastmargin evaluate {shlex.quote(str(Path('a run').resolve()))}") in shown
 
 
 def test_every_argument_is_escaped(tmp_path: Path) -> None:

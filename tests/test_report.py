@@ -40,6 +40,13 @@ def identities(names: list[str], images: int = 9, colored: bool = False) -> Iden
     return Identities(pixels[..., None].expand(-1, -1, -1, 3) if colored else pixels, labels, names)
 
 
+def test_accuracies_come_with_their_deviation() -> None:
+    numbers = {"accuracy_insightface": 0.9975, "std_insightface": 0.0012, "accuracy_best": 0.5, "val@1e-3": None}
+    said = report.lines("7 pairs", {"x": numbers}, {key: key for key in numbers if "std" not in key}).splitlines()
+    assert said[2].split() == ["accuracy_insightface", "0.9975", "+-", "0.0012"]
+    assert [line.split()[1:] for line in said[3:5]] == [["0.5000"], ["-"]] and len(set(map(len, said[1:5]))) == 1
+
+
 @pytest.mark.parametrize("glyphs", [True, False])
 def test_names_that_are_hard_to_draw(tmp_path: Path, recwarn: pytest.WarningsRecorder, glyphs: bool) -> None:
     """Among them: a dollar (mathematics to matplotlib), a character that DejaVu Sans lacks, a merged identity."""
@@ -59,6 +66,15 @@ def test_loss_and_where_the_margin_is_full(tmp_path: Path, figures: list[Figure]
     np.testing.assert_allclose(below.lines[0].get_xydata(), [(10 * n, 0.1 * n) for n in range(1, 7)])
     assert list(above.lines[1].get_xdata()) == [30, 30]
     assert above.get_ylabel() and below.get_ylabel() == "mean target cosine" and below.get_xlabel() == "step"
+
+
+def test_the_objective_is_drawn_above_the_loss_of_the_head(tmp_path: Path, figures: list[Figure]) -> None:
+    lines = [{**record, "objective": 1000.0 + n} for n, record in enumerate(records())]
+    plots.plot_loss(tmp_path / "loss.png", lines, "cosine")
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["objective", "head loss (nats)", "mean target cosine"]
+    np.testing.assert_allclose(figures[0].axes[0].lines[0].get_ydata(), 1000 + np.arange(6))
+    plots.plot_loss(tmp_path / "loss.png", [records()[0], *lines[1:]], "cosine")
+    assert len(figures[1].axes) == 2, "a run that an older version began has records without one"
 
 
 def test_a_constant_margin_is_not_marked(tmp_path: Path, figures: list[Figure]) -> None:
@@ -102,6 +118,21 @@ def test_every_term_has_a_panel(tmp_path: Path, figures: list[Figure]) -> None:
 def test_one_record_is_a_point_that_shows(tmp_path: Path, figures: list[Figure]) -> None:
     plots.plot_loss(tmp_path / "loss.png", records()[:1], "cosine")
     assert figures[0].axes[0].lines[0].get_marker() == "."
+
+
+def test_shares_of_mining_have_a_curve_each(tmp_path: Path, figures: list[Figure]) -> None:
+    lines = [
+        {**record, "confusable_classes": 0.1 * n, "list_turnover": 1 - 0.1 * n} for n, record in enumerate(records())
+    ]
+    plots.plot_mining(tmp_path / "mining.png", lines, report.DRAWN)
+    (axes,) = figures[0].axes
+    np.testing.assert_allclose([curve.get_ydata()[2] for curve in axes.lines], [0.2, 0.8])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["confusable classes", "list turnover"]
+    assert len({curve.get_color() for curve in axes.lines}) == 2
+
+
+def test_shares_that_an_older_version_did_not_record_are_left_out(tmp_path: Path) -> None:
+    assert report.mining(tmp_path, records()) == [] and not list(tmp_path.iterdir())
 
 
 def test_timing_stacks_milliseconds_from_the_first_step(tmp_path: Path, figures: list[Figure]) -> None:
@@ -192,14 +223,18 @@ def test_names_are_short_and_can_be_drawn() -> None:
 
 
 def test_table_and_progress() -> None:
-    block = {"tar@1e-2": 0.5, "tar@1e-3": None, "rank1": 0.98765, "accuracy": 1.0, "identities": 7, "images": 70}
+    block = {"tar@1e-2": 0.5, "tar@1e-3": None, "rank1": 0.98765, "accuracy": 1.0, "identities": 10, "images": 70}
     lines = report.table({"model": block, "raw_pixels": {**block, "rank1": 0.25}}).splitlines()
-    assert lines[0] == "7 identities never trained on, 70 images"
+    assert lines[0] == "10 identities never trained on, 70 images"
     assert lines[3].split() == ["TAR", "at", "FAR", "1e-3", "-", "-"]
     assert lines[4].split() == ["rank-1", "0.9877", "0.2500"]
     assert len({len(line) for line in lines[1:-1]}) == 1
     assert lines[-1] == "-: not resolvable, of too few pairs or identities"
     whole = {**block, "tar@1e-3": 0.5}
     assert "not resolvable" not in report.table({"model": whole, "raw_pixels": whole})
+    few = report.table({"model": {**whole, "identities": 3}, "raw_pixels": whole})
+    assert few.endswith("\n3 identities: these numbers say little")
     record = {"step": 20, "loss": 1.0, "target_score": 0.5, "images_per_second": 1234.5}
+    with_terms = report.progress({**record, "objective": 200.0})
+    assert with_terms.startswith("objective 200.000, head loss 1.000, target score")
     assert report.progress(record) == "loss 1.000, target score 0.500, 1234 images/s"

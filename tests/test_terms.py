@@ -23,6 +23,7 @@ import fastmargin as fm
 from fastmargin import checkpoint
 from fastmargin.driver import cli, engine, folder, loader, run
 from fastmargin.driver.config import HeadConfig, TermConfig, TrainConfig
+from fastmargin.driver.optimizers import Optimizers
 from fastmargin.driver.terms import Terms
 from fastmargin.evaluation import class_distances
 
@@ -128,7 +129,22 @@ def test_each_term_is_in_the_records_without_its_weight(tmp_path: Path) -> None:
     assert all(line["terms"].keys() == {"center", "git"} for line in lines)  # type: ignore[attr-defined]
     assert lines[-1]["terms"] == {name: value.item() for name, value in current.terms.last.items()}
     train_loop(SMALL, tmp_path / "none")
-    assert records(tmp_path / "none")[0]["terms"] == {}
+    assert records(tmp_path / "none")[0]["terms"] == {} and "objective" not in records(tmp_path / "none")[0]
+
+
+def test_the_objective_is_what_is_minimised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed, too, and the loss is the head's."""
+    given: list[float] = []
+    original = Optimizers.backward
+    monkeypatch.setattr(Optimizers, "backward", lambda self, loss: (given.append(loss.item()), original(self, loss))[1])
+    config = with_terms(center={"weight": 100.0}, git={"weight": 0.5})
+    train_loop(replace(config, log_every=1), tmp_path)
+    lines = records(tmp_path)
+    assert [line["objective"] for line in lines] == pytest.approx(given)
+    assert all(line["objective"] > line["loss"] + 1 for line in lines)
+    assert f"objective {lines[-1]['objective']:.3f}, head loss {lines[-1]['loss']:.3f}" in capsys.readouterr().out
 
 
 def test_a_term_of_weight_0_changes_no_bit(tmp_path: Path) -> None:

@@ -117,13 +117,27 @@ def test_files_that_hold_no_embeddings(
     assert "has 3 images; wanted 2 or fewer, or a pair list" in mistake(capsys, "evaluate", path)
 
 
+@pytest.mark.parametrize("head", ["1 1", "1"])
+def test_a_list_of_one_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str) -> None:
+    path, pairs = tmp_path / "x.safetensors", tmp_path / "pairs.txt"
+    save_file({"embeddings": torch.eye(3)[[0, 0, 1]], "labels": torch.tensor([0, 0, 1])}, path)
+    pairs.write_text(f"{head}\n0 1 2\n0 1 1 1\n")
+    assert answer("evaluate", path, "--pairs", pairs) == 0
+    titled = {line[:37].strip(): line[37:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert (
+        titled["10-fold accuracy, insightface"] == "-" and titled["accuracy at the best threshold of all"] == "1.0000"
+    )
+
+
 def test_pair_lists_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, pairs = tmp_path / "x.safetensors", tmp_path / "pairs.txt"
     save_file({"embeddings": torch.eye(3), "labels": torch.tensor([0, 0, 1])}, path)
     pairs.write_text("1 1\n0 1 2\n0 1 1 2\n")
-    assert "image 2 of '1'" in mistake(capsys, "evaluate", path, "--pairs", pairs)
-    pairs.write_text("1 1\n0 1 2\n0 1 1 1\n")
-    assert "folds is 1 for 2 pairs" in mistake(capsys, "evaluate", path, "--pairs", pairs)
+    said = mistake(capsys, "evaluate", path, "--pairs", pairs)
+    assert "image 2 of '1'" in said and "1 rows have that name (a label as text, as there are no names)" in said
+    save_file({"embeddings": torch.eye(3), "labels": torch.tensor([0, 0, 1])}, path, {"names": json.dumps(NAMES)})
+    said = mistake(capsys, "evaluate", path, "--pairs", pairs)
+    assert "image 1 of '0'" in said and "0 rows have that name (by the names of the labels)" in said
     pairs.write_text("nothing")
     assert "line 1" in mistake(capsys, "evaluate", path, "--pairs", pairs)
     assert "absent.txt" in mistake(capsys, "evaluate", path, "--pairs", tmp_path / "absent.txt")

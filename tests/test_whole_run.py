@@ -43,7 +43,7 @@ def test_a_whole_run(trained: Path) -> None:
     assert metrics["raw_pixels"]["rank1"] == 1.0  # unaugmented patterns: nearest pixels cannot fail
     assert metrics["step"] == 40 and metrics["config"]["dim"] == 8 and metrics["seconds"]["training"] > 0
     names = {path.name for path in (trained / folder.REPORT).iterdir()}
-    pictures = ("loss", "schedule", "roc", "theta", "psi", "doppelgangers", "timing")
+    pictures = ("loss", "schedule", "mining", "roc", "theta", "psi", "doppelgangers", "timing")
     assert names == {"index.html", *(f"{picture}.png" for picture in pictures)}
     assert folder.finished(trained)
 

@@ -1,6 +1,7 @@
-"""The network of a run, without its data and its head."""
+"""The network of a run without its head, and images as it takes them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from fastmargin import checkpoint
 from fastmargin.driver import folder
-from fastmargin.driver.config import TrainConfig
-from fastmargin.driver.data import Log
+from fastmargin.driver.config import DataConfig, TrainConfig
+from fastmargin.driver.data import Identities, Log
+from fastmargin.driver.datasets import load_all
+from fastmargin.driver.datasets.pixels import Color
 from fastmargin.driver.processes import pick_device
 from fastmargin.models import build_model
 
@@ -71,3 +74,21 @@ def load_backbone(where: Path, log: Log, factory: str | None = None, device: str
     network = build_backbone(config, (channels, height, width), factory)
     network.load_state_dict(network_weights(saved.tensors))
     return Backbone(config, network.eval().to(pick_device(device)), (channels, height, width), saved.step)
+
+
+def adapted(backbone: Backbone, source: str | None) -> DataConfig:
+    """A source in the size and colour that the network takes; None: the run's own."""
+    if source is None:
+        return backbone.config.data
+    channels, height, _ = backbone.input_shape
+    color: Color = "grey" if channels == 1 else "rgb"
+    return replace(backbone.config.data, source=source, size=height, color=color, fonts=None)
+
+
+def load(backbone: Backbone, config: DataConfig, log: Log) -> Identities:
+    """All of a source, held out or not. ValueError for images of another shape than the network takes."""
+    identities = load_all(config, log)
+    if identities.input_shape != backbone.input_shape:
+        shapes = (" x ".join(map(str, shape)) for shape in (identities.input_shape, backbone.input_shape))
+        raise ValueError("{}: images are {}; wanted {}, as in the run".format(config.source, *shapes))
+    return identities

@@ -16,7 +16,6 @@ identity: memory is that of all centres and of a block of images, or of the larg
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,16 +26,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmargin.driver import contact_sheet, folder
-from fastmargin.driver.backbone import Backbone, load_backbone
-from fastmargin.driver.config import GLYPHS, CleanConfig, DataConfig
+from fastmargin.driver.backbone import Backbone, adapted, load, load_backbone
+from fastmargin.driver.config import GLYPHS, CleanConfig
 from fastmargin.driver.data import Identities, Log
-from fastmargin.driver.datasets import load_all
-from fastmargin.driver.datasets.pixels import Color
 from fastmargin.driver.engine import embed
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
 BLOCK = 4096  # images embedded, and centres compared, at a time
 NEAREST = 8  # centres looked for around each, and twice as many while all of them are close
+SHARES = (0.01, 0.05, 0.5)  # of the images, whose cosines help to choose --below
 MOST = 1_000_000  # pairs of identities, more than anybody looks at
 
 IMAGES = ("name", "images", "rank", "cosine", "image")
@@ -67,7 +65,7 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
     """
     folder.check_unused(out)
     backbone = load_backbone(where, log, model, options.device)
-    ours = backbone.config.data if options.source is None else adapted(backbone, options.source)
+    ours = adapted(backbone, options.source)
     theirs = None if options.against is None else adapted(backbone, options.against)
     loaded = [(config.source, load(backbone, config, log)) for config in (ours, theirs) if config is not None]
     given, *others = (describe(backbone, source, identities) for source, identities in loaded)
@@ -80,22 +78,6 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
         pairs = close(given.centres, other.centres, torch.full_like(given.sizes, -1), options.above)
         list_pairs("overlap", pairs, given, other, out, options, log)
     log(f"lists: {out}")
-
-
-def adapted(backbone: Backbone, source: str) -> DataConfig:
-    """Another source, in the size and colour that the network takes."""
-    channels, height, _ = backbone.input_shape
-    color: Color = "grey" if channels == 1 else "rgb"
-    return replace(backbone.config.data, source=source, size=height, color=color, fonts=None)
-
-
-def load(backbone: Backbone, config: DataConfig, log: Log) -> Identities:
-    """All of a source. ValueError for images of another shape than the network takes."""
-    identities = load_all(config, log)
-    if identities.input_shape != backbone.input_shape:
-        shapes = (" x ".join(map(str, shape)) for shape in (identities.input_shape, backbone.input_shape))
-        raise ValueError("{}: images are {}; wanted {}, as in the run".format(config.source, *shapes))
-    return identities
 
 
 def describe(backbone: Backbone, source: str, identities: Identities) -> DataSet:
@@ -164,10 +146,10 @@ def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> No
     worst = given.cosines.argsort(stable=True)
     labels, title = given.identities.labels, given.identities.title
     folder.write_csv(out / "images.csv", IMAGES, image_rows(given, worst[labels[worst].argsort(stable=True)]))
-    low, median = np.quantile(given.cosines.numpy(), [0.05, 0.5])
+    quantiles = zip(SHARES, np.quantile(given.cosines.numpy(), SHARES), strict=True)
     log(
-        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity "
-        f"{median:.3f} in the median, below {low:.3f} for one in twenty; the worst:"
+        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity below "
+        f"{', '.join(f'{cosine:.3f} for {share:.0%}' for share, cosine in quantiles)}; the worst:"
     )
     for row in worst[: options.limit].tolist():
         log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {title(row)}")

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, doppelgangers, clean, plan, simulate, info.
+"""The command line: train, evaluate, embed, export, doppelgangers, clean, plan, simulate, info.
 
 Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
 command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
@@ -78,6 +78,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
     commands.add_subcommand("evaluate", evaluate_parser(), help="evaluate a run, or stored embeddings")
+    commands.add_subcommand("embed", embed_parser(), help="write the embeddings of a data set by a run's network")
     commands.add_subcommand("export", export_parser(), help="write a run's network as safetensors, .pt2 and ONNX")
     commands.add_subcommand("doppelgangers", doppelgangers_parser(), help="list the look-alikes a run has mined")
     commands.add_subcommand("clean", clean_parser(), help="list images and identities of a data set to look at")
@@ -124,12 +125,13 @@ def evaluate_parser() -> ArgumentParser:
         epilog="Example: fastmargin evaluate run",
     )
     parser.add_argument(
-        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file of embeddings and labels"
+        "run", type=str, help="folder that `fastmargin train` wrote, or a safetensors file as `fastmargin embed` writes"
     )
     parser.add_argument(
         "--pairs",
         type=str | None,
-        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt",
+        help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt, "
+        "whose `name n` is the n-th row of the label of that name (names in the metadata; without, a label as text)",
     )
     parser.add_argument(
         "--mirror",
@@ -137,6 +139,28 @@ def evaluate_parser() -> ArgumentParser:
         help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
     )
     parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
+    parser.add_argument(
+        "--device", type=str | None, help="cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
+    )
+    return parser
+
+
+def embed_parser() -> ArgumentParser:
+    parser = new_parser(
+        description="Embed a data set with the last checkpoint of a run, into a safetensors file: embeddings [N, d], "
+        "not normalised, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
+        epilog="Example: fastmargin embed run synthetic:10x4 --out embedded.safetensors",
+    )
+    parser.add_argument("run", type=str, help=RUN)
+    parser.add_argument(
+        "source",
+        type=str | None,
+        nargs="?",
+        help="data to embed, as train's data.source; null: the run's own, held out or not",
+    )
+    parser.add_argument(
+        "--out", type=str, required=True, help="safetensors file to write; one that is there is replaced"
+    )
     parser.add_argument(
         "--device", type=str | None, help="cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
     )
@@ -228,6 +252,13 @@ def evaluate(given: Any) -> None:
         engine.evaluate(what, log, device=given.device)
 
 
+def embed(given: Any) -> None:
+    folder.read_config(Path(given.run))
+    from fastmargin.driver import embed as embedding
+
+    embedding.embed(Path(given.run), given.source, Path(given.out), log, device=given.device)
+
+
 def export(given: Any) -> None:
     folder.read_config(Path(given.run))
     from fastmargin.driver import export as exporter
@@ -270,6 +301,7 @@ def info(_: Any) -> None:
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "embed": embed,
     "export": export,
     "doppelgangers": doppelgangers,
     "clean": clean,

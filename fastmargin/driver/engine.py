@@ -221,7 +221,19 @@ def keep_cosines(
 
 
 def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
-    """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong."""
+    """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong.
+
+    step                optimiser steps made
+    loss                the head's, in nats, the mean over the rows of the step
+    objective           what is minimised, loss + sum of weight x term; where there are terms
+    terms               each by name, before its weight
+    target_score        mean cosine (logit of a plain layer) of a row and its own class
+    lr, margin          learning rate; m, null where the margin has not one number
+    confusable_batches, confusable_classes, list_turnover: since the record before, see `mining.MiningStatistics`
+    images_per_second   since the record before
+    seconds             of a step, by part: `driver.stopwatch`
+    machine             what it ran on
+    """
     run.head.check()
     weight = run.processes.count * run.rows.count / run.rows.total
     own = [out.loss.item(), weight * out.target_score.mean().item()]
@@ -237,6 +249,8 @@ def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
         "margin": getattr(run.head.margin, "m", None),
         **run.table.statistics.take(),
     }
+    if terms:
+        record["objective"] = loss + sum(run.terms.weights[name] * value for name, value in record["terms"].items())
     if broken_somewhere or not all(map(math.isfinite, (loss, *values))):
         raise ValueError(
             f"training diverged by step {run.step}: the loss is {loss}, or a term, a gradient, a weight or "

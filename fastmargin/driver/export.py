@@ -3,7 +3,8 @@
     backbone.safetensors   the weights, for `fastmargin.models.build_model`
     backbone.pt2           torch.export: torch.export.load(...).module() needs torch alone
     backbone.onnx          images [batch, C, H, W] -> embeddings [batch, dim]
-    backbone.json          how to build it, what it takes and gives, and how far each file is from the run's network
+    backbone.json          how to build it, what it takes (colours in the order red, green, blue, see `images_taken`)
+                           and gives, and how far each file is from the run's network
 
 All take any batch, and compute as in evaluation. Each file is read back and run on the same images as the run's
 network, batches of 5 and of 1.
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from fastmargin import __version__
 from fastmargin.driver import folder
 from fastmargin.driver.backbone import Log, load_backbone
+from fastmargin.files import written
 
 STEM = "backbone"
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+INPUT, OUTPUT = "images", "embeddings"  # names in ONNX
 TOLERANCE = 1e-3  # of the largest number of an embedding: what is further off is another network
 
 Network = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [B, d]
@@ -59,8 +62,14 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
         out / f"{STEM}.json",
         {
             "model": {**asdict(config.model), "name": model or config.model.name},
-            "images": {"shape": ["batch", *images.shape[1:]], "dtype": "float32", "scale": "intensity / 255"},
-            "embeddings": {"shape": ["batch", config.dim], "dtype": "float32", "compare": "cosine"},
+            "images": images_taken(*shape),
+            "embeddings": {
+                "name": OUTPUT,
+                "shape": ["batch", config.dim],
+                "dtype": "float32",
+                "normalised": False,
+                "compare": "cosine",
+            },
             "step": step,
             "largest_difference": differences,
             "versions": {"fastmargin": __version__, "torch": torch.__version__},
@@ -68,8 +77,27 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
     )
 
 
+def images_taken(channels: int, height: int, width: int) -> dict[str, object]:
+    """How an image becomes the network's input, as `datasets.pixels.fit` and `augment.to_float` make it.
+
+    Glyphs and Omniglot's drawings are bright on black; images that were numbers come as they are.
+    """
+    steps = ["turned upright by its EXIF orientation", "to 8-bit grey" if channels == 1 else "to 8-bit RGB"]
+    if height == width:
+        steps.append(f"cropped in the middle to a square, resized to {width} x {height}, bicubic (PIL.ImageOps.fit)")
+    return {
+        "name": INPUT,
+        "shape": ["batch", channels, height, width],
+        "dtype": "float32",
+        "channels": "grey" if channels == 1 else "RGB",
+        "prepare": steps,
+        "scale": "intensity / 255",
+    }
+
+
 def write_safetensors(file: Path, network: nn.Module, images: Tensor) -> Network:
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, file)
+    with written(file) as draft:
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, draft)
     empty = copy.deepcopy(network)
     for tensor in empty.state_dict().values():
         tensor.zero_()
@@ -93,12 +121,12 @@ def write_onnx(file: Path, network: nn.Module, images: Tensor) -> Network:
         dynamo=True,
         verbose=False,
         external_data=False,
-        input_names=["images"],
-        output_names=["embeddings"],
+        input_names=[INPUT],
+        output_names=[OUTPUT],
         dynamic_shapes=({0: "batch"},),
     )
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(["embeddings"], {"images": x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
 
 def difference(written: Network, network: nn.Module, images: Tensor) -> float:

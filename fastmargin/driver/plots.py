@@ -34,20 +34,26 @@ def plot_loss(
     records: Records,
     score: str,  # what `target_score` is
 ) -> None:
-    """Loss and mean target score over the steps, and where the margin has reached its full size."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    line(above, records, [record["loss"] for record in records])
-    above.set_ylabel("loss (nats)")
-    line(below, records, [record["target_score"] for record in records])
-    below.set(ylabel=f"mean target {score}", xlabel="step")
+    """Loss and mean target score over the steps, and where the margin has reached its full size.
+
+    The objective, where records have it, is drawn above the loss, which then is the head's alone.
+    """
+    curves = {"loss": "loss (nats)", "target_score": f"mean target {score}"}
+    if all("objective" in record for record in records):
+        curves = {"objective": "objective", **curves, "loss": "head loss (nats)"}
+    figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), 1, sharex=True)
+    for axes, (key, title) in zip(panels, curves.items(), strict=True):
+        line(axes, records, [record[key] for record in records])
+        axes.set_ylabel(title)
+    panels[-1].set_xlabel("step")
     margins = [record["margin"] for record in records]
     if margins and None not in margins and margins[0] < max(margins):
         full = records[margins.index(max(margins))]["step"]
-        for axes in (above, below):
+        for axes in panels:
             axes.axvline(full, color="grey", linestyle=":", label=f"margin reaches {max(margins):g}")
-        above.legend()
-    save(figure, path, "Training", above, below)
+        panels[0].legend()
+    save(figure, path, "Training", *panels)
 
 
 def plot_terms(path: Path, records: Records) -> None:
@@ -74,6 +80,21 @@ def plot_schedule(path: Path, records: Records) -> None:
         axes.set_ylim(bottom=min(0, *values))
     panels[-1].set_xlabel("step")
     save(figure, path, "Schedule", *panels)
+
+
+def plot_mining(
+    path: Path,
+    records: Records,
+    titles: Mapping[str, str],  # of the shares that are drawn, by their name in a record
+) -> None:
+    figure = Figure(figsize=(8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for (key, title), color in zip(titles.items(), COLORS.values(), strict=True):
+        line(axes, records, [record[key] for record in records], color)
+        axes.lines[-1].set_label(title)
+    axes.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
+    axes.legend()
+    save(figure, path, "Mining", axes)
 
 
 def plot_timing(
@@ -153,10 +174,10 @@ def plot_psi(
     save(figure, path, f"{margin}{lam}", axes)
 
 
-def line(axes: Axes, records: Records, values: Sequence[float]) -> None:
+def line(axes: Axes, records: Records, values: Sequence[float], color: str = COLORS["model"]) -> None:
     """A number over the steps; the points of a short run are marked."""
     steps = [record["step"] for record in records]
-    axes.plot(steps, values, color=COLORS["model"], marker="." if len(steps) <= FEW else "")
+    axes.plot(steps, values, color=color, marker="." if len(steps) <= FEW else "")
 
 
 def save(figure: Figure, path: Path, title: str, *framed: Axes) -> None:

@@ -5,7 +5,7 @@ A part that a run does not have (no term, no angle) is left out, and the page sa
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,12 +20,24 @@ from fastmargin.driver.run import Run
 from fastmargin.driver.stopwatch import PARTS
 
 INDEX = "index.html"
+FEW = 10  # identities held out
+QUOTED = (
+    "Of the 10-fold accuracies, insightface is the one that face papers since 2018 quote for LFW; sphereface is that "
+    "of SphereFace and AM-Softmax, euclidean that of Git loss. Numbers of two of them do not compare."
+)
 UNRESOLVED = "-: not resolvable, of too few pairs or identities"
 MEANING = (
     "loader: the wait for a batch; backbone: the network, forward and backward; head: the loss with its terms, forward "
     "and backward, and the step of the class weights where it is made within; rest: the other optimiser steps, mining, "
     "records, checkpoints."
 )
+
+MINING = {
+    "confusable_batches": "batches that hold a class together with the one nearest to it",
+    "confusable_classes": "classes of a batch that meet the class nearest to them",
+    "list_turnover": "lists of look-alikes whose first class has changed, of those a batch found anew",
+}
+DRAWN = {"confusable_classes": "confusable classes", "list_turnover": "list turnover"}
 
 RUN = {
     "tar@1e-2": "TAR at FAR 1e-2",
@@ -42,13 +54,13 @@ EMBEDDINGS = {
     "coverage@99%": "coverage at 99 % precision, one image enrolled",
     "dir@1e-2": "open set: DIR at FAR 1e-2, rank 1",
     "accuracy": "10-fold accuracy, insightface",
-    "inter": "distance between classes, mean",
-    "intra": "distance to the class mean, mean",
+    "inter/intra": "distance between classes / within a class",
 }
 PAIRS = {
     "accuracy_insightface": "10-fold accuracy, insightface",
     "accuracy_sphereface": "10-fold accuracy, sphereface",
     "accuracy_euclidean": "10-fold accuracy, euclidean",
+    "accuracy_best": "accuracy at the best threshold of all",
     "val@1e-3": "VAL at FAR 1e-3",
     "tar@1e-2": "TAR at FAR 1e-2",
     "tar@1e-3": "TAR at FAR 1e-3",
@@ -115,13 +127,17 @@ def evaluation(metrics: Mapping[str, Any]) -> list[str]:
     return [
         page.paragraph(heading(model)),
         page.table(rows, ("", "model", "raw pixels"), numeric=True),
-        *([page.paragraph(UNRESOLVED)] if any("-" in row for row in rows) else []),
+        *map(page.paragraph, notes([model, raw], EMBEDDINGS)),
+        page.paragraph(f"{QUOTED} This one is of pairs drawn from the images held out."),
     ]
 
 
 def training(into: Path, run: Run, records: plots.Records) -> list[str]:
     if not records:
         return [page.paragraph(f"No curves: {folder.RECORDS} has no records.")]
+    if len(records) == 1:
+        words = f"No curves: {folder.RECORDS} has one record, {progress(records[0])}."
+        return [page.paragraph(words), *mining(into, records)]
     score = "logit" if run.head.margin.plain else "cosine"
     plots.plot_loss(into / "loss.png", records, score)
     plots.plot_schedule(into / "schedule.png", records)
@@ -129,7 +145,24 @@ def training(into: Path, run: Run, records: plots.Records) -> list[str]:
     if records[-1]["terms"]:
         plots.plot_terms(into / "terms.png", records)
         shown.append(page.picture(into / "terms.png", "each term of the loss over the steps"))
-    return [*shown, page.picture(into / "schedule.png", "learning rate and margin over the steps")]
+    return [
+        *shown,
+        page.picture(into / "schedule.png", "learning rate and margin over the steps"),
+        *mining(into, records),
+    ]
+
+
+def mining(into: Path, records: plots.Records) -> list[str]:
+    """What the shares of `MiningStatistics` are, and how they went; older versions recorded fewer."""
+    records = [record for record in records if MINING.keys() <= record.keys()]
+    if not records:
+        return []
+    rows = [(name, f"{records[-1][name]:.1%}", meaning) for name, meaning in MINING.items()]
+    shown = [page.table(rows, ("mining", f"step {records[-1]['step']:,}", "share of"))]
+    if len(records) > 1:
+        plots.plot_mining(into / "mining.png", records, DRAWN)
+        shown.append(page.picture(into / "mining.png", f"{' and '.join(DRAWN.values())} over the steps"))
+    return shown
 
 
 def roc(into: Path, curves: Mapping[str, plots.Curve]) -> list[str]:
@@ -138,7 +171,10 @@ def roc(into: Path, curves: Mapping[str, plots.Curve]) -> list[str]:
 
 
 def angles(into: Path, run: Run) -> list[str]:
-    cosines = {name: values for name, values in run.cosines.items() if len(values)}
+    cosines: dict[str, Tensor] = {}
+    for stage, values in run.cosines.items():  # in a run of two steps stages are the same ones
+        if len(values) and not any(values.equal(others) for others in cosines.values()):
+            cosines[stage] = values
     if not cosines:
         return [page.paragraph(without_angles(run))]
     plots.plot_theta(into / "theta.png", cosines)
@@ -178,27 +214,47 @@ def timing(into: Path, run: Run, records: plots.Records) -> list[str]:
     timed = [record for record in records if "seconds" in record]
     if not timed:
         return [page.paragraph(f"None: {folder.RECORDS} has no seconds.")]
-    plots.plot_timing(into / "timing.png", timed)
     seconds = {part: median(record["seconds"][part] for record in timed) for part in PARTS}
     whole = median(sum(record["seconds"].values()) for record in timed)
     rows = [(title, f"{1000 * s:.2f}", f"{s / whole:.1%}") for title, s in {**seconds, "a step": whole}.items()]
+    of = f"Medians of {len(timed)} records" if len(timed) > 1 else "Of one record"
     speed = f"{run.config.optim.batch_size / whole:,.0f} images/s"
     return [
-        page.paragraph(f"Medians of {len(timed)} records: {speed}. {MEANING}"),
+        page.paragraph(f"{of}: {speed}. {MEANING}"),
         page.table(rows, ("part", "ms a step", "share"), numeric=True),
-        page.picture(into / "timing.png", "milliseconds of each part of a step over the steps"),
+        *timing_curve(into, timed),
     ]
 
 
+def timing_curve(into: Path, timed: plots.Records) -> list[str]:
+    if len(timed) == 1:
+        return []
+    plots.plot_timing(into / "timing.png", timed)
+    return [page.picture(into / "timing.png", "milliseconds of each part of a step over the steps")]
+
+
 def configuration(config: TrainConfig) -> list[str]:
-    """Every option, and its default where it has another value."""
-    usual, given = ({name: json.dumps(v) for name, v in flatten(c).items()} for c in (TrainConfig(), config))
-    rows = [(name, value, "" if value == usual[name] else usual[name]) for name, value in given.items()]
-    words = "The default is shown where the value is another."
-    return [page.paragraph(words), page.table(rows, ("option", "value", "default"))]
+    """The options that have another value than their default; all others are folded away."""
+    usual, given = (dict(single_options(c)) for c in (TrainConfig(), config))
+    changed = [(name, value, usual.get(name, "")) for name, value in given.items() if value != usual.get(name)]
+    same = [(name, value) for name, value in given.items() if value == usual.get(name)]
+    head = ("option", "value", "default")
+    return [
+        page.table(changed, head) if changed else page.paragraph("Every option has its default."),
+        page.folded("Options that have their default", page.table(same, head[:2])),
+    ]
+
+
+def single_options(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Dotted names and values as JSON; each term's weight and options by themselves."""
+    yield from ((name, json.dumps(value)) for name, value in flatten(config).items() if name != "terms")
+    for name, term in config.terms.items():
+        yield f"terms.{name}.weight", json.dumps(term.weight)
+        yield from ((f"terms.{name}.options.{key}", json.dumps(value)) for key, value in term.options.items())
 
 
 def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
+    where = where.resolve()
     file, out = shlex.quote(str(where / folder.CONFIG)), shlex.quote(str(where))
     aims = {
         "The same again, elsewhere": f"fastmargin train --config {file} --out NEW",
@@ -212,8 +268,10 @@ def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
 
 
 def progress(record: Mapping[str, Any]) -> str:
+    """The objective first, where it is more than the head's loss."""
+    terms = f"objective {record['objective']:.3f}, head " if "objective" in record else ""
     return (
-        f"loss {record['loss']:.3f}, target score {record['target_score']:.3f}, "
+        f"{terms}loss {record['loss']:.3f}, target score {record['target_score']:.3f}, "
         f"{record['images_per_second']:.0f} images/s"
     )
 
@@ -235,13 +293,28 @@ def lines(
 ) -> str:
     """A table as text: a row for each title, a column for each set of numbers."""
     first = max(map(len, titles.values())) + 2
-    widths = {name: max(10, len(name) + 2) for name in columns}
-    rows = [heading, " " * first + "".join(f"{name:>{width}}" for name, width in widths.items())]
-    for key, title in titles.items():
-        cells = (f"{number(columns[name][key]):>{width}}" for name, width in widths.items())
-        rows.append(f"{title:{first}}" + "".join(cells))
-    unresolved = any(numbers[key] is None for numbers in columns.values() for key in titles)
-    return "\n".join(rows + [UNRESOLVED] * unresolved)
+    cells = {name: [name, *(cell(numbers, key) for key in titles)] for name, numbers in columns.items()}
+    widths = {name: max(10, max(map(len, column)) + 2) for name, column in cells.items()}
+    rows = [heading]
+    for place, title in enumerate(("", *titles.values())):
+        rows.append(f"{title:{first}}" + "".join(f"{cells[name][place]:>{n}}" for name, n in widths.items()))
+    return "\n".join(rows + notes(list(columns.values()), titles))
+
+
+def notes(
+    columns: Sequence[Mapping[str, Any]],  # numbers by key
+    titles: Mapping[str, str],  # of the keys that are shown
+) -> list[str]:
+    """What a reader of a table has to know."""
+    count = min(numbers.get("identities", FEW) for numbers in columns)
+    said = [f"{count} identities: these numbers say little"] if count < FEW else []
+    return said + [UNRESOLVED] * any(numbers[key] is None for numbers in columns for key in titles)
+
+
+def cell(numbers: Mapping[str, Any], key: str) -> str:
+    """A number, and its standard deviation over the folds where it has one."""
+    spread = numbers.get(f"std_{key.removeprefix('accuracy_')}")
+    return number(numbers[key]) + ("" if spread is None else f" +- {number(spread)}")
 
 
 def number(value: float | None) -> str:

@@ -1,8 +1,8 @@
 """Evaluation of what no run holds: stored embeddings, and verification sets of image pairs.
 
 Stored embeddings are a safetensors file with `embeddings` [N, d] and integer `labels` [N]; its metadata may
-hold `names`, a JSON list with the name of each label. A pair list, LFW's pairs.txt, names the n-th image of a
-name: the n-th row of that label.
+hold `names`, a JSON list with the name of each label, else a label's name is its own text. A pair list, LFW's
+pairs.txt, names the n-th image of a name: the n-th row of that label. `fastmargin embed` writes such a file.
 """
 
 import json
@@ -27,8 +27,7 @@ LARGEST = 40_000  # images whose pairs, 0.8 billion, are still held at once: 3 G
 def evaluate_stored(path: Path, pairs: str | None, out: str | None, log: Log) -> None:
     """Embeddings of a file: over all their pairs, or over those of a pair list.
 
-    ValueError for a file that is not as described above, a list of one fold or of images it does not hold, too
-    many images.
+    ValueError for a file that is not as described above, a list of images it does not hold, too many images.
     """
     embeddings, labels, names = read_embeddings(path)
     if pairs is None:
@@ -105,6 +104,8 @@ def tell(
     """Prints the numbers, and writes them where they are wanted."""
     numbers = resolvable(results)
     log(report.lines(heading, {column: numbers}, titles))
+    if titles is report.PAIRS:
+        log(report.QUOTED)
     if out is not None:
         folder.write_json(Path(out), numbers)
         log(f"numbers: {out}")

@@ -3,7 +3,7 @@
 Letters: N images, d features, P pairs, G genuine scores (pairs of one identity), I impostor scores, C classes.
 Each part says the definitions it follows and how it counts ties:
 
-    verification     cosines of pairs, TAR at FAR, ROC
+    verification     cosines of pairs, TAR at FAR, ROC, accuracy at the best threshold
     ten_folds        accuracy over ten folds in three public variants, VAL at FAR
     identification   CMC and rank k, with distractors; open-set DIR at FAR; coverage at precision
     features         inter- and intra-class distance, the mirror trick
@@ -26,7 +26,7 @@ from fastmargin.evaluation.pair_lists import ImagePairs, PairList, read_bin, rea
 from fastmargin.evaluation.sampling import Pairs, sample_pairs
 from fastmargin.evaluation.summary import evaluate_embeddings, evaluate_pairs
 from fastmargin.evaluation.ten_folds import Variant, validation_rate, verification_accuracy
-from fastmargin.evaluation.verification import cosine_scores, roc, tar_at_far
+from fastmargin.evaluation.verification import best_accuracy, cosine_scores, roc, tar_at_far
 
 __all__ = [
     "Array",
@@ -35,6 +35,7 @@ __all__ = [
     "PairList",
     "Pairs",
     "Variant",
+    "best_accuracy",
     "class_distances",
     "classify",
     "cmc",

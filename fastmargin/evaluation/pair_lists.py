@@ -44,7 +44,7 @@ class PairList(NamedTuple):
     ) -> Pairs:
         """The pairs as rows of N labelled embeddings: image n of a name is its n-th row.
 
-        Without names a label's own text is its name. ValueError for an image that is not there.
+        Without names a label's own text is its name. ValueError for an image that is not there: it says how many are.
         """
         found: dict[Image, int] = {}
         counts: dict[str, int] = {}
@@ -56,7 +56,12 @@ class PairList(NamedTuple):
             found[name, counts[name]] = row
         missing = next((image for image in (*self.first, *self.second) if image not in found), None)
         if missing is not None:
-            raise ValueError(f"image {missing[1]} of {missing[0]!r} is in the pair list, not in the embeddings")
+            name, number = missing
+            named = "a label as text, as there are no names" if names is None else "by the names of the labels"
+            raise ValueError(
+                f"image {number} of {name!r} is in the pair list, not in the embeddings: {counts.get(name, 0)} rows "
+                f"have that name ({named}), and image n is the n-th of them"
+            )
         first, second = (np.array([found[image] for image in side]) for side in (self.first, self.second))
         return Pairs(first, second, self.same)
 

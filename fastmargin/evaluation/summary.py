@@ -1,5 +1,7 @@
 """The numbers of a report: of labelled embeddings, and of a list of pairs."""
 
+import math
+
 import numpy as np
 
 from fastmargin.evaluation.arrays import Array, array, identities, unit
@@ -7,7 +9,7 @@ from fastmargin.evaluation.features import class_distances
 from fastmargin.evaluation.identification import classify, cmc, coverage_at_precision, dir_at_far
 from fastmargin.evaluation.sampling import fills, sample_pairs
 from fastmargin.evaluation.ten_folds import FOLDS, VARIANTS, validation_rate, verification_accuracy
-from fastmargin.evaluation.verification import cosine_scores, tar_at_far, tars_at_fars
+from fastmargin.evaluation.verification import best_accuracy, cosine_scores, tar_at_far, tars_at_fars
 
 FARS = {"tar@1e-2": 1e-2, "tar@1e-3": 1e-3, "tar@1e-4": 1e-4}
 ENROLMENTS = 5  # random galleries behind the mean rank-1 and DIR
@@ -25,9 +27,9 @@ def evaluate_embeddings(
     others probes, mean of 5 draws; "coverage@99%" of the same: the share of probes that can be named, the confident
     first, with 99 % of the names right. "dir@1e-2": for a random half of the identities, open set, rank 1.
     "accuracy": ten folds, "insightface", on up to 6,000 pairs of `sample_pairs`. "inter", "intra":
-    `class_distances`. Counts: "genuine_pairs", "impostor_pairs", "identities", "images". NaN, "not
-    resolvable", where there are too few pairs, probes or identities. Work grows with N^2; 5,000 images take
-    seconds. ValueError: as `cosine_scores`.
+    `class_distances`; "inter/intra": their ratio, which has no unit. Counts: "genuine_pairs", "impostor_pairs",
+    "identities", "images". NaN, "not resolvable", where there are too few pairs, probes or identities. Work grows
+    with N^2; 5,000 images take seconds. ValueError: as `cosine_scores`.
     """
     genuine, impostor = cosine_scores(embeddings, labels)
     rows = unit(embeddings)
@@ -40,6 +42,7 @@ def evaluate_embeddings(
         "accuracy": _sampled_accuracy(rows, identity, seed),
         "inter": inter,
         "intra": intra,
+        "inter/intra": inter / intra if intra else math.nan,
         "genuine_pairs": genuine.size,
         "impostor_pairs": impostor.size,
         "identities": int(identity.max()) + 1,
@@ -55,18 +58,21 @@ def evaluate_pairs(
 ) -> dict[str, float]:
     """The numbers of a report on a list of pairs, in folds that are contiguous.
 
-    "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3" of `validation_rate`;
-    "tar@1e-2", "tar@1e-3" of the pairs' cosines. Counts: "pairs", "genuine_pairs". NaN: not resolvable.
-    ValueError: as `verification_accuracy`.
+    "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3" of `validation_rate`: NaN in one
+    fold, which leaves no other for the threshold. "accuracy_best", "tar@1e-2", "tar@1e-3": of all the pairs' cosines.
+    Counts: "pairs", "genuine_pairs". NaN: not resolvable. ValueError: as `verification_accuracy`.
     """
     results: dict[str, float] = {}
     for variant in VARIANTS:
-        results[f"accuracy_{variant}"], results[f"std_{variant}"] = verification_accuracy(a, b, same, folds, variant)
-    results["val@1e-3"] = validation_rate(a, b, same, 1e-3, folds)[0]
+        found = verification_accuracy(a, b, same, folds, variant) if folds != 1 else (math.nan, math.nan)
+        results[f"accuracy_{variant}"], results[f"std_{variant}"] = found
+    results["val@1e-3"] = validation_rate(a, b, same, 1e-3, folds)[0] if folds != 1 else math.nan
     cosines, genuine = (unit(a) * unit(b)).sum(1), array(same).astype(bool)
+    sides = cosines[genuine], cosines[~genuine]
     mixed = 0 < genuine.sum() < len(genuine)
+    results["accuracy_best"] = best_accuracy(*sides) if mixed else math.nan
     for name in ("tar@1e-2", "tar@1e-3"):
-        results[name] = tar_at_far(cosines[genuine], cosines[~genuine], FARS[name]) if mixed else float("nan")
+        results[name] = tar_at_far(*sides, FARS[name]) if mixed else math.nan
     return {**results, "pairs": len(genuine), "genuine_pairs": int(genuine.sum())}
 
 

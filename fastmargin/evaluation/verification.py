@@ -62,6 +62,20 @@ def tars_at_fars(
     return np.where(allowed > 0, accept_rates(genuine, impostor, allowed), np.nan).tolist()
 
 
+def best_accuracy(
+    genuine: Array,  # [G]
+    impostor: Array,  # [I]
+) -> float:
+    """The share of scores on their side of the one threshold that is best for these very scores: it flatters.
+
+    Genuine scores lie above it, impostors do not. ValueError for scores that are empty or not finite.
+    """
+    mates, others = (np.sort(scores(name, x)) for name, x in (("genuine", genuine), ("impostor", impostor)))
+    tried = np.concatenate([[-np.inf], mates, others])
+    accepted = len(mates) - np.searchsorted(mates, tried, "right")
+    return float((accepted + np.searchsorted(others, tried, "right")).max() / (len(mates) + len(others)))
+
+
 def roc(
     genuine: Array,  # [G]
     impostor: Array,  # [I]

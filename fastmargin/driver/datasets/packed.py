@@ -105,9 +105,13 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
     path = config.cache_folder() / f"packed-{key(encoded, size, config.color)}.fmpk"
     if path.exists():
         try:
-            return identities(Packed(path, encoded))
+            packed = Packed(path, encoded)
         except ValueError as damage:
             log(f"data: packing anew: {damage}")
+        else:
+            if missing := len(encoded.labels) - len(packed):
+                log(f"data: {missing} unreadable images were left out when {path} was packed")
+            return identities(packed)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:

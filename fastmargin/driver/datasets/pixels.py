@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Color = Literal["grey", "rgb"]
@@ -23,7 +23,7 @@ GREY_MODES = ("1", "L", "LA", "La")
 
 def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
     """An encoded picture, the right way up. Raises whatever Pillow does at damage; ValueError for 16 or 32 bits."""
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
+    with opened(data) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255
             raise ValueError(f"pixels of mode {image.mode}; wanted 8 bits a channel")
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
@@ -31,8 +31,15 @@ def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size,
 
 
 def own_color(data: bytes) -> Color:
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
+    with opened(data) as image:
         return "grey" if image.mode in GREY_MODES else "rgb"
+
+
+def opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # it would name the BytesIO
+        raise ValueError(f"its {len(data)} bytes are no picture of {', '.join(FORMATS)}") from error
 
 
 def fit(image: Image.Image, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
