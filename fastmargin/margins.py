@@ -20,8 +20,8 @@ Near |c| = 1 the slope of theta has no bound, so its divisor sin(theta) is floor
 1e-7 in float64: a row that equals its class weight gets a finite gradient. The clamp of c never zeroes one.
 Where m1 is the number 1 the value is c cos(m2) - sin(theta) sin(m2), without an acos.
 
-Angles are radians. B rows, C classes. Sources: SphereFace (Liu 2017), L2-Softmax (Ranjan 2017), AM-Softmax
-(Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace (Kim 2022), ElasticFace (2022).
+Angles are radians; a margin beyond pi, as of degrees, is refused. B rows, C classes. Sources: SphereFace (Liu 2017),
+L2-Softmax (Ranjan 2017), AM-Softmax (Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace (Kim 2022), ElasticFace (2022).
 """
 
 import math
@@ -53,6 +53,20 @@ class Options(TypedDict, total=False):
 def require(ok: bool, name: str, given: object, wanted: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {given!r}; wanted {wanted}")
+
+
+def require_angle(name: str, value: Value) -> None:
+    """Degrees are most often beyond pi."""
+    require_within(math.pi, name, value, "an angle in radians, from -pi to pi (28.6 degrees are 0.5)")
+
+
+def require_cosine(name: str, value: Value) -> None:
+    require_within(2, name, value, "a difference of cosines, from -2 to 2")
+
+
+def require_within(limit: float, name: str, value: Value, wanted: str) -> None:
+    for beyond in value[value.abs() > limit][:1].tolist() if isinstance(value, Tensor) else [value]:
+        require(abs(beyond) <= limit, name, beyond, wanted)
 
 
 class Margin(nn.Module):
@@ -244,6 +258,7 @@ class CosFace(Margin):
     def __init__(self, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
         super().__init__(s, **options)
         self._hold(m=m)
+        require_cosine("m", m)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
         return 1.0, 0.0, self.of_rows("m", labels)
@@ -262,6 +277,7 @@ class ArcFace(Margin):
     def __init__(self, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
         super().__init__(s, m2=m, **options)
         self._hold(m=m)
+        require_angle("m", m)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
         return 1.0, self.of_rows("m", labels), 0.0
@@ -276,6 +292,8 @@ class CombinedMargin(Margin):
     ) -> None:  # fmt: skip
         super().__init__(s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
         self._hold(m1=m1, m2=m2, m3=m3)
+        require_angle("m2", m2)
+        require_cosine("m3", m3)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
         return self.of_rows("m1", labels), self.of_rows("m2", labels), self.of_rows("m3", labels)
@@ -299,6 +317,7 @@ class AdaFace(Margin):
         require(h > 0, "h", h, "a number > 0")
         require(0 < momentum <= 1, "momentum", momentum, "a share, > 0 and at most 1")
         self._hold(m=m)
+        require_angle("m", m)
         self.h, self.momentum = h, momentum
         self.register_buffer("mu", torch.tensor(20.0))
         self.register_buffer("sd", torch.tensor(100.0))
@@ -333,6 +352,8 @@ class MagFace(Margin):
         require(0 < l_a < u_a, "(l_a, u_a)", (l_a, u_a), "0 < l_a < u_a")
         require(l_m <= u_m < math.inf, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m, finite")
         require(lambda_g >= 0, "lambda_g", lambda_g, "a number >= 0")
+        require_angle("l_m", l_m)
+        require_angle("u_m", u_m)
         self.l_m, self.u_m, self.l_a, self.u_a, self.lambda_g = l_m, u_m, l_a, u_a, lambda_g
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
@@ -363,6 +384,7 @@ class ElasticFace(Margin):
         m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m
         super().__init__(s, m2=m if form == "arc" else 0.0, **options)
         self._hold(m=m)
+        (require_angle if form == "arc" else require_cosine)("m", m)
         self.sigma, self.form, self.plus = sigma, form, plus
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
