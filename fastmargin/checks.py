@@ -116,7 +116,8 @@ def check_imprint(
     weight: Tensor,  # [C, d]
 ) -> None:
     if not isinstance(classes, Tensor) or classes.dtype != torch.int64:
-        raise ValueError(f"classes are {getattr(classes, 'dtype', type(classes).__name__)}: want an int64 tensor")
+        given = getattr(classes, "dtype", type(classes).__name__)
+        raise ValueError(f"classes are {given}: want an int64 tensor, then embeddings: imprint(classes, embeddings)")
     check_embeddings(embeddings, weight)
     if classes.ndim != 1 or embeddings.shape != (len(classes), weight.shape[1]):
         raise ValueError(

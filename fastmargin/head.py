@@ -251,7 +251,10 @@ class MarginHead(ClassWeights):
         return total / torch.where(divisor == 0, 1.0, divisor)
 
     def extend(self, n: int) -> None:
-        """Appends n classes: see ClassWeights. ValueError beside a class_weight, which has none for them."""
+        """Appends n classes: see ClassWeights. ValueError beside a class_weight, which has none for them.
+
+        `weight` and `bias` become new Parameters: an optimiser of the old ones moves nothing any more, so make it anew.
+        """
         if self.class_weight is not None:
             raise ValueError("this head has a class_weight: the new classes have none; build a new head instead")
         super().extend(n)

@@ -384,3 +384,5 @@ def test_arguments_that_are_no_tensors():
         head(f, y, sample_weight=[1.0] * 12)
     with pytest.raises(ValueError, match="int64 tensor"):
         head.imprint([1], f[:1])
+    with pytest.raises(ValueError, match=r"want an int64 tensor, then embeddings: imprint\(classes, embeddings\)"):
+        head.imprint(f[:1], torch.tensor([1]))
