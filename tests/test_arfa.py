@@ -93,7 +93,7 @@ def test_lsuv_brings_every_layer_to_unit_deviation(size: int, channels: int) -> 
 
 def test_lsuv_scales_and_does_nothing_else() -> None:
     torch.manual_seed(0)
-    model = build_model("doppelganger", 8, 32)
+    model = build_model("doppelganger", 8, 32, channels=1)
     old = {name: p.clone() for name, p in model.named_parameters()}
     lsuv(model, torch.rand(16, 1, 32, 32))
     for name, p in model.named_parameters():

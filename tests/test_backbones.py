@@ -109,7 +109,7 @@ def test_a_halving_of_the_doppelganger_network_goes_where_rounding_says_so(size:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_and_reach_every_layer(name: str) -> None:
-    model = build_model(name, 8, 32)
+    model = build_model(name, 8, 32, channels=1)
     images = torch.rand(4, 1, 32, 32)
     (model(images) * torch.randn(4, 8)).sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -118,7 +118,7 @@ def test_gradients_are_finite_and_reach_every_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_its_images_one_by_one(name: str) -> None:
-    model = build_model(name, 8, 32).eval()
+    model = build_model(name, 8, 32, channels=1).eval()
     images = torch.rand(3, 1, 32, 32)
     alone = torch.cat([model(image) for image in images.split(1)])
     torch.testing.assert_close(model(images), alone, rtol=1e-3, atol=1e-5)
@@ -169,7 +169,7 @@ def test_output_options(output: str) -> None:
 
 
 def test_output_a_is_the_mean_of_the_last_map() -> None:
-    model = build_model("iresnet18", 512, 32, output="A").eval()
+    model = build_model("iresnet18", 512, 32, channels=1, output="A").eval()
     images = torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(model(images), model[:-1](images).mean((2, 3)))
 

@@ -52,7 +52,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module,
 def test_weights_build_the_same_network(exported: tuple[Path, nn.Module, str]) -> None:
     out, network, said = exported
     facts = json.loads((out / "backbone.json").read_bytes())
-    again = build_model(facts["model"]["name"], *(facts[k]["shape"][-1] for k in ("embeddings", "images"))).eval()
+    channels, *size = facts["images"]["shape"][1:]
+    again = build_model(facts["model"]["name"], facts["embeddings"]["shape"][-1], size, channels).eval()
     again.load_state_dict(load_file(out / "backbone.safetensors"))
     images = torch.rand(3, 1, 16, 16)
     assert torch.equal(again(images), network(images))

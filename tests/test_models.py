@@ -19,11 +19,11 @@ def last_norm(model: nn.Module) -> nn.BatchNorm1d:
 
 @pytest.mark.parametrize(("dim", "size"), [(128, 32), (2, 28), (64, 17), (32, 1), (96, 48)])
 def test_output_shape(dim: int, size: int) -> None:
-    assert build_model("cnn", dim, size).eval()(torch.rand(3, 1, size, size)).shape == (3, dim)
+    assert build_model("cnn", dim, size, channels=1).eval()(torch.rand(3, 1, size, size)).shape == (3, dim)
 
 
 def test_colour() -> None:
-    grey, colored = build_model("cnn", 16, 32), build_model("cnn", 16, 32, channels=3)
+    grey, colored = build_model("cnn", 16, 32, channels=1), build_model("cnn", 16, 32)
     assert colored.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
     counts = [sum(p.numel() for p in model.parameters()) for model in (grey, colored)]
     assert counts[1] - counts[0] == 25 * 2 * 32  # two more input channels of the first convolution alone
@@ -33,13 +33,13 @@ def test_parameter_count() -> None:
     convolutions = 25 * 1 * 32 + 9 * (32 * 64 + 64 * 128 + 128 * 128)
     slopes_and_norms = 3 * (32 + 64 + 128 + 128)  # PReLU, gamma, beta per channel
     output = 2 * 128 + 4 * 128 * 128 + 2 * 128  # BN, linear on a map of 2 x 2, BN
-    model = build_model("cnn", 128, 32)
+    model = build_model("cnn", 128, 32, channels=1)
     assert sum(p.numel() for p in model.parameters()) == convolutions + slopes_and_norms + output
     assert round((convolutions + slopes_and_norms + output) / 1e6, 2) == 0.31
 
 
 def test_last_gamma_is_one_and_stays() -> None:
-    model = build_model("cnn", 16, 32)
+    model = build_model("cnn", 16, 32, channels=1)
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
     model(torch.rand(8, 1, 32, 32)).square().sum().backward()
     optimiser.step()
@@ -49,14 +49,14 @@ def test_last_gamma_is_one_and_stays() -> None:
 
 def test_features_start_with_mean_zero_and_variance_one() -> None:
     torch.manual_seed(0)
-    features = build_model("cnn", 64, 32)(torch.rand(256, 1, 32, 32))
+    features = build_model("cnn", 64, 32, channels=1)(torch.rand(256, 1, 32, 32))
     assert features.mean(0).abs().max() < 1e-5
     assert features.var(0, unbiased=False).sub(1).abs().max() < 1e-2
 
 
 def test_gradients_are_finite_and_reach_every_layer() -> None:
     torch.manual_seed(0)
-    model = build_model("cnn", 128, 32)
+    model = build_model("cnn", 128, 32, channels=1)
     images = torch.rand(16, 1, 32, 32)
     (model(images) * torch.randn(16, 128)).sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -65,7 +65,7 @@ def test_gradients_are_finite_and_reach_every_layer() -> None:
 
 
 def test_black_images_give_finite_gradients() -> None:
-    model = build_model("cnn", 8, 32)
+    model = build_model("cnn", 8, 32, channels=1)
     model(torch.zeros(4, 1, 32, 32)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -73,7 +73,7 @@ def test_black_images_give_finite_gradients() -> None:
 def test_weights_follow_the_seed_and_are_channels_last() -> None:
     def build() -> nn.Module:
         torch.manual_seed(3)
-        return build_model("cnn", 16, 32)
+        return build_model("cnn", 16, 32, channels=1)
 
     first, second = build(), build()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -86,7 +86,7 @@ def test_weights_follow_the_seed_and_are_channels_last() -> None:
 def test_sum_of_the_default_weights() -> None:
     """The default network draws the weights it always drew: figures of version 0.1.0, before there were others."""
     torch.manual_seed(0)
-    model = build_model("cnn", 128, 32)
+    model = build_model("cnn", 128, 32, channels=1)
     sums = [p.double().abs().sum().item() for p in model.parameters() if p.ndim > 1]
     expected = [31.624604084830935, 842.6019758652033, 2375.202048484982, 4768.207158021388, 2919.532634935743]
     assert sums == pytest.approx(expected, rel=1e-6)
@@ -113,6 +113,21 @@ def test_sizes_below_one_are_refused(dim: int, size: int | tuple[int, int], chan
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'resnet'; wanted one of cnn, iresnet18, .*, doppelganger, or"):
         build_model("resnet", 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("r18", "iresnet18"),
+        ("r34", "iresnet34"),
+        ("R50", "iresnet50"),
+        ("r100", "iresnet100"),
+        ("mbf", "mobilefacenet"),
+    ],
+)
+def test_insightface_s_names_lead_to_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown model '{theirs}'; wanted '{ours}'"):
+        build_model(theirs, 512, 112)
 
 
 @pytest.mark.parametrize("name", ["cnn", "sphereface20", "mobilefacenet", "doppelganger"])

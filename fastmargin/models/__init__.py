@@ -12,7 +12,7 @@ alone, and no configuration file may name one.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,14 @@ FAMILIES: dict[str, Factory] = {
 }
 
 
-def build_model(name: str, dim: int, size: int | tuple[int, int], channels: int = 1, **options: Any) -> nn.Module:
+# InsightFace's names, and ours of the same networks.
+THEIRS = {"r18": "iresnet18", "r34": "iresnet34", "r50": "iresnet50", "r100": "iresnet100", "mbf": "mobilefacenet"}
+
+
+def build_model(name: str, dim: int, size: int | Sequence[int], channels: int = 3, **options: Any) -> nn.Module:
     """The network `name` for images of `size` (a side, or height and width, in pixels).
+
+        build_model("iresnet50", 512, 112)(torch.rand(4, 3, 112, 112)).shape  # [4, 512]
 
     options: `output` and `dropout` of the iresnets. A factory named by an import path is called as
     factory(dim, (height, width), channels, **options). Weights are drawn from torch's global generator; the
@@ -52,6 +58,8 @@ def build_model(name: str, dim: int, size: int | tuple[int, int], channels: int 
     if min(dim, height, width, channels) < 1:
         given = f"dim = {dim}, size = {size}, channels = {channels}"
         raise ValueError(f"dim, size and channels are at least 1, got {given}")
+    if theirs := THEIRS.get(name.lower()):
+        raise ValueError(f"unknown model {name!r}; wanted {theirs!r}, as InsightFace's is called here")
     factory = FAMILIES.get(name) or imported(name)
     for option, value in options.items():
         if option not in inspect.signature(factory).parameters:
