@@ -10,7 +10,7 @@ import torch
 from small_run import SMALL, load_data, records, small_data, stop_at, train_loop  # noqa: F401 (a fixture, too)
 from test_terms import MML, with_terms
 
-from fastmargin.driver import engine, run
+from fastmargin.driver import engine, folder, run
 from fastmargin.driver.config import HeadConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +45,16 @@ def test_scheme_3_starts_from_the_weights_of_scheme_2(tmp_path: Path, monkeypatc
     assert not any(moment.any() for moment in fresh.optimizers.tensors(moved).values())
     assert fresh.step == 0 and (fresh.table.classes == -1).all()
     assert any(f"weights of step 12 of {path}" in line for line in said)
+
+
+def test_a_folder_of_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, path = first_run(tmp_path)
+    said: list[str] = []
+    fresh = started(replace(SMALL, init_from=str(tmp_path / "first")), tmp_path / "second", monkeypatch, said.append)
+    assert torch.equal(fresh.head.weight, first.head.weight) and any(path in line for line in said)
+    folder.claim(str(tmp_path / "new"), SMALL)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'new'} has no checkpoint yet"):
+        run.start_from(fresh, tmp_path / "new", print)
 
 
 def test_another_margin_takes_the_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

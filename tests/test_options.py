@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import SMALL, configured, small_data  # noqa: F401 (a fixture, too)
+from small_run import MINING, SMALL, configured, small_data  # noqa: F401 (a fixture, too)
 
 from fastmargin.driver import run
 from fastmargin.driver.config import HeadConfig, TermConfig
@@ -41,6 +41,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_mistakes_in_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         configured(**options)
+
+
+def test_too_few_classes_for_the_batches_name_the_options() -> None:
+    config = replace(MINING, optim=replace(MINING.optim, batch_size=64))
+    with pytest.raises(
+        ValueError, match=r"optim.batch_size 64, sampler.counts \[2, 4\] .*may need 32 classes; .* has 22"
+    ):
+        run.build(config, print)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.5, math.nan])

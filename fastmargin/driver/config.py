@@ -229,7 +229,9 @@ class TrainConfig:
         metadata={"help": "losses beside the head's, by name: center, git, minimum_margin, marginal, range, "
                           "margin_based, or a class of pytorch_metric_learning.losses"},
     )  # fmt: skip
-    init_from: str | None = option(None, "folder of another run's checkpoint, whose weights training starts from")
+    init_from: str | None = option(
+        None, "folder of another run, or of a checkpoint of it, whose weights training starts from"
+    )
     dim: int = option(128, "features of the embedding")
     seed: int = option(0, "weights, order of the images, augmentation, and whatever a step draws")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")

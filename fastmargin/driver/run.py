@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import margins
-from fastmargin.checkpoint import Checkpoint, Sharded, load
+from fastmargin.checkpoint import Checkpoint, Sharded, committed, load
 from fastmargin.distributed import Layout
+from fastmargin.driver import folder
 from fastmargin.driver.augment import to_float
 from fastmargin.driver.backbone import build_backbone, check_factory, network_weights
 from fastmargin.driver.config import HeadConfig, TrainConfig, require, settled
@@ -174,15 +175,19 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
     size, sampler = config.optim.batch_size, config.sampler
     if sampler.name == "uniform":
         return UniformBatches(len(data.images), size, config.seed)
-    return DoppelgangerBatchSampler(
-        data.labels,
-        table,
-        size,
-        random_classes=sampler.share_or_number(),
-        counts=sampler.counts,
-        lag=sampler.lag,
-        seed=config.seed,
-    )
+    try:
+        return DoppelgangerBatchSampler(
+            data.labels,
+            table,
+            size,
+            random_classes=sampler.share_or_number(),
+            counts=sampler.counts,
+            lag=sampler.lag,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        words = f"optim.batch_size {size}, sampler.counts {list(sampler.counts)} and sampler.random_classes"
+        raise ValueError(f"{words} do not fit the data: {error}") from error
 
 
 def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
@@ -282,9 +287,11 @@ def check_images(saved: Checkpoint, images: Identities) -> None:
 
 
 def start_from(run: Run, path: Path, log: Log) -> None:
-    """Takes the weights alone from a checkpoint of another run: the network's, and where that run was trained on the
-    same images, what its head and terms hold that this run's have too. ValueError for weights of other shapes.
+    """Takes the weights alone from a checkpoint of another run, the newest where its folder is named: the network's, and
+    where that run was trained on the same images, what its head and terms hold that this run's have too. ValueError for
+    weights of other shapes.
     """
+    path = newest(path) if (path / folder.CONFIG).is_file() else path
     saved = load(path, rank=run.processes.rank, ranks=run.processes.count)
     same = saved.state["data"] == run.train.fingerprint
     try:
@@ -299,3 +306,10 @@ def start_from(run: Run, path: Path, log: Log) -> None:
         raise ValueError(f"{path} holds the weights of another network, head or term: {error}") from error
     others = "" if same else "; it saw other images, so head and terms start afresh"
     log(f"weights of step {saved.step} of {path}{others}")
+
+
+def newest(where: Path) -> Path:
+    """The last checkpoint of the run in that folder. ValueError if there is none."""
+    if not (paths := committed(where / folder.CHECKPOINTS)):
+        raise ValueError(f"{where} has no checkpoint yet")
+    return paths[-1]
