@@ -10,7 +10,8 @@ import torch
 from small_run import MINING, SMALL, configured, small_data  # noqa: F401 (a fixture, too)
 
 from fastmargin.driver import run
-from fastmargin.driver.config import HeadConfig, TermConfig
+from fastmargin.driver.config import HeadConfig, OptimConfig, TermConfig, TrainConfig, settled
+from fastmargin.driver.optimizers import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"accumulation": 16}, "optim.accumulation is 16"),
         ({"accumulation": 0}, "optim.accumulation is 0"),
         ({"head_lr": -1.0}, "optim.head_lr is -1.0"),
+        ({"warmup": -1}, "optim.warmup is -1"),
+        ({"warmup": 12}, "optim.warmup is 12; wanted less than the 12 steps"),
         ({"cycle": 0}, "optim.cycle is 0; wanted at least 1 step"),
         ({"cycle": 5, "schedule": "constant"}, "optim.cycle is 5; wanted null"),
         ({"cycle_factor": 0}, "optim.cycle_factor is 0"),
@@ -49,6 +52,21 @@ def test_too_few_classes_for_the_batches_name_the_options() -> None:
         ValueError, match=r"optim.batch_size 64, sampler.counts \[2, 4\] .*may need 32 classes; .* has 22"
     ):
         run.build(config, print)
+
+
+@pytest.mark.parametrize(
+    ("steps", "images", "warm"), [(0, 4000, 100), (0, 20_000, 100), (800, 100, 100), (60, 100, 15), (3, 100, 0)]
+)
+def test_a_short_run_has_a_short_warm_up(steps: int, images: int, warm: int) -> None:
+    optim = settled(TrainConfig(optim=OptimConfig(steps=steps)), images).optim
+    assert optim.warm_up() == warm and optim.warmup is None
+    assert max(learning_rate(optim, step) for step in range(optim.steps)) == pytest.approx(optim.lr)
+    assert warm == 0 or learning_rate(optim, 0) == pytest.approx(optim.lr / warm)
+
+
+def test_a_warm_up_is_held_against_the_steps_that_the_images_decide() -> None:
+    with pytest.raises(ValueError, match=r"optim.warmup is 800; wanted less than the 800 steps"):
+        settled(TrainConfig(optim=OptimConfig(warmup=800)), 100)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.5, math.nan])

@@ -134,7 +134,7 @@ class OptimConfig:
     )
     lr: float = option(0.1, "learning rate at the end of the warm-up")
     head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
-    warmup: int = option(100, "steps of linear warm-up")
+    warmup: int | None = option(None, "steps of linear warm-up; null: 100, but at most a quarter of the steps")
     schedule: Literal["cosine", "steps", "constant"] = option("cosine", "learning rate after the warm-up")
     final_lr: float = option(0.01, "cosine: share of lr left at its end")
     cycle: int | None = option(None, "cosine: steps to its first restart (SGDR); null: none, it ends with the run")
@@ -163,7 +163,10 @@ class OptimConfig:
         require(divides, "optim.accumulation", parts, f"a divisor of the {size} images, 2 or more in a part")
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
         require(0 <= self.head_lr < math.inf, "optim.head_lr", self.head_lr, "a number of 0 or more")
-        require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more steps")
+        warm = self.warm_up()
+        require(warm >= 0, "optim.warmup", warm, "0 or more steps")
+        short = self.steps == 0 or warm < self.steps
+        require(short, "optim.warmup", warm, f"less than the {self.steps} steps, or the rate never gets to optim.lr")
         require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
         cosine, steps = self.schedule == "cosine", self.schedule == "steps"
         require(self.cycle is None or cosine, "optim.cycle", self.cycle, "null: the cosine alone has cycles")
@@ -181,6 +184,10 @@ class OptimConfig:
         require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.clip is None or 0 < self.clip < math.inf, "optim.clip", self.clip, "a number above 0")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "between 0 and 1, both excluded")
+
+    def warm_up(self) -> int:
+        """Steps of it, once the number of steps is known."""
+        return min(100, self.steps // 4) if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)

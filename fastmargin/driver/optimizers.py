@@ -188,13 +188,14 @@ def build_rest(config: OptimConfig, groups: list[dict[str, object]]) -> torch.op
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+    warmup = config.warm_up()
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "steps":
         return config.lr * config.milestone_factor ** sum(milestone <= step for milestone in config.milestones)
-    done, length = place_in_cycle(config, step - config.warmup)
+    done, length = place_in_cycle(config, step - warmup)
     turn = math.pi * done / length
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(turn)) / 2)
 
@@ -202,7 +203,7 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 def place_in_cycle(config: OptimConfig, done: int) -> tuple[int, int]:
     """Steps made in the cycle that the next step is of, and its length."""
     if config.cycle is None:
-        return done, config.steps - config.warmup
+        return done, config.steps - config.warm_up()
     length = config.cycle
     while done >= length:
         done, length = done - length, length * config.cycle_factor
