@@ -21,7 +21,8 @@ Near |c| = 1 the slope of theta has no bound, so its divisor sin(theta) is floor
 Where m1 is the number 1 the value is c cos(m2) - sin(theta) sin(m2), without an acos.
 
 Angles are radians; a margin beyond pi, as of degrees, is refused. B rows, C classes. Sources: SphereFace (Liu 2017),
-L2-Softmax (Ranjan 2017), AM-Softmax (Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace (Kim 2022), ElasticFace (2022).
+L2-Softmax (Ranjan 2017), AM-Softmax (Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace
+(Kim 2022), ElasticFace (2022).
 """
 
 import math

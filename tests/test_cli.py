@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fastmargin.driver import cli, engine, folder
-from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
+from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig, settled
 
 
 def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -99,16 +99,16 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--seed", "-1"], ["seed is -1"]),
         (["train", "--config", "absent.yaml"], ["absent.yaml"]),
         (["evaluate"], ["run"]),
-        (["evaluate", "absent"], ["absent", "not the folder of a run"]),
-        (["export", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
+        (["evaluate", "absent"], ["absent: no such folder\n"]),
+        (["export", "absent", "--out", "x"], ["absent: no such folder\n"]),
         (["export", "absent"], ["out"]),
         (["doppelgangers"], ["run"]),
-        (["doppelgangers", "absent"], ["absent", "not the folder of a run"]),
+        (["doppelgangers", "absent"], ["absent: no such folder\n"]),
         (["doppelgangers", "absent", "--limit", "few"], ["limit", "few"]),
         (["embed", "absent"], ["out"]),
         (["embed", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
         (["clean", "absent"], ["out"]),
-        (["clean", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
+        (["clean", "absent", "--out", "x"], ["absent: no such folder\n"]),
         (["clean", "absent", "--out", "x", "--below", "2"], ["below is 2.0", "from -1 to 1"]),
         (["clean", "absent", "--out", "x", "--above", ".nan"], ["above is nan", "from -1 to 1"]),
         (["clean", "absent", "--out", "x", "--limit", "0"], ["limit is 0", "at least 1"]),
@@ -163,6 +163,20 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
     assert "optim.lr 0.2 there, 0.1 here, seed 3 there, 0 here" in said
     assert f"train --config {tmp_path / folder.CONFIG} --out {tmp_path}" in said
     assert (tmp_path / folder.CONFIG).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_out_folder_of_a_run_on_fewer_images(tmp_path: Path) -> None:
+    """The command line was the same; the steps are the images'."""
+    folder.claim(str(tmp_path), settled(TrainConfig(), 30_000))
+    with pytest.raises(ValueError, match=r"optim.steps 2344 there, 2422 here; .* the number of images .* has changed"):
+        folder.claim(str(tmp_path), settled(TrainConfig(), 31_000))
+
+
+def test_advice_for_train_is_for_train_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").touch()
+    assert "a new or an empty folder to train in" in mistake(capsys, "train", "--out", str(tmp_path))
+    said = mistake(capsys, "doppelgangers", str(tmp_path))
+    assert said == f"fastmargin: {tmp_path} is not the folder of a run: it has no config.json\n"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +252,7 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
     monkeypatch.setattr(engine, "train", interrupted)
     assert cli.main(["train"]) == 130
-    assert "interrupted" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert capsys.readouterr().err == "fastmargin: interrupted\n", "no word of checkpoints that may not be there"
 
 
 def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

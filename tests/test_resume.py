@@ -175,7 +175,8 @@ def test_a_process_ends_with_the_code_of_its_signal_and_its_run_resumes_bit_for_
     said, code = interrupted([*arguments, "--out", str(parts)], parts / folder.RECORDS, signal.SIGTERM)
     stopped = checkpoint.load_latest(parts / folder.CHECKPOINTS)
     assert code == 143 and stopped is not None and 0 < stopped.step < 100, said
-    assert f"SIGTERM: stopped, with a checkpoint of step {stopped.step} of 100" in said
+    assert f"SIGTERM: stopped, with a checkpoint of step {stopped.step} of 100. To go on: fastmargin train" in said
+    assert folder.resuming(parts) in said
     monkeypatch.setattr(run, "load_data", load_data)  # as the child reads them
     monkeypatch.setattr(engine, "finish", lambda *_: None)
     for where in (parts, whole):

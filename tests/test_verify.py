@@ -196,7 +196,7 @@ def test_mistakes_with_verification_sets(
     before = (trained / folder.METRICS).read_bytes()
     assert "mirror is 'sum'" in mistake(capsys, "evaluate", trained, "--mirror", "sum")
     assert "out is" in mistake(capsys, "evaluate", trained, "--out", tmp_path / "n.json")
-    assert "not the folder of a run" in mistake(capsys, "evaluate", tmp_path / "none", "--pairs", path)
+    assert "no such folder" in mistake(capsys, "evaluate", tmp_path / "none", "--pairs", path)
     (tmp_path / "bad.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert "not admitted" in mistake(capsys, "evaluate", trained, "--pairs", tmp_path / "bad.bin")
     (tmp_path / "bad.bin").write_bytes(pickle.dumps(([encoded(images[0], 16), b"GIF8"], [True])))

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fastmargin: {said}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        print("fastmargin: interrupted; checkpoints made so far are kept", file=sys.stderr)
+        print("fastmargin: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -140,7 +140,8 @@ def loop(run: Run, where: Path, log: Log) -> None:
                 held = tensors(run), state(run)
                 checkpoint.save(where / folder.CHECKPOINTS, run.step, *held, group=run.processes.host)
             if stop or (run.step == last and (stop := run.processes.agree(noted.number))):  # during the last save, too
-                log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}")
+                again = "" if run.factory else f". To go on: {folder.resuming(where)}"  # or from Python
+                log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}{again}")
                 raise signals.Stopped(stop)
             run.watch("rest")
 

@@ -15,6 +15,7 @@ This module imports no torch: a mistake in `--out` is answered at once.
 import csv
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastmargin.driver.config import TrainConfig, differing, flatten, from_dict
+from fastmargin.driver.config import BY_IMAGES, TrainConfig, differing, flatten, from_dict
 
 RUNS = Path("runs")
 CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
@@ -34,12 +35,25 @@ def check(where: Path, config: TrainConfig) -> None:
     """ValueError if the folder holds anything but a run of this configuration; OSError for a file."""
     if not where.exists() or not any(where.iterdir()):
         return
+    if not (where / CONFIG).is_file():
+        raise ValueError(f"{lacking(where)}; give a new or an empty folder to train in")
     theirs = read_config(where)
     if names := differing(config, theirs):
         there, here = flatten(theirs), flatten(config)
         changes = ", ".join(f"{name} {there[name]} there, {here[name]} here" for name in names)
-        again = f"fastmargin train --config {where / CONFIG} --out {where}"
-        raise ValueError(f"{where} holds a run of another configuration: {changes}. To resume that run: {again}")
+        if set(names) <= set(BY_IMAGES):
+            changes += "; where it is not given the number of images decides, and that has changed"
+        said = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
+        raise ValueError(said)
+
+
+def resuming(where: Path) -> str:
+    """The command that goes on with a run, for a shell."""
+    return f"fastmargin train --config {shlex.quote(str(where / CONFIG))} --out {shlex.quote(str(where))}"
+
+
+def lacking(where: Path) -> str:
+    return f"{where} is not the folder of a run: it has no {CONFIG}"
 
 
 def claim(out: str | None, config: TrainConfig) -> Path:
@@ -73,10 +87,10 @@ def dated() -> Path:
 def read_config(where: Path) -> TrainConfig:
     """ValueError if the folder is not one that `fastmargin train` wrote."""
     file = where / CONFIG
+    if not where.exists():
+        raise ValueError(f"{where}: no such folder")
     if not file.is_file():
-        raise ValueError(
-            f"{where} is not the folder of a run: it has no {CONFIG}; give a new or an empty folder to train"
-        )
+        raise ValueError(lacking(where))
     try:
         return from_dict(TrainConfig, json.loads(file.read_bytes()))
     except (TypeError, AttributeError, ValueError) as error:

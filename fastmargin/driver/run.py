@@ -287,9 +287,9 @@ def check_images(saved: Checkpoint, images: Identities) -> None:
 
 
 def start_from(run: Run, path: Path, log: Log) -> None:
-    """Takes the weights alone from a checkpoint of another run, the newest where its folder is named: the network's, and
-    where that run was trained on the same images, what its head and terms hold that this run's have too. ValueError for
-    weights of other shapes.
+    """Takes the weights alone from a checkpoint of another run, of its folder the newest: the network's, and where that
+    run was trained on the same images, what its head and terms hold that this run's have too. ValueError for weights of
+    other shapes.
     """
     path = newest(path) if (path / folder.CONFIG).is_file() else path
     saved = load(path, rank=run.processes.rank, ranks=run.processes.count)
