@@ -163,7 +163,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said.startswith("fastmargin: ") and said.count("\n") == 1
         return said
 
-    assert "export.out" in mistake(tmp_path)
+    assert "--out is required" in mistake(tmp_path)
     assert "not the folder of a run" in mistake(tmp_path, "--out", tmp_path / "out")
     folder.claim(str(tmp_path / "run"), SMALL)
     assert "no checkpoint yet" in mistake(tmp_path / "run", "--out", tmp_path / "out")

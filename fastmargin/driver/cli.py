@@ -16,13 +16,15 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
 from fastmargin import __version__
 from fastmargin.driver import folder, scale
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict, require
+from fastmargin.driver.parser import Parser, new_parser
 
 MISTAKE, INTERRUPTED = 2, 130
+ENVIRONMENT = "The environment can give every option, too: --optim.lr of train as FASTMARGIN_TRAIN__OPTIM__LR."
 RUN = "folder that `fastmargin train` wrote"
 
 
@@ -72,8 +74,8 @@ def alone(command: str) -> None:
         raise ValueError(f"{command} is for one process, not {processes()}: torchrun runs train and evaluate RUN")
 
 
-def build_parser() -> ArgumentParser:
-    parser = new_parser(prog="fastmargin", description="Train and evaluate margin-softmax recognisers.")
+def build_parser() -> Parser:
+    parser = new_parser(prog="fastmargin", description=f"Train and evaluate margin-softmax recognisers. {ENVIRONMENT}")
     parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
@@ -99,16 +101,13 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def new_parser(**options: Any) -> ArgumentParser:
-    return ArgumentParser(exit_on_error=False, env_prefix="FASTMARGIN", default_env=True, **options)
-
-
-def train_parser() -> ArgumentParser:
+def train_parser() -> Parser:
     parser = new_parser(
         description="Train on glyphs or images of your own, evaluate on identities never seen, report. SIGINT and "
         "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once. Many "
         "processes, each with a part of the classes and of every batch: torchrun --nproc-per-node N -m fastmargin "
-        "train ...",
+        f"train ... {ENVIRONMENT}",
+        usage="fastmargin train [options]",
         epilog="Example: fastmargin train --data.source synthetic:40x8 --data.size 16 --optim.steps 4 --out run",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file of these options")
@@ -118,7 +117,7 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
-def evaluate_parser() -> ArgumentParser:
+def evaluate_parser() -> Parser:
     parser = new_parser(
         description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report anew; "
         "or on a verification set; or evaluate stored embeddings.",
@@ -145,7 +144,7 @@ def evaluate_parser() -> ArgumentParser:
     return parser
 
 
-def embed_parser() -> ArgumentParser:
+def embed_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, into a safetensors file: embeddings [N, d], "
         "not normalised, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
@@ -167,7 +166,7 @@ def embed_parser() -> ArgumentParser:
     return parser
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> Parser:
     parser = new_parser(
         description="Write the network of a run, without its head, as weights (safetensors), as a torch.export program "
         "(.pt2) and as ONNX; each is checked against the run's network.",
@@ -178,7 +177,7 @@ def export_parser() -> ArgumentParser:
     return parser
 
 
-def doppelgangers_parser() -> ArgumentParser:
+def doppelgangers_parser() -> Parser:
     parser = new_parser(
         description="The nearest wrong classes that a run has mined, as of its last checkpoint: print the most similar "
         "pairs (scores are cosines; logits for a plain layer) and the classes on the most lists; write all lists as "
@@ -191,7 +190,7 @@ def doppelgangers_parser() -> ArgumentParser:
     return parser
 
 
-def clean_parser() -> ArgumentParser:
+def clean_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, and list what to look at: images.csv, the "
         "images of each identity by the cosine with its centre (the mean of its unit embeddings), worst first; "

@@ -234,7 +234,8 @@ class TrainConfig:
     terms: dict[str, TermConfig] = field(
         default_factory=dict,
         metadata={"help": "losses beside the head's, by name: center, git, minimum_margin, marginal, range, "
-                          "margin_based, or a class of pytorch_metric_learning.losses"},
+                          "margin_based, or a class of pytorch_metric_learning.losses. Each has a weight (1) and "
+                          "options, the arguments of its function or class by name"},
     )  # fmt: skip
     init_from: str | None = option(
         None, "folder of another run, or of a checkpoint of it, whose weights training starts from"
