@@ -250,6 +250,18 @@ def test_lsuv_leaves_a_network_of_ones_own_alone() -> None:
     assert torch.equal(current.model[1].weight, pixels(8, identities().input_shape[1:], 1)[1].weight)
 
 
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (HeadConfig(), "ArcFace(s=30.0, m=0.4, monotone), m from 0 within 4 steps"),
+        (HeadConfig("CosFace", m=0.2, ramp=0), "CosFace(s=64.0, m=0.2, monotone)"),
+        (HeadConfig("L2Softmax"), "L2Softmax(s=16.0, monotone)"),
+    ],
+)
+def test_a_run_says_its_margin_in_numbers(head: HeadConfig, words: str) -> None:
+    assert engine.described(run.build(replace(SMALL, head=head), print)) == words
+
+
 def test_lsuv_starts_the_doppelganger_network_on_images_of_the_run() -> None:
     current = run.build(replace(SMALL, model=ModelConfig("doppelganger")), print)
     scales = [buffer for name, buffer in current.model.named_buffers() if name.endswith("k")]

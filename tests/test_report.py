@@ -235,6 +235,8 @@ def test_table_and_progress() -> None:
     few = report.table({"model": {**whole, "identities": 3}, "raw_pixels": whole})
     assert few.endswith("\n3 identities: these numbers say little")
     record = {"step": 20, "loss": 1.0, "target_score": 0.5, "images_per_second": 1234.5}
+    record["margin"] = None
     with_terms = report.progress({**record, "objective": 200.0})
     assert with_terms.startswith("objective 200.000, head loss 1.000, target score")
     assert report.progress(record) == "loss 1.000, target score 0.500, 1234 images/s"
+    assert report.progress(record | {"margin": 0.25}) == "loss 1.000, m 0.250, target score 0.500, 1234 images/s"

@@ -31,13 +31,14 @@ from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data import Stored
 from fastmargin.driver.loader import augmentation, batches
 from fastmargin.driver.optimizers import update_average
-from fastmargin.driver.run import DTYPES, Log, Run, build, restore, start_from, state, tensors, trained
+from fastmargin.driver.run import DTYPES, Log, Run, build, build_margin, restore, start_from, state, tensors, trained
 from fastmargin.driver.stopwatch import Stopwatch, machine
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 from fastmargin.files import locked
 from fastmargin.head import HeadOutput
 from fastmargin.mining import DoppelgangerBatchSampler
 from fastmargin.sampling import key
+from fastmargin.schedules import MarginRamp
 
 EDGE = 20  # steps at the start, in the middle and at the end whose angles are kept
 EMBED = 512  # images embedded at once
@@ -69,10 +70,17 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
             f"{' x '.join(map(str, run.train.images.shape[1:]))}, augmentation {augmentation(config.data)}; "
             f"{run.config.optim.steps} steps of {run.config.optim.batch_size} images"
         )
+        log(f"network {run.factory or run.config.model.name}, {run.config.dim} features; {described(run)}")
         resume(run, where, log)
         loop(run, where, log)
         finish(run, where, log)
     return where
+
+
+def described(run: Run) -> str:
+    """The margin with its numbers, those that defaults have filled in and a schedule will reach."""
+    grows = f", m from 0 within {run.schedule.steps} steps" if isinstance(run.schedule, MarginRamp) else ""
+    return f"{build_margin(run.config.head)}{grows}"
 
 
 def claim(out: str | None, config: TrainConfig, held: ExitStack) -> Path:

@@ -268,10 +268,11 @@ def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
 
 
 def progress(record: Mapping[str, Any]) -> str:
-    """The objective first, where it is more than the head's loss."""
+    """The objective first, where it is more than the head's loss; then m, whose growth raises both."""
     terms = f"objective {record['objective']:.3f}, head " if "objective" in record else ""
+    m = "" if record["margin"] is None else f"m {record['margin']:.3f}, "
     return (
-        f"{terms}loss {record['loss']:.3f}, target score {record['target_score']:.3f}, "
+        f"{terms}loss {record['loss']:.3f}, {m}target score {record['target_score']:.3f}, "
         f"{record['images_per_second']:.0f} images/s"
     )
 
