@@ -277,6 +277,32 @@ def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
         cli.main(["train"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usual"),
+    [
+        ("plan --sample_rate 0.1 --compute_dtype bf16", "plan --sample-rate 0.1 --compute-dtype bfloat16"),
+        ("plan --backbone_gb=3 --compute-dtype=fp16", "plan --backbone-gb=3 --compute-dtype=float16"),
+        ("train --optim.precision bfloat16 --out bfloat16", "train --optim.precision bf16 --out bfloat16"),
+        (
+            "train --head.compute_dtype=float16 --head.sample_rate 1",
+            "train --head.compute_dtype=fp16 --head.sample_rate 1",
+        ),
+        ("--version", "--version"),
+        ("", ""),
+    ],
+)
+def test_either_spelling(arguments: str, usual: str) -> None:
+    assert cli.usual(arguments.split()) == usual.split()
+
+
+def test_plan_takes_train_s_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for words in ("--sample_rate 0.1 --compute_dtype bf16", "--sample-rate 0.1 --compute-dtype bfloat16"):
+        assert cli.main(["plan", "--classes", "1e6", *words.split()]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "bfloat16 products" in said[0]
+
+
 def test_without_the_extras_it_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['jsonargparse'] = None; from fastmargin.__main__ import main; sys.exit(main())"
     done = spawn("-c", code, cwd=tmp_path)

@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile
 from fastmargin import __version__
 from fastmargin.driver import folder, scale
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict, require
-from fastmargin.driver.parser import Parser, new_parser
+from fastmargin.driver.parser import Parser, new_parser, usual
 
 MISTAKE, INTERRUPTED = 2, 130
 ENVIRONMENT = "The environment can give every option, too: --optim.lr of train as FASTMARGIN_TRAIN__OPTIM__LR."
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit with 130 or 143 where training was stopped by a signal.
     """
     try:
-        given = build_parser().parse_args(arguments)
+        given = build_parser().parse_args(usual(sys.argv[1:] if arguments is None else arguments))
         if given.command not in ("train", "evaluate"):
             alone(given.command)
         COMMANDS[given.command](given[given.command])

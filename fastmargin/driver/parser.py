@@ -6,7 +6,7 @@ command, and not with every option. No torch here.
 
 import re
 from argparse import Action, _SubParsersAction
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 VALUES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+TYPES = (("bf16", "bfloat16"), ("fp16", "float16"))
 GIVEN = re.compile(r"(?:Got value|Given value|Unexpected import path format): (.*)")
 
 
@@ -35,6 +36,20 @@ def values(kind: Any) -> Iterable[str]:
     else:  # a union
         for part in get_args(kind):
             yield from values(part)
+
+
+def usual(arguments: Sequence[str]) -> list[str]:
+    """plan and simulate have hyphens and bfloat16, train has underscores and bf16: these take the other's, too."""
+    plans = next((word for word in arguments if not word.startswith("-")), "") in ("plan", "simulate")
+    types = dict(TYPES) if plans else {long: short for short, long in TYPES}
+    said, option = [], ""
+    for word in arguments:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if name:
+            option = name = name.replace("_", "-") if plans else name
+        kinds = types if option.endswith(("compute-dtype", "compute_dtype", "precision")) else {}
+        said.append(name + equals + kinds.get(value, value))
+    return said
 
 
 def kind_of(action: Action) -> Any:
