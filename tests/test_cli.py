@@ -109,7 +109,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["doppelgangers", "absent"], ["absent: no such folder\n"]),
         (["doppelgangers", "absent", "--limit", "few"], ["limit", "few"]),
         (["embed", "absent"], ["out"]),
-        (["embed", "absent", "--out", "x"], ["absent", "not the folder of a run"]),
+        (["embed", "absent", "--out", "x"], ["absent: no such folder\n"]),
         (["clean", "absent"], ["out"]),
         (["clean", "absent", "--out", "x"], ["absent: no such folder\n"]),
         (["clean", "absent", "--out", "x", "--below", "2"], ["below is 2.0", "from -1 to 1"]),
