@@ -178,11 +178,13 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
     assert (tmp_path / folder.CONFIG).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_out_folder_of_a_run_on_fewer_images(tmp_path: Path) -> None:
+def test_out_folder_of_a_run_on_fewer_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line was the same; the steps are the images'."""
     folder.claim(str(tmp_path), settled(TrainConfig(), 30_000))
     with pytest.raises(ValueError, match=r"optim.steps 2344 there, 2422 here; .* the number of images .* has changed"):
         folder.claim(str(tmp_path), settled(TrainConfig(), 31_000))
+    said = mistake(capsys, "train", "--optim.steps", "9", "--out", str(tmp_path))
+    assert "optim.steps 2344 there, 9 here. To resume" in said, "that was given"
 
 
 def test_advice_for_train_is_for_train_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,11 @@ CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
 )  # fmt: skip
 
 
-def check(where: Path, config: TrainConfig) -> None:
-    """ValueError if the folder holds anything but a run of this configuration; OSError for a file."""
+def check(where: Path, config: TrainConfig, settled: bool = False) -> None:
+    """ValueError if the folder holds anything but a run of this configuration; OSError for a file.
+
+    settled: the number of images has decided what was not given.
+    """
     if not where.exists() or not any(where.iterdir()):
         return
     if not (where / CONFIG).is_file():
@@ -41,7 +44,7 @@ def check(where: Path, config: TrainConfig) -> None:
     if names := differing(config, theirs):
         there, here = flatten(theirs), flatten(config)
         changes = ", ".join(f"{name} {there[name]} there, {here[name]} here" for name in names)
-        if set(names) <= set(BY_IMAGES):
+        if settled and set(names) <= set(BY_IMAGES):
             changes += "; where it is not given the number of images decides, and that has changed"
         said = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
         raise ValueError(said)
@@ -59,7 +62,7 @@ def lacking(where: Path) -> str:
 def claim(out: str | None, config: TrainConfig) -> Path:
     """Makes the folder to train in, `out` or a new one named by date and time, if need be. Raises as `check`."""
     where = dated() if out is None else Path(out)
-    check(where, config)
+    check(where, config, settled=True)
     where.mkdir(parents=True, exist_ok=True)
     if not (where / CONFIG).exists():
         write_json(where / CONFIG, asdict(config))
