@@ -70,28 +70,34 @@ def test_two_newest_are_kept_in_numerical_order(tmp_path: Path) -> None:
     assert_is(load_latest(tmp_path), 100_000_000)
 
 
+@contextlib.contextmanager
+def killed(monkeypatch: pytest.MonkeyPatch, stage: str, fatal: int, moment: str) -> Iterator[Iterator[int]]:
+    """In it a save dies before or after the `fatal`-th call of a stage; yields what counts the calls."""
+    original, calls = getattr(store, stage), iter(range(1, 100))
+
+    def dying(*args: object) -> object:
+        call = next(calls)
+        if call == fatal and moment == "before":
+            raise KeyboardInterrupt
+        result = original(*args)
+        if call == fatal:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(store, stage, dying)
+        yield calls
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
     """Fails at every call of every stage in turn; afterwards there is exactly step 1 or step 2."""
-    original = getattr(store, stage)
     for fatal_call in range(1, 5):
         folder = saved(tmp_path / f"{fatal_call}", 0, 1)
-        calls = iter(range(1, 100))
-
-        def dying(*args: object, calls: Iterator[int] = calls, fatal: int = fatal_call) -> object:
-            call = next(calls)
-            if call == fatal and moment == "before":
-                raise KeyboardInterrupt
-            result = original(*args)
-            if call == fatal:
-                raise KeyboardInterrupt
-            return result
-
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(store, stage, dying)
+        with killed(monkeypatch, stage, fatal_call, moment) as calls:
             save(folder, 2, tensors(2), state(2))
             assert next(calls) <= fatal_call, "the fatal call was made, and survived"
         latest = load_latest(folder)

@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import STAGES, assert_is, saved, state, tensors
+from test_checkpoint import STAGES, assert_is, killed, saved, state, tensors
 
 from fastmargin.checkpoint import MANIFEST, TENSORS, Sharded, load, load_latest, pack, save, store, unpack
 from fastmargin.checkpoint.store import seal
@@ -155,22 +155,9 @@ def test_a_kill_while_a_step_is_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
     """The only checkpoint there is: afterwards it is the old one or the new, at every call of every stage."""
-    original = getattr(store, stage)
     for fatal_call in range(1, 4):
         folder = saved(tmp_path / f"{fatal_call}", 1)
-        calls = iter(range(1, 100))
-
-        def dying(*args: object, calls: Iterator[int] = calls, fatal: int = fatal_call) -> object:
-            call = next(calls)
-            if call == fatal and moment == "before":
-                raise KeyboardInterrupt
-            result = original(*args)
-            if call == fatal:
-                raise KeyboardInterrupt
-            return result
-
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(store, stage, dying)
+        with killed(monkeypatch, stage, fatal_call, moment):
             save(folder, 1, tensors(1), {"again": True})
         latest = load_latest(folder)
         assert latest is not None and latest.step == 1 and latest.warnings == []

@@ -26,6 +26,7 @@ from fastmargin.driver.parser import Parser, new_parser, usual
 MISTAKE, INTERRUPTED = 2, 130
 ENVIRONMENT = "The environment can give every option, too: --optim.lr of train as FASTMARGIN_TRAIN__OPTIM__LR."
 RUN = "folder that `fastmargin train` wrote"
+DEVICE = "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
 
 
 def log(text: str) -> None:
@@ -138,9 +139,7 @@ def evaluate_parser() -> Parser:
         help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
     )
     parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
-    parser.add_argument(
-        "--device", type=str | None, help="cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
-    )
+    parser.add_argument("--device", type=str | None, help=DEVICE)
     return parser
 
 
@@ -160,9 +159,7 @@ def embed_parser() -> Parser:
     parser.add_argument(
         "--out", type=str, required=True, help="safetensors file to write; one that is there is replaced"
     )
-    parser.add_argument(
-        "--device", type=str | None, help="cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
-    )
+    parser.add_argument("--device", type=str | None, help=DEVICE)
     return parser
 
 
