@@ -91,7 +91,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
         for name in ("loss", "target_score", "lr", "confusable_batches", "list_turnover"):
             assert theirs[name] == pytest.approx(line[name], rel=1e-4), name
         assert theirs["terms"] == pytest.approx(line["terms"], rel=1e-4)
-        assert theirs.get("objective") == pytest.approx(line.get("objective"), rel=1e-4)
+        assert theirs.get("objective", 0) == pytest.approx(line.get("objective", 0), rel=1e-4)
 
 
 BANKED = {
