@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastmargin.driver.config import BY_IMAGES, TrainConfig, differing, flatten, from_dict
+from fastmargin.files import written
 
 RUNS = Path("runs")
 CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
@@ -129,25 +130,17 @@ def read_records(where: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def own_name(path: Path) -> Path:
-    """Beside a file that is being written: no other process has this name."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Either the whole file appears, or none of it."""
-    fresh = own_name(path)
-    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    fresh.replace(path)
+    with written(path) as draft:
+        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
     """As `write_json`, piece by piece. In UTF-8; a file name that is not comes out byte for byte."""
-    fresh = own_name(path)
-    with fresh.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with written(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield file
-    fresh.replace(path)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
