@@ -21,15 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import arcface
-import normface
-import pairs
 import torch
-from arcface import Loss, Prepare, head
+from contestants import arcface, normface, pairs
+from contestants.arcface import Loss, Prepare, head
 from torch import Tensor
 
 from fastmargin import ArcFace, MarginHead, NormFace, optim
-from fastmargin.backends import describe, native_can_run
+from fastmargin.ops.backends import describe, native_can_run
 
 SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
 PAIRS = ["512x512x512", "4096x2048x512"]  # N, M, d

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastmargin.driver import engine, loader
 from fastmargin.driver.config import DataConfig, OptimConfig, TrainConfig
-from fastmargin.driver.datasets import load_data
-from fastmargin.driver.datasets.synthetic import Synthetic
-from fastmargin.driver.run import Run, build
+from fastmargin.driver.data.sources import load_data
+from fastmargin.driver.data.sources.synthetic import Synthetic
+from fastmargin.driver.training import loader, loop
+from fastmargin.driver.training.run import Run, build
 
 WORKERS = (0, 1, 2)
 ROUNDS = 3
@@ -81,10 +81,10 @@ def alone(run: Run) -> float:
 
 def training(run: Run) -> float:
     prepared = loader.batches(run)
-    engine.train_step(run, *next(prepared))
+    loop.train_step(run, *next(prepared))
     begin = time.perf_counter()
     for images, labels in islice(prepared, TRAINING):
-        engine.train_step(run, images, labels)
+        loop.train_step(run, images, labels)
     return TRAINING * BATCH / (time.perf_counter() - begin)
 
 

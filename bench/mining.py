@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from fastmargin.driver import engine
+from fastmargin.driver.commands import train
 from fastmargin.driver.config import HeadConfig, OptimConfig, SamplerConfig, TermConfig, TrainConfig
-from fastmargin.driver.run import build
+from fastmargin.driver.training import backbone, state
+from fastmargin.driver.training.run import build
 from fastmargin.evaluation import classify, coverage_at_precision, prototypes
 
 STEPS, SEEDS, DRAWS = 800, (0, 1, 2), 5
@@ -81,10 +82,10 @@ def measure(config: TrainConfig, where: Path) -> dict[str, float]:
     result = where / "one_shot.json"
     if not result.is_file():
         if not (where / "metrics.json").is_file():
-            engine.train(config, str(where), print)
+            train.train(config, str(where), print)
         run = build(config, print)
-        engine.resume(run, where, print)
-        sets = [(engine.embed(run.network, part.images, run.device), part.labels) for part in (run.train, run.test)]
+        state.resume(run, where, print)
+        sets = [(backbone.embed_images(run.network, part.images), part.labels) for part in (run.train, run.test)]
         tar = json.loads((where / "metrics.json").read_text())["model"]["tar@1e-3"]
         result.write_text(json.dumps({**one_shot(*sets[0], *sets[1]), COLUMNS[-1]: tar}))
     return json.loads(result.read_text())

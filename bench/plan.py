@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from measure import status
-from steps import ours
+from contestants.steps import ours
+from harness.measure import status
 
-from fastmargin.driver.plan import Plan, memory, seconds
+from fastmargin.driver.sizing.plan import Plan, memory, seconds
 
 STEPS = 5
 CASES = [  # B, d, C, rate, bfloat16

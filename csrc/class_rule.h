@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <string_view>
 
-#include "class_update.h"
+#include "optimizer_step.h"
 
 namespace fastmargin {
 

@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     try:
-        from fastmargin.driver.cli import main as run
+        from fastmargin.driver.commands.cli import main as run
     except ModuleNotFoundError as missing:
         print(f"fastmargin: {missing.name} is missing; pip install 'fastmargin[train]'", file=sys.stderr)
         return 2

@@ -72,7 +72,7 @@ class DoppelgangerTable:
 
     def __init__(self, num_classes: int, k: int = 1) -> None:
         if num_classes < 1 or k < 1:
-            raise ValueError(f"num_classes is {num_classes}, k is {k}; wanted at least 1 of each")
+            raise ValueError(f"num_classes is {num_classes}, k is {k}; want at least 1 of each")
         self.num_classes, self.k = num_classes, k
         self.classes = torch.full((num_classes, k), -1, dtype=torch.int64)
         self.scores = torch.full((num_classes, k), -torch.inf)
@@ -118,7 +118,7 @@ class DoppelgangerTable:
         for name, ours in self.state_dict().items():
             given = tuple(state[name].shape) if name in state else "missing"
             if given != tuple(ours.shape):
-                raise ValueError(f"saved table: {name} is {given}; wanted shape {tuple(ours.shape)}")
+                raise ValueError(f"saved table: {name} is {given}; want shape {tuple(ours.shape)}")
         for name, ours in self.state_dict().items():
             ours.copy_(state[name])
 
@@ -184,10 +184,10 @@ class DoppelgangerBatchSampler:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where the saved one stood; take a new iterator. ValueError for another lag or M."""
         if not {"steps", "batches"} <= set(state):
-            raise ValueError(f"saved sampler has {sorted(state)}; wanted steps and batches")
+            raise ValueError(f"saved sampler has {sorted(state)}; want steps and batches")
         batches, wanted = torch.as_tensor(state["batches"]).cpu().numpy(), (self.lag, self.batch_size)
         if batches.shape != wanted:
-            raise ValueError(f"saved batches have shape {batches.shape}; wanted [lag, M] = {wanted}")
+            raise ValueError(f"saved batches have shape {batches.shape}; want [lag, M] = {wanted}")
         if batches.min() < 0 or batches.max() >= len(self._images):
             raise ValueError(f"saved batches hold image {batches.max()} of {len(self._images)}")
         self.steps, self._queue = int(state["steps"]), deque(batches.copy())
@@ -265,7 +265,7 @@ def _images_by_class(
     """The images in order of their class, and where each class starts among them."""
     given = torch.as_tensor(labels).cpu()
     if given.ndim != 1 or not _is_integer(given):
-        raise ValueError(f"labels are {given.dtype} {list(given.shape)}; wanted integers [N]")
+        raise ValueError(f"labels are {given.dtype} {list(given.shape)}; want integers [N]")
     classes = given.long()
     _refuse("labels", given, (classes < 0) | (classes >= num_classes), num_classes)
     sizes = classes.bincount(minlength=num_classes)
@@ -309,25 +309,25 @@ def _check_rows(
     rows = (labels, hard_classes, hard_scores)
     shapes, dtypes = [list(t.shape) for t in rows], [t.dtype for t in rows]
     if hard_classes.ndim != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[1][:1]:
-        raise ValueError(f"labels, hard_classes, hard_scores are {shapes}; wanted [B], [B, k], [B, k]")
+        raise ValueError(f"labels, hard_classes, hard_scores are {shapes}; want [B], [B, k], [B, k]")
     if hard_classes.shape[1] == 0:
         raise ValueError("hard_classes is [B, 0]: nothing was mined; give the head topk=1 or more")
     if not (_is_integer(labels) and _is_integer(hard_classes) and hard_scores.is_floating_point()):
-        raise ValueError(f"labels, hard_classes, hard_scores are {dtypes}; wanted integers but for scores")
+        raise ValueError(f"labels, hard_classes, hard_scores are {dtypes}; want integers but for scores")
 
 
 def _check_options(batch_size: int, random_classes: float | int, counts: tuple[int, int], lag: int, seed: int) -> None:
     low, high = counts
     if not 1 <= low <= high:
-        raise ValueError(f"counts is {counts}; wanted (low, high) with 1 <= low <= high")
+        raise ValueError(f"counts is {counts}; want (low, high) with 1 <= low <= high")
     if batch_size < low:
-        raise ValueError(f"batch_size is {batch_size}; wanted at least the {low} images of one class")
+        raise ValueError(f"batch_size is {batch_size}; want at least the {low} images of one class")
     share = isinstance(random_classes, float) and 0 < random_classes <= 1
     number = isinstance(random_classes, int | np.integer) and random_classes >= 1
     if not (share or number) or isinstance(random_classes, bool):
-        raise ValueError(f"random_classes is {random_classes!r}; wanted a float in (0, 1] or an int from 1")
+        raise ValueError(f"random_classes is {random_classes!r}; want a float in (0, 1] or an int from 1")
     if lag < 1 or not 0 <= seed < 2**64:
-        raise ValueError(f"lag is {lag}, seed is {seed}; wanted a lag of at least 1, a seed in [0, 2**64)")
+        raise ValueError(f"lag is {lag}, seed is {seed}; want a lag of at least 1, a seed in [0, 2**64)")
 
 
 def _refuse(

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmargin.backends import HALVES, pick
-from fastmargin.distributed import is_replica
-from fastmargin.head import MarginHead
+from fastmargin.distributed.agreement import is_replica
+from fastmargin.head.margin_head import MarginHead
+from fastmargin.ops.backends import HALVES, pick
 from fastmargin.ops.class_update import IMPLS, Step, count_write
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
 from fastmargin.ops.shadow import Shadow

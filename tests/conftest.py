@@ -3,8 +3,8 @@ import torch
 from emulation import ROOT, built
 from ranks import Ranks
 
-from fastmargin.backends import HALVES, Impl
 from fastmargin.ops import class_update, pairwise_potential, target_logit
+from fastmargin.ops.backends import HALVES, Impl
 from fastmargin.ops.nontarget_lse import IMPLS
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmargin.driver import cli
+from fastmargin.driver.commands import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../class_update.h"
+#include "../optimizer_step.h"
 
 namespace fastmargin {
 

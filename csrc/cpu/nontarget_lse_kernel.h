@@ -1,4 +1,5 @@
-// What nontarget_lse.cpp asks of a compiled kernel object; there is one such table per operand type and CPU capability.
+// What nontarget_lse_fwd.cpp and _bwd.cpp ask of a compiled kernel object; there is one such table per operand type and
+// CPU capability.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../class_update.h"
+#include "../optimizer_step.h"
 #include "../pairs.h"
 
 namespace fastmargin {

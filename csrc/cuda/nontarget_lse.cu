@@ -1,4 +1,5 @@
-// nontarget_lse on a GPU: what stands between the matrix products of one wave of classes (glue.cpp has the loop).
+// nontarget_lse on a GPU: what stands between the matrix products of one wave of classes (nontarget_lse_glue.cpp has
+// the loop).
 //
 //   operands  o_j = w_j power_j, rounded;  power_j factor_j = 1 / ||w_j||            a warp a class
 //   forward   z_ij = <x_i, o_j> factor_j: sum of exponentials and the k best         a block a row

@@ -1,5 +1,5 @@
-// pairwise_potential on a GPU: what stands around the matrix products of one wave of pairs (pairwise_glue.cpp has the
-// loop).
+// pairwise_potential on a GPU: what stands around the matrix products of one wave of pairs (pairwise_potential_glue.cpp
+// has the loop).
 //
 //   centre     a'_i = a_i - mean and |a'_i|^2, for b likewise                              a warp a row
 //   potential  u_ij = |a'_i|^2 + |b'_j|^2 - 2 <a'_i, b'_j> becomes -2 phi'(u_ij) weight_j; sums of phi and 2 phi', and

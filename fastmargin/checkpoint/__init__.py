@@ -5,16 +5,7 @@ a backbone or anything else with a state_dict into those and back. Needs safeten
 """
 
 from fastmargin.checkpoint.objects import pack, unpack
-from fastmargin.checkpoint.store import (
-    MANIFEST,
-    Checkpoint,
-    Verify,
-    committed,
-    load,
-    load_latest,
-    part_of,
-    save,
-)
+from fastmargin.checkpoint.store import MANIFEST, Checkpoint, Verify, committed, load, load_latest, part_of, save
 from fastmargin.checkpoint.tensors import TENSORS, Sharded, Tensors
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmargin.checkpoint.store import Checkpoint
 from fastmargin.checkpoint.tensors import Sharded
-from fastmargin.classes import ClassWeights
+from fastmargin.head.class_weights import ClassWeights
 from fastmargin.optim import ClassOptimizer
 
 

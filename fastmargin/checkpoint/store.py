@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from fastmargin.checkpoint.tensors import Entry, Sharded, Tensors, check_parts, error_of_safetensors, joined, split
-from fastmargin.distributed import Group, gather_objects, together
+from fastmargin.distributed.agreement import gather_objects, together
+from fastmargin.distributed.layout import Group
 from fastmargin.files import fsync, locked, make_folder, refuse_link, remove, sha256, want_file
 
 SCHEMA = 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmargin.compat.files import read_tensor
-from fastmargin.head import MarginHead
+from fastmargin.head.margin_head import MarginHead
 
 NAMES = "state_dict_softmax_fc", "weight"
 

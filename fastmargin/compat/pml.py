@@ -8,7 +8,7 @@ radians: `ArcFaceLoss(C, d)` is `ArcFace(s=64, m=math.radians(28.6), beyond="lin
 from pathlib import Path
 
 from fastmargin.compat.files import read_tensor
-from fastmargin.head import MarginHead
+from fastmargin.head.margin_head import MarginHead
 
 
 def load_weight(head: MarginHead, file: str | Path) -> None:

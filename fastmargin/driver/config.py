@@ -11,24 +11,28 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from fastmargin.require import require
+
 GLYPHS = "glyphs"  # the source that needs no files
+
+
 # Options that may change when a run is resumed.
 FREE = ("data.workers", "data.cache", "tensorboard", "device", "log_every")
+
+
 # Options whose 0 means that the number of images decides: see `settled`.
 BY_IMAGES = ("optim.steps", "optim.batch_size")
+
+
 FEW, EPOCHS = 5000, 20  # images below which steps are smaller and fewer; times that each image is seen at least
+
+
 # What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
-
-
-def require(ok: bool, name: str, given: object, wanted: str) -> None:
-    """Raises ValueError naming the option, what was given and what is wanted."""
-    if not ok:
-        raise ValueError(f"{name} is {given!r}; wanted {wanted}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone. A factory of your own comes in through `engine.train(..., model=...)`, never from here."""
+    """The backbone. A factory of your own comes in through `train.train(..., model=...)`, never from here."""
 
     name: Literal[
         "cnn", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "sphereface20", "mobilefacenet", "doppelganger"

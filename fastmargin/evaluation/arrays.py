@@ -21,7 +21,7 @@ def unit(x: Array) -> np.ndarray:  # [n, d] -> float64 rows of length 1
     """ValueError as `vectors`, and for a row of zeros, which has no direction."""
     rows = vectors(x)
     if not (nonzero := rows.any(1)).all():
-        raise ValueError(f"embedding {nonzero.argmin()} of {len(rows)} is zero; wanted a direction")
+        raise ValueError(f"embedding {nonzero.argmin()} of {len(rows)} is zero; want a direction")
     rows = rows / np.abs(rows).max(1, keepdims=True)  # so that no square overflows or vanishes
     return rows / np.sqrt((rows**2).sum(1, keepdims=True))
 
@@ -30,10 +30,10 @@ def vectors(x: Array) -> np.ndarray:  # [n, d] -> float64
     """ValueError unless they are real, finite and two-dimensional."""
     rows = array(x)
     if rows.ndim != 2 or rows.dtype.kind not in "fiu":
-        raise ValueError(f"embeddings are {rows.dtype} {rows.shape}; wanted real numbers [n, d]")
+        raise ValueError(f"embeddings are {rows.dtype} {rows.shape}; want real numbers [n, d]")
     rows = rows.astype(np.float64)
     if not (finite := np.isfinite(rows).all(1)).all():
-        raise ValueError(f"embedding {finite.argmin()} of {len(rows)} is not finite; wanted numbers")
+        raise ValueError(f"embedding {finite.argmin()} of {len(rows)} is not finite; want numbers")
     return rows
 
 
@@ -41,7 +41,7 @@ def scores(name: str, x: Array) -> np.ndarray:  # [n]
     """ValueError, naming them, unless they are one-dimensional, finite and at least one."""
     given = array(x)
     if given.ndim != 1 or not given.size or not np.isfinite(given).all():
-        raise ValueError(f"{name} scores have shape {given.shape}; wanted [n], at least one, all finite")
+        raise ValueError(f"{name} scores have shape {given.shape}; want [n], at least one, all finite")
     return given
 
 
@@ -54,7 +54,7 @@ def labels(x: Array, images: int) -> np.ndarray:  # [n]
     """ValueError unless there is one for each image."""
     given = array(x)
     if given.shape != (images,):
-        raise ValueError(f"labels have shape {given.shape}; wanted one for each of {images} images")
+        raise ValueError(f"labels have shape {given.shape}; want one for each of {images} images")
     return given
 
 

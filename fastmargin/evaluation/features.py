@@ -31,7 +31,7 @@ def class_distances(
     identity = identities(labels, len(rows))
     centres, _ = prototypes(rows, identity)
     if len(centres) < 2:
-        raise ValueError(f"{len(centres)} classes; wanted at least 2")
+        raise ValueError(f"{len(centres)} classes; want at least 2")
     radius = np.linalg.norm(rows - centres[identity], axis=1)
     intra = np.bincount(identity, radius) / np.bincount(identity)
     all_centres, exact = torch.from_numpy(centres), "donot_use_mm_for_euclid_dist"
@@ -51,9 +51,9 @@ def mirrored(
     or "concat"-enation (Minimum Margin Loss III.A). ValueError for another mode, shapes that differ.
     """
     if plain.shape != flipped.shape or plain.ndim != 2:
-        raise ValueError(f"embeddings have shapes {[*plain.shape]} and {[*flipped.shape]}; wanted [N, d] twice")
+        raise ValueError(f"embeddings have shapes {[*plain.shape]} and {[*flipped.shape]}; want [N, d] twice")
     if mode not in ("mean", "sum", "concat"):
-        raise ValueError(f"mirror is {mode!r}; wanted one of mean, sum, concat")
+        raise ValueError(f"mirror is {mode!r}; want one of mean, sum, concat")
     if mode == "concat":
         return torch.cat([plain, flipped], dim=1)
     return plain + flipped if mode == "sum" else (plain + flipped) / 2

@@ -49,7 +49,7 @@ def cmc(
     wanted, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
     stray = int((~np.isin(wanted, enrolled)).sum())
     if stray or not len(wanted):
-        raise ValueError(f"{stray} of {len(wanted)} probes have no mate in the gallery; wanted one for each")
+        raise ValueError(f"{stray} of {len(wanted)} probes have no mate in the gallery; want one for each")
     return _curve(search(probes, wanted, gallery, enrolled, distractors).rivals, k)
 
 
@@ -77,7 +77,7 @@ def megaface_cmc(
     identity = identities(probe_labels, len(probe))
     alone = int((np.bincount(identity)[identity] == 1).sum())
     if alone or not len(probe):
-        raise ValueError(f"{alone} of {len(probe)} probes have no mate among the probes; wanted one for each")
+        raise ValueError(f"{alone} of {len(probe)} probes have no mate among the probes; want one for each")
     enrolled = np.concatenate([probe, unit(distractors).astype(np.float32)])
     before = []
     for rows in blocks(len(probe), len(enrolled)):
@@ -106,7 +106,7 @@ def dir_at_far(
     wanted, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
     known = np.isin(wanted, enrolled)
     if known.all() or not known.any():
-        raise ValueError(f"{known.sum()} of {len(known)} probes are enrolled; wanted some, and some that are not")
+        raise ValueError(f"{known.sum()} of {len(known)} probes are enrolled; want some, and some that are not")
     allowed = accepted_impostors(far, int((~known).sum()))
     found = search(probes, wanted, gallery, enrolled)
     if not allowed:
@@ -153,12 +153,12 @@ def coverage_at_precision(
     ValueError for precision outside (0, 1], shapes that differ, no probe, confidences not finite.
     """
     if not 0 < precision <= 1:
-        raise ValueError(f"precision is {precision}; wanted a share in (0, 1]")
+        raise ValueError(f"precision is {precision}; want a share in (0, 1]")
     confidence, correct = array(confidence), array(correct)
     if confidence.ndim != 1 or correct.shape != confidence.shape or not confidence.size:
-        raise ValueError(f"confidence {confidence.shape}, correct {correct.shape}; wanted [P] of each, P at least 1")
+        raise ValueError(f"confidence {confidence.shape}, correct {correct.shape}; want [P] of each, P at least 1")
     if not np.isfinite(confidence).all() or not np.isin(correct, (0, 1)).all():
-        raise ValueError("wanted confidences that are finite, and correct of 0 and 1")
+        raise ValueError("want confidences that are finite, and correct of 0 and 1")
     order = confidence.argsort()[::-1]
     right, accepted = correct[order].cumsum(), np.arange(1, len(order) + 1)
     last = np.append(np.diff(confidence[order]) != 0, True)  # of those equally confident
@@ -176,7 +176,7 @@ def search(
     """Compares every probe with the whole gallery by cosine, block by block. ValueError for an empty gallery."""
     probe, enrolled = unit(probes).astype(np.float32), unit(gallery).astype(np.float32)
     if not len(enrolled):
-        raise ValueError("the gallery is empty; wanted at least one image")
+        raise ValueError("the gallery is empty; want at least one image")
     if distractors is not None:
         enrolled = np.concatenate([enrolled, unit(distractors).astype(np.float32)])
     found = []
@@ -197,4 +197,4 @@ def _curve(
 
 def _check_rank(k: int) -> None:
     if k < 1:
-        raise ValueError(f"k is {k}; wanted at least 1")
+        raise ValueError(f"k is {k}; want at least 1")

@@ -50,7 +50,7 @@ class PairList(NamedTuple):
         counts: dict[str, int] = {}
         for row, label in enumerate(array(labels).tolist()):
             if names is not None and not 0 <= label < len(names):
-                raise ValueError(f"label {label}; wanted 0 to {len(names) - 1}, there are {len(names)} names")
+                raise ValueError(f"label {label}; want 0 to {len(names) - 1}, there are {len(names)} names")
             name = str(label) if names is None else names[label]
             counts[name] = counts.get(name, 0) + 1
             found[name, counts[name]] = row
@@ -84,7 +84,7 @@ def read_pairs(path: str | Path) -> PairList:
         fields.pop()
     head = [int(word) for word in fields[0] if word.isdecimal()] if fields else []
     if len(head) not in (1, 2) or len(head) != len(fields[0]) or min(head) < 1:
-        raise ValueError(f"{path}, line 1: wanted the number of folds and of pairs of each kind, as `10 300`")
+        raise ValueError(f"{path}, line 1: want the number of folds and of pairs of each kind, as `10 300`")
     folds, each = (1, *head)[-2:]
     if len(fields) != 1 + 2 * folds * each:
         raise ValueError(f"{path} has {len(fields) - 1} pairs; its first line wants {2 * folds * each}")
@@ -94,7 +94,7 @@ def read_pairs(path: str | Path) -> PairList:
         image_words = [*words[:2], words[0], words[2]] if same and len(words) == 3 else words
         if len(words) != (3 if same else 4) or not (image_words[1] + image_words[3]).isdecimal():
             wanted = "name n m" if same else "name n name m"
-            raise ValueError(f"{path}, line {number + 2}: {' '.join(words)!r}; wanted `{wanted}`")
+            raise ValueError(f"{path}, line {number + 2}: {' '.join(words)!r}; want `{wanted}`")
         name, n, other, m = image_words
         pairs.append(((name, int(n)), (other, int(m)), same))
     first, second, kinds = (list(column) for column in zip(*pairs, strict=True))
@@ -113,14 +113,12 @@ def read_bin(path: str | Path) -> ImagePairs:
     except (*DAMAGE, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no verification set: {error}") from error
     if not isinstance(content, list | tuple) or len(content) != 2 or not all(isinstance(x, list) for x in content):
-        raise ValueError(f"{path} is no verification set: wanted (images, same), two lists")
+        raise ValueError(f"{path} is no verification set: want (images, same), two lists")
     images, same = content
     if not all(isinstance(image, bytes) for image in images) or not all(flag in (0, 1) for flag in same):
-        raise ValueError(f"{path} is no verification set: wanted encoded images as bytes, and booleans")
+        raise ValueError(f"{path} is no verification set: want encoded images as bytes, and booleans")
     if not same or len(images) != 2 * len(same):
-        raise ValueError(
-            f"{path} has {len(images)} images for {len(same)} pairs; wanted two for each, one pair or more"
-        )
+        raise ValueError(f"{path} has {len(images)} images for {len(same)} pairs; want two for each, one pair or more")
     return ImagePairs(images, np.array(same, bool))
 
 

@@ -30,7 +30,7 @@ def sample_pairs(
     """
     identity = identities(labels, len(array(labels)))
     if folds < 2 or pairs < 2 * folds:
-        raise ValueError(f"{pairs} pairs in {folds} folds; wanted at least 2 folds of 2 pairs")
+        raise ValueError(f"{pairs} pairs in {folds} folds; want at least 2 folds of 2 pairs")
     if not fills(identity, folds):
         raise ValueError(f"{folds} folds need {2 * folds} identities, {folds} of them with 2 images or more")
     rng = np.random.default_rng(seed)

@@ -42,7 +42,7 @@ def verification_accuracy(
     not finite or, but for "euclidean", zero (for "sphereface" once the mean is off).
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; wanted one of {', '.join(VARIANTS)}")
+        raise ValueError(f"variant is {variant!r}; want one of {', '.join(VARIANTS)}")
     a, b, same, tests = _pairs(a, b, same, folds)
     accuracies = list(VARIANTS[variant](a, b, same, tests))
     return float(np.mean(accuracies)), float(np.std(accuracies))
@@ -85,9 +85,9 @@ def _pairs(
     a, b, same = vectors(a), vectors(b), array(same)
     if a.shape != b.shape or same.shape != a.shape[:1] or not np.isin(same, (0, 1)).all():
         given = f"a {a.shape}, b {b.shape}, same {same.shape} {same.dtype}"
-        raise ValueError(f"{given}; wanted [P, d], [P, d] and [P] of 0 and 1")
+        raise ValueError(f"{given}; want [P, d], [P, d] and [P] of 0 and 1")
     if not 2 <= folds <= len(same):
-        raise ValueError(f"folds is {folds} for {len(same)} pairs; wanted 2 folds or more, a pair in each")
+        raise ValueError(f"folds is {folds} for {len(same)} pairs; want 2 folds or more, a pair in each")
     return a, b, same.astype(bool), np.array_split(np.arange(len(same)), folds)
 
 

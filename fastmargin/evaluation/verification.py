@@ -27,7 +27,7 @@ def cosine_scores(
     if len(sizes) < 2 or sizes.max(initial=0) < 2:
         raise ValueError(
             f"{len(rows)} images of {len(sizes)} identities, {sizes.max(initial=0)} or fewer of each; "
-            "wanted at least 2 identities, one of them with 2 images"
+            "want at least 2 identities, one of them with 2 images"
         )
     genuine, impostor = [], []
     for block in blocks(len(rows), len(rows)):
@@ -83,7 +83,7 @@ def roc(
 ) -> tuple[np.ndarray, np.ndarray]:  # far [p], tar [p], p <= points
     """The ROC for a plot: FARs evenly spaced in their logarithm, 1/I to 1, and the `tar_at_far` of each."""
     if points < 2:
-        raise ValueError(f"points is {points}; wanted at least 2")
+        raise ValueError(f"points is {points}; want at least 2")
     impostor = scores("impostor", impostor)
     allowed = np.unique(np.geomspace(1, impostor.size, points).round().astype(np.int64))
     return allowed / impostor.size, accept_rates(genuine, impostor, allowed)
@@ -92,7 +92,7 @@ def roc(
 def accepted_impostors(far: float, impostors: int) -> int:
     """How many of them a false accept rate admits. ValueError for far outside (0, 1]."""
     if not 0 < far <= 1:
-        raise ValueError(f"far is {far}; wanted a rate in (0, 1]")
+        raise ValueError(f"far is {far}; want a rate in (0, 1]")
     return int(far * impostors * (1 + 1e-12))  # 0.29 of 100 is 29, which floating point falls short of
 
 

@@ -22,9 +22,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastmargin import distributed
+from fastmargin.distributed.functions import sum_by_class
 from fastmargin.losses.rows import Reduction, centers_of, check_batch, check_rows, reduced, wide
-from fastmargin.margins import require
+from fastmargin.require import require
 
 Rule: TypeAlias = Literal["paper", "sgd", "ema"]
 
@@ -71,7 +71,7 @@ class CenterBank(nn.Module):
         apart = x.to(self.centers.dtype) - self.centers[labels]
         pull = apart.new_zeros(len(classes), apart.shape[1]).index_add(0, place, apart)  # [K, d]
         if self.group is not None:
-            classes, counts, pull = distributed.sum_by_class(classes, counts, pull, self.group)
+            classes, counts, pull = sum_by_class(classes, counts, pull, self.group)
         parts = {"paper": 1 + counts, "sgd": torch.ones_like(counts), "ema": counts}[self.rule]
         return classes, self.centers[classes] + (self.alpha / parts.to(pull.dtype))[:, None] * pull
 

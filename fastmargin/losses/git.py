@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastmargin.losses.rows import Reduction, centers_of, check_rows, reduced
-from fastmargin.margins import require
 from fastmargin.ops.pairwise_potential import pairwise_potential
+from fastmargin.require import require
 
 Pairs: TypeAlias = Literal["classes", "samples", "original"]
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fastmargin.losses.rows import Reduction, centers_of, check_centers, reduced
-from fastmargin.margins import require
 from fastmargin.ops.pairwise_potential import pairwise_potential
+from fastmargin.require import require
 
 
 def minimum_margin_loss(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastmargin.losses.center import batch_means
 from fastmargin.losses.rows import check_batch, unit_rows, wide
-from fastmargin.margins import require
+from fastmargin.require import require
 
 EXACT = "donot_use_mm_for_euclid_dist"  # products lose the digits of small distances
 LEAST = 1e-12  # of a squared distance whose inverse or gradient is wanted

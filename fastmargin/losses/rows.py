@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.margins import require
 from fastmargin.ops.checks import DTYPES, check_one_device
+from fastmargin.require import require
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

@@ -59,11 +59,11 @@ def build_model(name: str, dim: int, size: int | Sequence[int], channels: int = 
         given = f"dim = {dim}, size = {size}, channels = {channels}"
         raise ValueError(f"dim, size and channels are at least 1, got {given}")
     if theirs := THEIRS.get(name.lower()):
-        raise ValueError(f"unknown model {name!r}; wanted {theirs!r}, as InsightFace's is called here")
+        raise ValueError(f"unknown model {name!r}; want {theirs!r}, as InsightFace's is called here")
     factory = FAMILIES.get(name) or imported(name)
     for option, value in options.items():
         if option not in inspect.signature(factory).parameters:
-            raise ValueError(f"model.{option} is {value!r}; wanted none: {name} has no such option")
+            raise ValueError(f"model.{option} is {value!r}; want none: {name} has no such option")
     model = factory(dim, (height, width), channels, **options)
     return convert_conv2d_weight_memory_format(model, torch.channels_last) if name in FAMILIES else model
 
@@ -72,7 +72,7 @@ def imported(path: str) -> Factory:
     """The factory at "package.module:factory". ValueError if it is no such path, or cannot be imported."""
     module, _, factory = path.partition(":")
     if not (module and factory):
-        raise ValueError(f"unknown model {path!r}; wanted one of {', '.join(FAMILIES)}, or 'package.module:factory'")
+        raise ValueError(f"unknown model {path!r}; want one of {', '.join(FAMILIES)}, or 'package.module:factory'")
     try:
         return getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:

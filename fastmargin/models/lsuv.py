@@ -28,7 +28,7 @@ def lsuv(
         for _ in range(tries):
             std = outputs.std()
             if not 0 < std < torch.inf:
-                raise ValueError(f"{layer}: outputs of standard deviation {std:g}; wanted more than one value, finite")
+                raise ValueError(f"{layer}: outputs of standard deviation {std:g}; want more than one value, finite")
             if abs(std - 1) < tolerance:
                 break
             factor = layer.k if isinstance(layer, ARFA) else layer.weight

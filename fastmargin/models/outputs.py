@@ -25,11 +25,11 @@ def output(option: str, channels: int, size: tuple[int, int], dim: int, dropout:
     if option == "E":
         return whole_map(channels, size, dim, DROPOUT if dropout is None else dropout)
     if option not in ("A", "B", "C", "D"):
-        raise ValueError(f"model.output is {option!r}; wanted one of A, B, C, D, E")
+        raise ValueError(f"model.output is {option!r}; want one of A, B, C, D, E")
     if dropout is not None:
-        raise ValueError(f"model.dropout is {dropout}; wanted none: output {option} has no dropout, E has")
+        raise ValueError(f"model.dropout is {dropout}; want none: output {option} has no dropout, E has")
     if option == "A" and dim != channels:
-        raise ValueError(f"dim is {dim}; wanted {channels}: output A has no layer of its own")
+        raise ValueError(f"dim is {dim}; want {channels}: output A has no layer of its own")
     layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if option != "A":
         layers.append(linear(channels, dim, bias=option == "B"))
@@ -43,7 +43,7 @@ def output(option: str, channels: int, size: tuple[int, int], dim: int, dropout:
 def whole_map(channels: int, size: tuple[int, int], dim: int, dropout: float) -> nn.Sequential:
     """Option E. The FC has no bias: the last BN has one."""
     if not 0 <= dropout < 1:
-        raise ValueError(f"model.dropout is {dropout}; wanted a share from 0 to below 1")
+        raise ValueError(f"model.dropout is {dropout}; want a share from 0 to below 1")
     flatten = nn.Sequential(nn.Dropout(dropout), nn.Flatten())
     height, width = size
     return nn.Sequential(

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastmargin.backends import BUILD, Impl, native_can_run
+from fastmargin.ops.backends import BUILD, Impl, native_can_run
 from fastmargin.ops.shadow import Shadow
 
 

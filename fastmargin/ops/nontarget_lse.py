@@ -23,7 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import (
+from fastmargin.ops import class_update, target_logit
+from fastmargin.ops import nontarget_lse_portable as portable
+from fastmargin.ops import nontarget_lse_reference as reference
+from fastmargin.ops.backends import (
     BUILD,
     HALVES,
     Impl,
@@ -34,9 +37,6 @@ from fastmargin.backends import (
     triton_can_run,
     triton_compute,
 )
-from fastmargin.ops import class_update, target_logit
-from fastmargin.ops import nontarget_lse_portable as portable
-from fastmargin.ops import nontarget_lse_reference as reference
 from fastmargin.ops.checks import check_ids, check_operands
 
 

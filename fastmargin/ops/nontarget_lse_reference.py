@@ -18,7 +18,7 @@ from fastmargin.ops.nontarget_lse_portable import (
     refuse,
     rounded,
     weight_gradient,
-)  # fmt: skip
+)
 
 
 @portable

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmargin.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops import pairwise_potential_portable as portable
+from fastmargin.ops.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops.checks import check_points
 
 

@@ -9,7 +9,7 @@ An op of its own, without autograd: `nontarget_lse` differentiates it. Letters: 
 import torch
 from torch import Tensor
 
-from fastmargin.backends import BUILD, Impl, native_can_run, triton_can_run
+from fastmargin.ops.backends import BUILD, Impl, native_can_run, triton_can_run
 from fastmargin.ops.checks import check_ids
 
 

@@ -1,0 +1,62 @@
+"""Checks that all ranks agree, and errors that all of them raise together. Control messages only: small objects."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fastmargin.distributed.layout import Group
+
+T = TypeVar("T")
+
+
+def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a group that is not of all processes and, on every rank, for options that differ."""
+    if group is None:
+        return
+    if not isinstance(group, Group):
+        raise ValueError(f"group is {group!r}: want a ProcessGroup, such as torch.distributed.group.WORLD, or None")
+    if group.size() != dist.get_world_size():
+        raise ValueError(
+            f"the group has {group.size()} of {dist.get_world_size()} processes: want one of all, as shards have no "
+            "replicas"
+        )
+    everyones = gather_objects(dict(options), group)
+    for rank, theirs in enumerate(everyones):
+        for name, value in theirs.items():
+            if value != everyones[0][name]:
+                raise ValueError(
+                    f"{name} is {everyones[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
+                )
+
+
+def gather_objects(own: Any, group: Group | None) -> list[Any]:
+    """What every rank brings, in their order: small, and picklable."""
+    if group is None:
+        return [own]
+    everyones: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyones, own, group=group)
+    return everyones
+
+
+def together(action: Callable[[], T], group: Group | None) -> list[T]:
+    """What action() returns on every rank. Where it fails on one, all raise, and say which: OSError, ValueError as
+    there, RuntimeError for any other."""
+    if group is None:
+        return [action()]
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+    everyones = gather_objects((result, error and (kind, f"{error}")), group)
+    failures = [(rank, *failure) for rank, (_, failure) in enumerate(everyones) if failure]
+    if failures:
+        raise failures[0][1]("; ".join(f"rank {rank}: {said}" for rank, _, said in failures)) from error
+    return [result for result, _ in everyones]
+
+
+def is_replica(group: Group | None) -> bool:
+    """Whether other processes run that may hold the same: there are some, and no group shares its classes with them."""
+    return group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

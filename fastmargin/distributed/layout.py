@@ -1,0 +1,139 @@
+"""Which rank holds what, and the raw collectives on rows that are laid out so."""
+
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+Group: TypeAlias = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How classes, or the rows of a batch, lie over the ranks of a group: in one order, sizes[r] of them on rank r.
+
+    Without a group there is one rank, which has them all.
+    """
+
+    group: Group | None
+    sizes: tuple[int, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a group cannot be copied
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def count(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    def own(self, everyones: Tensor) -> Tensor:  # [total, ...] -> [count, ...]
+        return everyones if self.group is None else everyones[self.start : self.stop]
+
+    def gather(self, own: Tensor) -> Tensor:  # [count, ...] -> [total, ...], without a gradient
+        return own if self.group is None else all_gather(own.detach(), self)
+
+    def place(self, ids: Tensor) -> Tensor:  # [n] -> [n]
+        """Where each is among those of this rank; -1 where it is another's, or no one's."""
+        return torch.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
+
+    def put(self, everyones: Tensor, own: Tensor) -> Tensor:  # [total, ...], [count, ...] -> [total, ...]
+        """Everyone's, but for the own ones: so that these may have a gradient."""
+        return torch.cat((everyones[: self.start], own, everyones[self.stop :]))
+
+    def place_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n], [n]
+        if len(set(self.sizes)) == 1:
+            return index % self.sizes[0], index // self.sizes[0]
+        stops = torch.tensor(self.sizes, device=index.device).cumsum(0)
+        ranks = torch.bucketize(index, stops, right=True)
+        return index - F.pad(stops, (1, 0))[ranks], ranks
+
+
+def chunks(total: int, group: Group | None) -> Layout:
+    """DTensor's rule: rank r has [r n, (r + 1) n) with n = ceil(total / N), as far as there are so many."""
+    ranks = 1 if group is None else group.size()
+    n = -(-total // ranks)
+    return Layout(group, tuple(min(total, (r + 1) * n) - min(total, r * n) for r in range(ranks)))
+
+
+def spread(
+    rows: Tensor,  # [b, ...]
+    group: Group | None,
+    *,
+    uneven: bool = True,
+    look: bool = True,
+) -> tuple[Layout, Tensor]:  # and the rows
+    """The layout of the batch that every rank brings its rows to.
+
+    uneven or look: the ranks tell each other b, 16 bytes each, which on a GPU waits for the device. Unless uneven, a
+    difference is a ValueError on every rank; without a look it goes unseen, until the collectives fail or time out.
+    Rows that want no gradient while another rank's do are returned as such that do: all take part in its collective.
+    """
+    if group is None:
+        return Layout(None, (len(rows),)), rows
+    if not (uneven or look):
+        return Layout(group, (len(rows),) * group.size()), rows
+    mine = torch.tensor([[len(rows), rows.requires_grad]], device=rows.device)
+    sizes, wanted = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
+    if not uneven and len(set(sizes)) > 1:
+        raise ValueError(f"the ranks' batches have {[*sizes]} rows: want as many on each, or a head with uneven=True")
+    if any(wanted) and not rows.requires_grad:
+        rows = rows.detach().requires_grad_()
+    return Layout(group, sizes), rows
+
+
+# Collectives by first dimension. Gloo and NCCL know them in equal parts: where sizes differ, the smaller are padded.
+
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+
+
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
+
+@torch.compiler.disable
+def all_gather(own: Tensor, layout: Layout) -> Tensor:  # [count, ...] -> [total, ...]
+    n = max(layout.sizes)
+    parts = own.new_empty(len(layout.sizes), n, *own.shape[1:])
+    all_gather_single(parts.flatten(0, 1), padded(own, n), group=layout.group)
+    if len(set(layout.sizes)) == 1:
+        return parts.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(parts, layout.sizes, strict=True)])
+
+
+@torch.compiler.disable
+def reduce_scatter(everyones: Tensor, layout: Layout) -> Tensor:  # [total, ...] -> [count, ...], summed over ranks
+    n = max(layout.sizes)
+    if len(set(layout.sizes)) > 1:
+        everyones = torch.cat([padded(part, n) for part in everyones.split(layout.sizes)])
+    own = everyones.new_empty(n, *everyones.shape[1:])
+    reduce_scatter_single(own, everyones.contiguous(), group=layout.group)
+    return own[: layout.count]
+
+
+@torch.compiler.disable
+def to_owners(everyones: Tensor, layout: Layout) -> Tensor:  # [total, m] -> [N, count, m], one part from each rank
+    parts = everyones.new_empty(len(layout.sizes), layout.count, everyones.shape[1])
+    received = [layout.count] * len(layout.sizes)
+    dist.all_to_all_single(parts.flatten(0, 1), everyones.contiguous(), received, [*layout.sizes], group=layout.group)
+    return parts
+
+
+def padded(rows: Tensor, n: int) -> Tensor:  # [m, ...] -> [n, ...]
+    return torch.cat((rows, rows.new_zeros(n - len(rows), *rows.shape[1:]))) if len(rows) < n else rows.contiguous()

@@ -1,0 +1,59 @@
+"""The embeddings of a data set by the network of a run, as `fastmargin evaluate` reads them. A safetensors file:
+
+    embeddings   float32 [N, d], as the network makes them: not normalised, compared by cosine
+    labels       int64 [N], 0..C-1
+    titles       uint8, a JSON list in UTF-8: what each image is called, the path of its file where it has one
+    names        in the metadata, a JSON list: what each label is called
+
+Rows are in the order of the source, that of a folder by name and then by path: the n-th row of a label is image n of
+its name in a list of pairs, where every image could be read.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmargin.driver.data.identities import Identities
+from fastmargin.driver.log import Log
+from fastmargin.driver.training.backbone import adapted, embed_images, load, load_backbone
+from fastmargin.files import written
+
+
+def embed(
+    where: Path, source: str | None, out: Path, log: Log, model: str | None = None, device: str | None = None
+) -> None:
+    """Writes the embeddings of all images of a source by the newest checkpoint of a run.
+
+    Images that lie in files are read block by block: memory holds the embeddings.
+    source: as for training; None: the run's own, held out or not. model: as for `train.train`; device: None is a GPU
+    where there is one. ValueError for a folder that holds no run or no checkpoint, data that are none, embeddings that
+    are not finite; OSError for an `out` that cannot be written.
+    """
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"out is {out}; want the name of a file, in a folder that is there")
+    backbone = load_backbone(where, log, model, device)
+    identities = load(backbone, adapted(backbone, source), log)
+    embeddings = embed_images(backbone.network, identities.images)
+    if not (finite := embeddings.isfinite().all(1)).all():
+        title = identities.title(int(finite.int().argmin()))
+        raise ValueError(f"the network gives embeddings that are not finite, the first of {title}")
+    save(out, embeddings, identities)
+    log(f"{out}: {len(embeddings)} images of {identities.num_classes} identities, {embeddings.shape[1]} numbers each")
+
+
+def save(
+    out: Path,
+    embeddings: Tensor,  # [N, d]
+    identities: Identities,  # of N images
+) -> None:
+    titles = json.dumps([identities.title(number) for number in range(len(embeddings))]).encode()
+    tensors = {
+        "embeddings": embeddings.contiguous(),
+        "labels": identities.labels.contiguous(),
+        "titles": torch.frombuffer(bytearray(titles), dtype=torch.uint8),
+    }
+    with written(out) as draft:
+        save_file(tensors, draft, {"names": json.dumps(identities.names)})

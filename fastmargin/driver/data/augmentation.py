@@ -1,0 +1,29 @@
+"""Which augmentation a configuration asks for."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmargin.driver.config import DataConfig
+from fastmargin.driver.data.augment_faces import augment_faces
+from fastmargin.driver.data.augment_glyphs import augment, to_float
+from fastmargin.driver.data.sources import KINDS, recognise
+
+Indices = NDArray[np.int64]
+
+
+Augment = Callable[[Tensor, Indices, Indices, int], Tensor]
+
+
+AUGMENTS: dict[str, Augment] = {
+    "none": lambda images, index, epoch, seed: to_float(images),
+    "glyphs": augment,
+    "faces": augment_faces,
+}
+
+
+def augmentation(config: DataConfig) -> str:
+    """The set that is asked for, or the one that suits the kind of the source."""
+    return config.augment or KINDS[recognise(config.source)].augment

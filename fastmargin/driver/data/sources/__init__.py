@@ -1,0 +1,103 @@
+"""Where identities come from. `data.source` is recognised by what it is, not by what it is called:
+
+    source                                  size      augmentation   module
+    glyphs                                  32        glyphs         glyphs, drawn from fonts
+    a folder with a folder for each         112       faces          folder
+    InsightFace's train.rec, or its folder  112       faces          recordio
+    an IDX file of images (MNIST)           its own   glyphs         idx
+    Omniglot's zips, a comma between them   32        glyphs         omniglot
+    a safetensors file                      its own   none           tensors
+    synthetic:CLASSESxIMAGES                112       none           synthetic
+
+Size and augmentation are what a null stands for. A null `data.color` keeps the images' own, for folders and
+records that of the first; synthetic images are in colour.
+
+Encoded pictures (folder, recordio) are decoded once, into a packed file: see `packed`. `pixels` scales them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fastmargin.driver.config import GLYPHS, DataConfig
+from fastmargin.driver.data.identities import Identities
+from fastmargin.driver.data.sources import folder, glyphs, idx, omniglot, recordio, synthetic, tensors
+from fastmargin.driver.log import Log
+
+EVALUATED = 10_000  # images; the pairs of them all are compared
+
+
+class Kind(NamedTuple):
+    """What differs between kinds of sources."""
+
+    load: Callable[[DataConfig, Log], Identities]
+    augment: str  # if data.augment is null
+    key: Callable[[str], object] = str  # of a name: decides whether the identity is held out
+
+
+KINDS = {
+    GLYPHS: Kind(glyphs.load_glyphs, "glyphs", glyphs.first_code_point),
+    "synthetic": Kind(synthetic.load_synthetic, "none"),
+    "folder": Kind(folder.load_folder, "faces"),
+    "recordio": Kind(recordio.load_recordio, "faces"),
+    "idx": Kind(idx.load_idx, "glyphs"),
+    "omniglot": Kind(omniglot.load_omniglot, "glyphs"),
+    "tensors": Kind(tensors.load_tensors, "none"),
+}
+
+
+def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
+    """(train, test): what is trained on, and what can be compared of the identities held out.
+
+    ValueError if the source is none of those above, or damaged, or no such images are in it.
+    """
+    key = KINDS[recognise(config.source)].key
+    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
+    test = held_out.comparable(EVALUATED, config.split_seed)
+    if len(test.labels) < len(held_out.labels):
+        log(
+            f"data: evaluated are {test.num_classes} of {held_out.num_classes} identities held out, by "
+            f"{len(test.labels)} of {len(held_out.labels)} images: none with fewer than 2, {EVALUATED} in all at most"
+        )
+    return train, test
+
+
+def load_all(config: DataConfig, log: Log) -> Identities:
+    """All that is in the source, held out or not. ValueError as for `load_data`."""
+    return KINDS[recognise(config.source)].load(config, log)
+
+
+def recognise(source: str) -> str:
+    """The kind of a source, a key of KINDS. ValueError if it is none."""
+    if source == GLYPHS or source.startswith(synthetic.PREFIX):
+        return source.partition(":")[0]
+    path = Path(source)
+    if path.is_dir():
+        return "recordio" if (path / "train.rec").is_file() else "folder"
+    paths = [path] if path.is_file() else [Path(part) for part in source.split(",")]
+    if not all(path.is_file() for path in paths):
+        raise ValueError(f"data.source is {source!r}, and there is no such file or folder; want one, or {GLYPHS}")
+    kinds = {kind_of_file(path) for path in paths}
+    if len(paths) > 1 and kinds != {"omniglot"}:
+        raise ValueError(f"data.source is {source!r}; want Omniglot's zips alone where there is more than one file")
+    return kinds.pop()
+
+
+def kind_of_file(path: Path) -> str:
+    """By its first bytes. ValueError if they are of no kind."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(idx.GZIP):
+        return "idx"
+    if start.startswith(recordio.MAGIC):
+        return "recordio"
+    if start.startswith(b"PK\3\4"):
+        return "omniglot"
+    if start[8:9] == b"{":
+        return "tensors"
+    if start.startswith(b"\0\0"):
+        return "idx"
+    raise ValueError(
+        f"data.source is {path}, which begins with {start[:4].hex(' ')}; want a train.rec of InsightFace, an IDX "
+        "file of images, Omniglot's zips or a safetensors file; or a folder that has a folder for each identity"
+    )

@@ -1,0 +1,62 @@
+"""Pictures to pixels: decoded and fitted by Pillow to size x size, grey or in colour.
+
+A picture that is not square loses what is left and right, or above and below, of its middle square. Scaling is
+bicubic, over all pixels that go into one; a picture of the right size keeps its pixels. Grey is Pillow's "L",
+0.299 R + 0.587 G + 0.114 B.
+"""
+
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Color = Literal["grey", "rgb"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS would call another program
+MODES: dict[Color, str] = {"grey": "L", "rgb": "RGB"}
+GREY_MODES = ("1", "L", "LA", "La")
+
+
+def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
+    """An encoded picture, the right way up. Raises whatever Pillow does at damage; ValueError for 16 or 32 bits."""
+    with opened(data) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255
+            raise ValueError(f"pixels of mode {image.mode}; want 8 bits a channel")
+        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+        return fit(ImageOps.exif_transpose(image), size, color)
+
+
+def own_color(data: bytes) -> Color:
+    with opened(data) as image:
+        return "grey" if image.mode in GREY_MODES else "rgb"
+
+
+def opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # it would name the BytesIO
+        raise ValueError(f"its {len(data)} bytes are no picture of {', '.join(FORMATS)}") from error
+
+
+def fit(image: Image.Image, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
+    return np.asarray(ImageOps.fit(image.convert(MODES[color]), (size, size)))
+
+
+def fit_all(
+    images: Tensor,  # [N, H, W] or [N, H, W, 3] uint8
+    size: int | None,
+    color: Color | None,
+) -> Tensor:  # [N, size, size] or [N, size, size, 3] uint8
+    """Images in memory; None keeps what they are. ValueError if they are not square and have no size to go to."""
+    height, width = images.shape[1:3]
+    if size is None and height != width:
+        raise ValueError(f"the images are {height} x {width}; want squares, or data.size to fit them to")
+    own: Color = "grey" if images.ndim == 3 else "rgb"
+    size, color = size or width, color or own
+    if (size, size, color) == (height, width, own):
+        return images
+    return torch.from_numpy(np.stack([fit(Image.fromarray(image), size, color) for image in images.numpy()]))

@@ -1,0 +1,265 @@
+"""MarginHead: the class weights and the loss, on top of `nontarget_lse`. No B x C array is stored.
+
+    x_i    = r_i f_i / ||f_i||        r_i = margin.scale: s, or ||f_i|| where features are not normalised
+    rest_i, target_i, topk_i = nontarget_lse(x, W, y)
+    cos_i  = target_i / r_i
+    loss_i = -logsigmoid(r_i psi(cos_i) - rest_i) + penalty_i
+             = cross entropy with margin psi on the target (ArcFace eq. 9, AM-Softmax eq. 6, SphereFace, ...)
+
+A plain layer (Softmax, L2Softmax) has no cosine: loss_i = -logsigmoid(target_i - rest_i).
+Letters: B rows, b of them on this rank, C classes, d features, k mined classes. Without a group b = B.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmargin.distributed.agreement import check_group
+from fastmargin.distributed.layout import Group, Layout, spread
+from fastmargin.head.checks import (
+    check_class_weight,
+    check_embeddings,
+    check_hard_classes,
+    check_options,
+    check_rows,
+    content,
+    digest,
+)
+from fastmargin.head.class_weights import ClassWeights
+from fastmargin.head.sampling import StepCounter, draws_of, key, sampled_classes
+from fastmargin.margins.base import Margin
+
+
+class HeadOutput(NamedTuple):
+    """What a head returns. Scores are cosines where weights are normalised, else logits; all but loss are detached."""
+
+    loss: Tensor  # scalar, or [b] with reduction="none"
+    target_score: Tensor  # [b], NaN on ignored rows
+    hard_classes: Tensor  # [b, k] the nearest wrong classes, best first; -1 where there is none
+    hard_scores: Tensor  # [b, k], -inf where there is none
+
+
+class MarginHead(ClassWeights):
+    """A margin-softmax classifier over `num_classes` classes, trained without ever storing the logits.
+
+    Args:
+        in_features: d, the width of the embeddings.
+        num_classes: C.
+        margin: what happens to the target's cosine: `ArcFace()`, `CosFace()`, ...
+        bias: a bias per class; only for margins with plain weights (Softmax, L2Softmax).
+        topk: k, how many nearest wrong classes each row reports.
+        sample_rate: the share of the classes that a training pass draws, beside all of the batch's own (PartialFC).
+            Hard classes are found among these, and the gradient of `weight` is sparse COO.
+        group: a torch.distributed group of all processes. Rank r holds its part of the classes (`class_range`), and all
+            ranks call the head together, each with its own rows. The objective is the average of their losses, as DDP
+            and FSDP2 have it for the backbone; the head itself stays out of both. None: one process has all classes.
+        uneven: ranks may bring different numbers of rows; on a GPU a host sync in every pass.
+        gather_dtype: torch.bfloat16 or torch.float16: what rows are rounded to for the way to other ranks, and so are
+            scored as. None: they travel as they are.
+        compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
+            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding, and the
+            only choice of a head that is made `.double()`. See `nontarget_lse`.
+        reduction: "mean" over the valid rows, "sum", or "none". In a group "mean" and "sum" are N times this rank's
+            part of that over all ranks, so that their average over ranks is it.
+        ignore_index: rows with this label have no loss and no gradient.
+        class_weight: [C], a factor per class; the mean divides by their sum, as F.cross_entropy does.
+        check_labels: calls `check()` in every forward pass (a host sync on a GPU; the CPU checks anyway).
+        backend: of the primitive; see `nontarget_lse`.
+        seed: of the initial weights and of what is drawn for classes, 0 or more.
+
+    `counter.step` counts the training passes of a head in a group or with sampled classes: what such a pass draws is a
+    function of (seed, step). `sampled` [n] are the rows of `weight` that the last pass drew, sorted; None: all.
+
+    Raises:
+        ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
+    """
+
+    class_weight: Tensor | None
+    bad_label: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: Margin,
+        *,
+        bias: bool = False,
+        topk: int = 0,
+        sample_rate: float = 1.0,
+        group: Group | None = None,
+        uneven: bool = False,
+        gather_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        ignore_index: int = -100,
+        class_weight: Tensor | None = None,  # [C]
+        check_labels: bool = False,
+        backend: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        sizes = {"in_features": (in_features, 1), "num_classes": (num_classes, 1), "topk": (topk, 0), "seed": (seed, 0)}
+        check_options(sizes, margin, bias, sample_rate, gather_dtype, reduction, ignore_index)
+        if class_weight is not None:
+            check_class_weight(class_weight, num_classes)
+        if group is not None:
+            check_group(group, dict(
+                in_features=in_features, num_classes=num_classes, margin=content(margin), bias=bias, topk=topk,
+                seed=seed, sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype,
+                compute_dtype=compute_dtype, reduction=reduction, ignore_index=ignore_index, check_labels=check_labels,
+                class_weight=None if class_weight is None else digest(class_weight),
+            ))  # fmt: skip
+        super().__init__(
+            in_features, num_classes, margin, bias=bias, group=group, gather_dtype=gather_dtype,
+            compute_dtype=compute_dtype, backend=backend, seed=seed,
+        )  # fmt: skip
+        self.topk, self.sample_rate, self.uneven = topk, sample_rate, uneven
+        self.reduction, self.ignore_index, self.check_labels = reduction, ignore_index, check_labels
+        self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
+        # count, first row, its label (and its rank), of the first bad batch since the last check()
+        self.register_buffer("bad_label", torch.zeros(3 if group is None else 4, dtype=torch.int64), persistent=False)
+        self.counter = StepCounter() if group is not None or sample_rate < 1 else None
+        self.sampled: Tensor | None = None
+
+    def forward(
+        self,
+        embeddings: Tensor,  # [b, d]
+        labels: Tensor,  # [b] int64 in [0, C), or ignore_index
+        *,
+        sample_weight: Tensor | None = None,  # [b]
+        hard_classes: Tensor | None = None,  # [b, k] int64, -1: none
+    ) -> HeadOutput:
+        """The loss of a batch and, with topk, the nearest wrong classes of its rows.
+
+        hard_classes, such as `DoppelgangerTable.classes[labels]`, are among the sampled classes whatever is drawn.
+
+        A label outside [0, C), on any rank, raises ValueError on the CPU. On a GPU and in compiled code, where looking
+        at labels would stall, its row counts as ignored and `check()` raises. So do different numbers of rows without
+        `uneven`; on a GPU, where nobody looks, they make the collectives fail, or wait until the group's timeout.
+        """
+        check_embeddings(embeddings, self.weight)
+        check_rows(embeddings, labels, sample_weight, hard_classes)
+        look = self.check_labels or embeddings.device.type == "cpu"
+        batch, embeddings = spread(embeddings, self.classes.group, uneven=self.uneven, look=look)
+        y = self._known(batch.gather(labels), batch)
+        known = y >= 0
+        valid = batch.own(known)
+        x, norms, r = self._rows(embeddings.masked_fill(~valid[:, None], 0.0))
+        rest, target, mined_scores, mined = self._primitive(
+            x, y, self.topk, batch, self._sample(y, hard_classes, batch)
+        )
+        unit = torch.ones_like(r) if self.margin.plain else r
+        score = target / unit
+        logit = target if self.margin.plain else r * self._psi(score, norms, y, batch)
+        loss = -F.logsigmoid(logit - rest)
+        penalty = self.margin.penalty(norms)
+        if penalty is not None:
+            loss = loss + penalty
+        if self.training and self.counter is not None:
+            self.counter.step += 1
+        return HeadOutput(
+            self._reduce(loss, y, known, sample_weight, batch),
+            score.detach().masked_fill(~valid, torch.nan),
+            mined.masked_fill(~valid[:, None], -1),
+            (mined_scores / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
+        )
+
+    def _known(self, labels: Tensor, batch: Layout) -> Tensor:  # [B] -> [B], -1 on ignored and bad rows
+        counted = labels != self.ignore_index
+        inside = (labels >= 0) & (labels < self.num_classes)
+        self._note_bad(labels, counted & ~inside, batch)
+        return torch.where(counted & inside, labels, -1)
+
+    def _note_bad(self, labels: Tensor, bad: Tensor, batch: Layout) -> None:  # [B], [B]
+        if len(labels) == 0:
+            return
+        first = bad.int().argmax(0, keepdim=True)
+        row, *rank = (first,) if batch.group is None else batch.place_and_rank(first)
+        seen = torch.cat((bad.sum(0, keepdim=True), row, labels.gather(0, first), *rank))
+        self.bad_label.copy_(torch.where(self.bad_label[0] > 0, self.bad_label, seen))
+        if self.check_labels or (labels.device.type == "cpu" and not torch.compiler.is_compiling()):
+            self.check()
+
+    def check(self) -> None:
+        """Raises ValueError if a batch since the last call had a label outside [0, C): on all ranks. A host sync."""
+        count, row, label, *rank = self.bad_label.tolist()
+        if count:
+            self.bad_label.zero_()
+            of_rank = f" of rank {rank[0]}" if rank else ""
+            raise ValueError(
+                f"label {label} of row {row}{of_rank} is outside [0, {self.num_classes}) and is not ignore_index "
+                f"{self.ignore_index} ({count} such rows in that batch)"
+            )
+
+    def _sample(
+        self,
+        y: Tensor,  # [B]
+        hard_classes: Tensor | None,  # [b, k]
+        batch: Layout,
+    ) -> Tensor | None:  # [n] rows of `weight`; None: all
+        if not self.training or self.counter is None or self.sample_rate == 1:
+            return None
+        needed = y
+        if hard_classes is not None:
+            hard_classes = batch.gather(hard_classes)
+            check_hard_classes(hard_classes, self.num_classes)
+            needed = torch.cat((y, hard_classes.flatten()))
+        self.sampled = sampled_classes(self.classes, needed, self.sample_rate, key(self.seed, self.counter.step))
+        return self.sampled
+
+    def _psi(
+        self,
+        cos: Tensor,  # [b]
+        norms: Tensor,  # [b]
+        y: Tensor,  # [B]
+        batch: Layout,
+    ) -> Tensor:  # [b]
+        """In a group, every rank shows a margin that watches the batch or draws for it all rows, and seeds it alike."""
+        if batch.group is None or not self.training or not self.margin.whole_batch:
+            return self._watched(cos, norms, batch.own(y))
+        all_cos, all_norms = batch.gather(torch.stack((cos, norms), 1)).unbind(1)
+        assert self.counter is not None  # there is one in a group
+        with draws_of(key(self.seed, self.counter.step, 1), cos.device):
+            return batch.own(self._watched(batch.put(all_cos, cos), batch.put(all_norms, norms), y))
+
+    def _watched(self, cos: Tensor, norms: Tensor, y: Tensor) -> Tensor:  # [n] each -> [n]
+        if self.training:
+            out = y < 0
+            self.margin.observe(*(t.detach().masked_fill(out, torch.nan) for t in (norms, cos)))
+        return self.margin(cos, norms, y)
+
+    def _reduce(
+        self,
+        loss: Tensor,  # [b]
+        y: Tensor,  # [B]
+        known: Tensor,  # [B]
+        sample_weight: Tensor | None,  # [b]
+        batch: Layout,
+    ) -> Tensor:
+        weights = known.to(loss.dtype)
+        if self.class_weight is not None:
+            weights = weights * self.class_weight.to(loss.dtype)[y.clamp(min=0)]
+        loss = torch.where(batch.own(known), loss * batch.own(weights), 0.0)
+        if sample_weight is not None:
+            loss = loss * sample_weight.to(loss.dtype)
+        if self.reduction == "none":
+            return loss
+        total = loss.sum() if batch.group is None else len(batch.sizes) * loss.sum()
+        if self.reduction == "sum":
+            return total
+        divisor = weights.sum()
+        return total / torch.where(divisor == 0, 1.0, divisor)
+
+    def extend(self, n: int) -> None:
+        """Appends n classes: see ClassWeights. ValueError beside a class_weight, which has none for them.
+
+        `weight` and `bias` become new Parameters: an optimiser of the old ones moves nothing any more, so make it anew.
+        """
+        if self.class_weight is not None:
+            raise ValueError("this head has a class_weight: the new classes have none; build a new head instead")
+        super().extend(n)
+
+    def extra_repr(self) -> str:
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, topk={self.topk}{compute}"

@@ -1,0 +1,111 @@
+"""Margins that differ from row to row: by the norm of the features, or drawn at random (base.py)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmargin.margins.angles import Value
+from fastmargin.margins.base import Margin, Options, Values, require_angle, require_cosine
+from fastmargin.require import require
+
+
+class AdaFace(Margin):
+    """Margins by image quality, which the norm tells (Kim 2022): m2 = -m z, m3 = m + m z with
+    z = clip(h (norm - mu) / sd, -1, 1), no gradient to the norm.
+
+    mu and sd are running statistics, from 20 and 100 as in the public code; `momentum` is a batch's share.
+    """
+
+    mu: Tensor  # []
+    sd: Tensor  # []
+
+    def __init__(
+        self, s: float = 64.0, m: Value = 0.4, h: float = 0.333, momentum: float = 0.01,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, **(Options(beyond="clip") | options))
+        require(h > 0, "h", h, "a number > 0")
+        require(0 < momentum <= 1, "momentum", momentum, "a share, > 0 and at most 1")
+        self._hold(m=m)
+        require_angle("m", m)
+        self.h, self.momentum = h, momentum
+        self.register_buffer("mu", torch.tensor(20.0))
+        self.register_buffer("sd", torch.tensor(100.0))
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        z = (self.h * (norms.detach() - self.mu) / self.sd.clamp(min=1e-3)).clamp(-1, 1)
+        m = self.of_rows("m", labels)
+        return 1.0, -m * z, m + m * z
+
+    @torch.no_grad()
+    def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
+        n = (~all_norms.isnan()).sum()
+        mu = all_norms.nansum() / n
+        sd = ((all_norms - mu).square().nansum() / (n - 1)).sqrt()
+        for running, now in ((self.mu, mu), (self.sd, sd)):
+            moved = running.lerp(now.to(running), self.momentum)
+            running.copy_(torch.where(n > 1, moved, running))  # one row has no spread
+
+
+class MagFace(Margin):
+    """ArcFace whose m grows linearly with the norm a = clamp(norm, l_a, u_a), from l_m to u_m, with gradient,
+    and the penalty lambda_g (a / u_a^2 + 1 / a), which lengthens features (Meng 2021).
+
+    Norms outside [l_a, u_a] get no gradient from either, as in the public code.
+    """
+
+    def __init__(
+        self, s: float = 64.0, l_m: float = 0.45, u_m: float = 0.8, l_a: float = 10.0, u_a: float = 110.0,
+        lambda_g: float = 35.0, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, m2=l_m, **options)
+        require(0 < l_a < u_a, "(l_a, u_a)", (l_a, u_a), "0 < l_a < u_a")
+        require(l_m <= u_m < math.inf, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m, finite")
+        require(lambda_g >= 0, "lambda_g", lambda_g, "a number >= 0")
+        require_angle("l_m", l_m)
+        require_angle("u_m", u_m)
+        self.l_m, self.u_m, self.l_a, self.u_a, self.lambda_g = l_m, u_m, l_a, u_a, lambda_g
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        share = (norms.clamp(self.l_a, self.u_a) - self.l_a) / (self.u_a - self.l_a)
+        return 1.0, self.l_m + (self.u_m - self.l_m) * share, 0.0
+
+    def penalty(self, norms: Tensor) -> Tensor:  # [B] -> [B]
+        a = norms.clamp(self.l_a, self.u_a)
+        return self.lambda_g * (a / self.u_a**2 + 1 / a)
+
+
+class ElasticFace(Margin):
+    """A margin drawn for each row, N(m, sigma), in training mode only (Boutros 2022).
+
+    form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest draw goes to the
+    smallest cosine, and so on. Draws come from torch's global generator, so torch.manual_seed repeats them; a head in
+    a group seeds it for them.
+    """
+
+    random = True
+
+    def __init__(
+        self, s: float = 64.0, m: Value | None = None, sigma: float = 0.0125,
+        form: Literal["arc", "cos"] = "arc", plus: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        require(form in ("arc", "cos"), "form", form, "'arc' or 'cos'")
+        require(0 <= sigma < math.inf, "sigma", sigma, "a finite number >= 0")
+        m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m
+        super().__init__(s, m2=m if form == "arc" else 0.0, **options)
+        self._hold(m=m)
+        (require_angle if form == "arc" else require_cosine)("m", m)
+        self.sigma, self.form, self.plus = sigma, form, plus
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        m = self.of_rows("m", labels)
+        if self.training:
+            m = m + self.sigma * self._noise(cos.detach())
+        return (1.0, m, 0.0) if self.form == "arc" else (1.0, 0.0, m)
+
+    def _noise(self, cos: Tensor) -> Tensor:  # [B] -> [B] standard normal
+        noise = torch.randn_like(cos)
+        return noise.scatter(0, cos.argsort(descending=True), noise.sort().values) if self.plus else noise

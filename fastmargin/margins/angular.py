@@ -1,0 +1,76 @@
+"""Margins that are fixed numbers: on the angle or on the cosine, one for all classes or one for each (base.py)."""
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmargin.margins.angles import Value, is_number
+from fastmargin.margins.base import Margin, Options, Values, require_angle, require_cosine
+
+
+class NormFace(Margin):
+    """The cosine without a margin, s fixed or learnt (Wang 2017); W-Norm with normalize_features=False."""
+
+    def __init__(self, s: float = 64.0, **options: Unpack[Options]) -> None:
+        super().__init__(s, **options)
+
+
+class SphereFace(Margin):
+    """cos(m theta), continued, with lam parts of the plain cosine (Liu 2017, A-Softmax).
+
+    lam starts at 1000, almost no margin, and stays there until a `LambdaSchedule` lowers it. Features keep
+    their length; with normalize_features=True it is SphereFace-FNorm, of scale s.
+    """
+
+    def __init__(self, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
+        super().__init__(s, lam=lam, **(Options(normalize_features=False) | options))
+        self._hold(m=m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return self.of_rows("m", labels), 0.0, 0.0
+
+
+class CosFace(Margin):
+    """cos(theta) - m (Wang 2018)."""
+
+    def __init__(self, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s, **options)
+        self._hold(m=m)
+        require_cosine("m", m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return 1.0, 0.0, self.of_rows("m", labels)
+
+
+class AMSoftmax(CosFace):
+    """CosFace with AM-Softmax's scale (Wang 2018, eq. 6): m on every row, not only where c > m."""
+
+    def __init__(self, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s, m, **options)
+
+
+class ArcFace(Margin):
+    """cos(theta + m), m in radians (Deng 2018)."""
+
+    def __init__(self, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(s, m2=m, **options)
+        self._hold(m=m)
+        require_angle("m", m)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return 1.0, self.of_rows("m", labels), 0.0
+
+
+class CombinedMargin(Margin):
+    """cos(m1 theta + m2) - m3, with all three at once; (1, 0.3, 0.2) is InsightFace's `combined`."""
+
+    def __init__(
+        self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        super().__init__(s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
+        self._hold(m1=m1, m2=m2, m3=m3)
+        require_angle("m2", m2)
+        require_cosine("m3", m3)
+
+    def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
+        return self.of_rows("m1", labels), self.of_rows("m2", labels), self.of_rows("m3", labels)

@@ -1,0 +1,84 @@
+"""Schedules: what a number of a margin is after n optimiser steps. The loop calls `step()` once after each.
+
+    LambdaSchedule   lam = max(floor, base (1 + gamma n)^-power)     SphereFace's public law (Liu 2017)
+    MarginRamp       start + (full - start) min(1, n / steps)        AM-Softmax's public configuration
+
+A schedule writes its attribute when it is made, at each step and when its state is loaded, so a resumed run
+continues where it was. Make it on a freshly made margin: the value it finds there is the full one.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from fastmargin.margins.base import Margin, Value
+from fastmargin.require import require
+
+
+class Schedule(ABC):
+    """Counts the steps and writes `value()` into one attribute of a margin."""
+
+    def __init__(self, margin: Margin, attribute: str) -> None:
+        self.margin, self.attribute, self.count = margin, attribute, 0
+        self._write()
+
+    @abstractmethod
+    def value(self) -> Value:
+        """What the attribute is after `count` steps: a float, or [C] if it is per class."""
+
+    def _write(self) -> None:
+        value = self.value()
+        if isinstance(value, Tensor):
+            getattr(self.margin, self.attribute).copy_(value)  # the margin may have moved to another device
+        else:
+            setattr(self.margin, self.attribute, value)
+
+    def step(self) -> None:
+        self.count += 1
+        self._write()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = int(state["count"])
+        self._write()
+
+
+class LambdaSchedule(Schedule):
+    """Lowers SphereFace's lam. Other public laws: (1500, 0.1), and (1000, 1e-4, power 2).
+
+    base, gamma, power, floor: see the module. Raises ValueError for a negative one.
+    """
+
+    def __init__(
+        self, margin: Margin, base: float = 1e3, gamma: float = 0.12, power: float = 1.0, floor: float = 5.0
+    ) -> None:
+        for name, number in {"base": base, "gamma": gamma, "power": power, "floor": floor}.items():
+            require(number >= 0, name, number, "a number >= 0")
+        self.base, self.gamma, self.power, self.floor = base, gamma, power, floor
+        super().__init__(margin, "lam")
+
+    def value(self) -> float:
+        return max(self.floor, self.base * (1 + self.gamma * self.count) ** -self.power)
+
+
+class MarginRamp(Schedule):
+    """Takes an attribute of a margin ("m", "m2", ...) from `start` to the value it has now, in equal steps.
+
+    Raises ValueError for an attribute that is no number or buffer of the margin, and for steps < 1.
+    """
+
+    def __init__(self, margin: Margin, attribute: str, steps: int, start: float = 0.0) -> None:
+        full: Any = getattr(margin, attribute, None)
+        fixed = type(full) in (int, float, Tensor)  # neither a bool nor a Parameter
+        require(fixed, "attribute", attribute, f"a number of {type(margin).__name__} that is not learnt")
+        require(steps >= 1, "steps", steps, "at least 1")
+        self.full = full.clone() if isinstance(full, Tensor) else full
+        self.start, self.steps = start, steps
+        super().__init__(margin, attribute)
+
+    def value(self) -> Value:
+        share = min(1.0, self.count / self.steps)
+        return (1 - share) * self.start + share * self.full

@@ -1,0 +1,149 @@
+"""Mistakes and accidents in a group: every rank raises, or ends; none waits longer than the group's timeout."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+import fastmargin as fm
+from fastmargin.head.margin_head import MarginHead
+
+TIMEOUT = 5  # seconds
+F, Y = torch.ones(4, 3), torch.tensor([0, 1, 2, -100])
+M = torch.arange(5) / 10
+
+
+def head(C=5, margin=None, **options):
+    return MarginHead(3, C, margin or fm.ArcFace(), group=dist.group.WORLD, **options)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes all ranks see
+
+
+def bad_labels():
+    for uneven in (False, True):
+        it = head(uneven=uneven, sample_rate=0.5)
+        mine = slice(0, 4 - (uneven and dist.get_rank() == 0))
+        labels = Y.clone()
+        if dist.get_rank() == 1:
+            labels[2:] = torch.tensor([5, -1])
+        with pytest.raises(ValueError, match=r"label 5 of row 2 of rank 1 is outside \[0, 5\).*-100 \(2 such rows"):
+            it(F[mine], labels[mine])
+        assert it.counter.step == 0
+        it(F[mine], Y[mine]).loss.backward()  # the next batch is as any
+        it.check()
+
+
+def unequal_batches():
+    it = head()
+    mine = slice(0, 2 + dist.get_rank())
+    with pytest.raises(ValueError, match=r"batches have \[2, 3, 4\] rows: want as many on each, or .* uneven=True"):
+        it(F[mine], Y[mine])
+    it(F, Y).loss.backward()
+
+
+def no_rows_at_all():
+    for uneven in (False, True):
+        it = head(uneven=uneven, topk=2)
+        out = it(F[:0], Y[:0])
+        out.loss.backward()
+        assert out.loss == 0 and not it.weight.grad.any() and out.hard_classes.shape == (0, 2)
+
+
+def wrong_hard_classes():
+    it = head(sample_rate=0.5)
+    hard = torch.full((4, 2), 5 if dist.get_rank() == 2 else -1)
+    with pytest.raises(ValueError, match=r"hard_classes has 5: want class ids in \[0, 5\), or -1"):
+        it(F, Y, hard_classes=hard)
+
+
+class Like(fm.AdaFace):
+    """Prints as AdaFace does."""
+
+    def _get_name(self):
+        return "AdaFace"
+
+
+def options_that_differ():
+    rank = dist.get_rank()
+    for options, message in (
+        ({"seed": rank}, "seed is 0 on rank 0, 1 on rank 1: want one value"),
+        ({"C": 5 + rank // 2}, "num_classes is 5 on rank 0, 6 on rank 2"),
+        ({"gather_dtype": (None, torch.bfloat16)[rank % 2]}, "gather_dtype is None on rank 0"),
+        ({"class_weight": torch.ones(5) + rank}, "class_weight is '.*' on rank 0, '.*' on rank 1"),
+        ({"class_weight": torch.ones(5) if rank else None}, "class_weight is None on rank 0, '.*' on rank 1"),
+        *(({"margin": margin}, r"margin is '\w+\(.*\) \w+' on rank 0") for margin in (
+            fm.AdaFace(h=0.333 - 0.1 * rank), fm.ElasticFace(sigma=0.1 * (1 + rank)), fm.ArcFace(m=M + 0.1 * rank),
+            fm.AdaFace() if rank else Like(),
+        )),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            head(**options)
+    head(margin=fm.ArcFace(m=M), class_weight=M)
+
+
+def groups_that_will_not_do():
+    some = dist.new_group([0, 1])
+    for group, message in (("gloo", "group is 'gloo': want a ProcessGroup"), (-100, "want a ProcessGroup")):
+        with pytest.raises(ValueError, match=message):
+            MarginHead(3, 5, fm.ArcFace(), group=group)
+    if dist.get_rank() < 2:
+        with pytest.raises(ValueError, match="2 of 3 processes: want one of all"):
+            MarginHead(3, 5, fm.ArcFace(), group=some)
+
+
+MISTAKES = (
+    bad_labels,
+    unequal_batches,
+    no_rows_at_all,
+    wrong_hard_classes,
+    options_that_differ,
+    groups_that_will_not_do,
+)
+
+
+@pytest.mark.parametrize("task", MISTAKES, ids=lambda task: task.__name__)
+def test_every_rank_sees_a_mistake(ranks, task):
+    ranks(3, task)
+
+
+# ---------------------------------------------------------------------------------------------- accidents of one rank
+
+
+def accident(kind):
+    """What a rank gets to see, and after how many seconds."""
+    it, unlucky = head(topk=1), dist.get_rank() == 1
+    it(F, Y).loss.backward()
+    start = time.monotonic()
+    try:
+        if unlucky and kind == "dies before a pass":
+            os._exit(1)
+        loss = it(F[:, :2] if unlucky and kind == "has other embeddings" else F, Y).loss
+        if unlucky and kind == "dies within a pass":
+            os._exit(1)
+        if unlucky and kind == "makes no backward pass":
+            time.sleep(TIMEOUT + 2)
+        else:
+            loss.backward()
+    except Exception as error:
+        return error, time.monotonic() - start
+    return None, 0
+
+
+DEATHS = ("dies before a pass", "dies within a pass")  # which the other rank sees at once
+ACCIDENTS = (*DEATHS, "has other embeddings", "makes no backward pass")
+
+
+@pytest.mark.parametrize("kind", ACCIDENTS)
+def test_the_other_rank_does_not_wait_longer_than_the_timeout(kind):
+    pool = Ranks(2)
+    try:
+        pool.send(2, accident, kind, timeout=timedelta(seconds=TIMEOUT))
+        error, seconds = pool.result(0)
+    finally:
+        pool.close()
+    assert isinstance(error, RuntimeError) and seconds < TIMEOUT + 5 * (kind not in DEATHS)

@@ -1,0 +1,209 @@
+"""The Triton kernels: run in Triton's interpreter, never chosen by silence, compiled ahead of time (test_kernels.py has
+the values)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dense import F64
+from emulation import ROOT
+
+from fastmargin.ops.backends import describe, pick
+from fastmargin.ops.nontarget_lse import IMPLS
+
+triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastmargin.kernels import gradients, operands, tiles, topk  # noqa: E402
+from fastmargin.kernels import nontarget_lse as kernels  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def values(tmp_path_factory):
+    """test_kernels.py in a process that interprets the kernels; that takes long, so the tests here run beside it."""
+    log = tmp_path_factory.mktemp("interpreter") / "log"
+    tests = str(Path(__file__).with_name("test_kernels.py"))
+    command = [sys.executable, "-m", "pytest", tests, "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted"]
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=out, stderr=out
+        ) as process,
+    ):
+        yield process, log
+        process.kill()
+
+
+# ---------------------------------------------------------------------------------------------- choice
+
+
+def test_the_interpreter_is_never_chosen_by_silence(monkeypatch):
+    monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.ones(1, 2)
+    assert pick(IMPLS, x) in ("native", "stream")
+    assert pick(IMPLS, x, "triton") == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run torch.float32 on cpu"):
+        pick(IMPLS, x, "triton")
+
+
+def test_the_order_of_preference(monkeypatch):
+    monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
+    assert [name for name in IMPLS if name != "native"] == ["triton", "stream", "reference"]
+    with torch._subclasses.FakeTensorMode():
+        assert pick(IMPLS, torch.empty(1, device="cuda")) == "stream"  # until triton has been measured on one
+        assert pick(IMPLS, torch.empty(1, device="cuda"), "triton") == "triton"
+        assert pick(IMPLS, torch.empty(1, dtype=F64, device="cuda")) == "stream"
+
+
+def test_info_does_not_claim_a_gpu():
+    line = next(line for line in describe().splitlines() if line.startswith("triton"))
+    assert "never run on a GPU" in line
+
+
+# ---------------------------------------------------------------------------------------------- compilation
+
+
+POINTERS = {"y": "*i64", "rows": "*i64", "places": "*i64", "entry_row": "*i64", "entry_place": "*i32", "bounds": "*i32"}
+NUMBERS = dict.fromkeys(
+    ("B", "n", "m", "first", "strips", "splits", "w_row", "g_row", "groups_row", "fresh_row"), "i32"
+)
+DIVISIBLE = ("w_row", "g_row")
+
+
+def compiled(kernel, capability, constants, types, options):
+    """Machine code for a GPU that need not be here, as for whole lines that start at multiples of 16 bytes."""
+    constants = constants | {name: 1 for name in ("w_feature",) if name in kernel.arg_names}
+    types = POINTERS | NUMBERS | types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in DIVISIBLE]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(code, folder):
+    """Registers and bytes of stack of a compiled kernel: spilled registers would lie on the stack."""
+    (folder / "kernel.cubin").write_bytes(code.asm["cubin"])
+    tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(folder / "kernel.cubin")]
+    said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("REG", "STACK", "LOCAL"))
+
+
+@pytest.fixture
+def compile_clean(tmp_path, monkeypatch):
+    """Compiles, and prints and checks what the code takes: no register on the stack, no more memory than there is."""
+
+    def run(kernel, capability, constants, types, options=None, what=""):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+        code = compiled(kernel, capability, constants, types, options or {})
+        registers, stack, local = resources(code, tmp_path)
+        shared = code.metadata.shared
+        print(f"{kernel.__name__}{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, "
+              f"{shared} bytes shared")  # fmt: skip
+        assert 0 < registers <= 255 and stack == local == 0
+        assert shared <= (227 if capability in (90, 100) else 99) * 1024  # what a program may have
+        return code
+
+    return run
+
+
+ARCHITECTURES = {
+    (tiles.AMPERE, tiles.FLOAT): (80, 90),  # float32 on Hopper too
+    (tiles.AMPERE, tiles.HALF): (80,),
+    (tiles.HOPPER, tiles.HALF): (90,),
+    (tiles.BLACKWELL, tiles.HALF): (100,),
+}
+VARIANTS = {"normalised": ("bias",), "bias": ("factor", "groups")}  # arguments that are None
+TILES = [
+    (capability, key[0] != tiles.AMPERE, key[1], tile, variant)
+    for key, rows in tiles.TABLE.items()
+    for limit, tile in rows
+    for capability in ARCHITECTURES[key]
+    for variant in (VARIANTS if limit is None and capability == ARCHITECTURES[key][0] else ["normalised"])
+]
+
+
+@pytest.mark.parametrize("kernel", [kernels.nontarget_lse_fwd_kernel, kernels.nontarget_lse_bwd_kernel])
+@pytest.mark.parametrize(("capability", "tma", "size", "tile", "variant"), TILES, ids=str)
+def test_products_compile_without_spills(compile_clean, capability, tma, size, tile, variant, kernel):
+    options = tiles.Plan(tile, tma, step=0, strip=4).options()
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    constants = options | dict(d=512, GROUP=operands.GROUP) | dict.fromkeys(VARIANTS[variant])
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    element = "bf16" if size == tiles.HALF else "fp32"
+    types = dict.fromkeys("xog", f"*{element}")
+    if tma:
+        shapes = {"x": (tile.rows, tile.features), "o": (tile.classes, tile.features), "g": (tile.rows, tile.classes)}
+        types |= {name: f"tensordesc<{element}{[*shape]}>" for name, shape in shapes.items()}
+    code = compile_clean(kernel, capability, constants, types, launch, f", {variant}, {element}, {tuple(tile)}")
+    ptx = code.asm["ptx"]
+    assert bool(re.search(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx)) == tma  # loads by the copy engine
+    if capability == 90 and tma:  # one step's products stay in flight while the next one's operands arrive
+        assert re.search(r"wgmma\.mma_async\S+\.f32\.bf16", ptx) and re.search(r"wgmma\.wait_group\S+\s+1;", ptx)
+
+
+ROWS = {
+    "operands": (
+        operands.operands_kernel, dict(COMPUTE=triton.language.bfloat16, **operands.whole_rows(512)), {"o": "*bf16"}
+    ),
+    "best groups": (topk.keep_best_kernel, dict(k=10, BLOCK_K=16, BLOCK=topk.SEARCHED), {"places": "*i32"}),
+    "scores": (
+        topk.rescore_kernel,
+        dict(COMPUTE=triton.language.bfloat16, NORMALIZE=True, GROUP=64, bias=None, **operands.whole_rows(512)),
+        {"x": "*bf16", "groups": "*i32"},
+    ),
+    "weight gradient": (gradients.weight_gradient_kernel, dict(db=None, **operands.whole_rows(512)), {}),
+    "row gradient": (
+        gradients.row_gradient_kernel,
+        dict(ENTRIES=11, NORMALIZE=True, BLOCK_B=operands.whole_rows(512)["BLOCK_C"], BLOCK_D=512),
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize(("kernel", "constants", "types"), ROWS.values(), ids=ROWS)
+def test_what_stands_around_the_products_compiles_without_spills(compile_clean, kernel, constants, types, capability):
+    constants = constants if kernel is topk.keep_best_kernel else constants | {"d": 512}
+    options = {"num_warps": 1} if kernel is topk.keep_best_kernel else {}
+    compile_clean(kernel, capability, constants, types, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("B", "d", "n"), [(1, 512, 10**9), (4096, 512, 10**7), (65_536, 64, 10**6), (8, 3, 5)], ids=str
+)
+def test_memory_does_not_grow_with_the_number_of_classes(B, d, n, dtype):
+    x = torch.empty(B, d, dtype=dtype)
+    of_a_class = max(d * x.element_size(), 4 * B // operands.GROUP)  # of operands, of group maxima
+    plan = tiles.plan_of(x, n, of_a_class)
+    step = plan.step
+    assert step % plan.tile.classes == 0 and step - plan.tile.classes < n
+    assert (step - plan.tile.classes) * of_a_class <= operands.WORKSPACE
+    waves = -(-n // step)
+    assert waves == 1 or n - (waves - 1) * step > step - waves * plan.tile.classes  # the last is not much smaller
+    strips = plan.grid(B, step)[1]
+    assert plan.strip * strips * plan.tile.classes >= step > plan.strip * (strips - 1) * plan.tile.classes
+
+
+def test_the_table_holds_candidates():
+    for key, rows in tiles.TABLE.items():
+        assert {tile for _, tile in rows} <= set(tiles.CANDIDATES[key]) and rows[-1][0] is None
+        assert all(tile.classes % operands.GROUP == 0 for tile in tiles.CANDIDATES[key])
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def test_values_under_the_interpreter(values):
+    process, log = values
+    assert process.wait() == 0, log.read_text()
+    passed = re.search(r"(\d+) passed", log.read_text())
+    assert passed and int(passed[1]) >= 30, log.read_text()
