@@ -5,7 +5,7 @@ rate, n classes of a rank in a step, k mined classes, e bytes of a product's ope
 of AdamW's. A wave has w classes; a rank makes ceil(n / w) of them.
 
     n = c, or min(c, r c + b) of sampled classes: what is drawn and this rank's share of the batch's own
-    w = 2^23 / max(B, d), at least 256, at most 2^14 (nontarget_lse_glue.cpp);  256 on the CPU, where a tile has 256 rows
+    w = 2^23 / max(B, d), at least 256, at most 2^14 (nontarget_lse_glue.cpp);  256 on the CPU, in tiles of 256 rows
     s = sums of dx: 1, 2, 4 or 8, as long as s ceil(B / 128) ceil(d / 256) <= 132 (ibid.);  3 on the CPU, of two threads
         and in all
 

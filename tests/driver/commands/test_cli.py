@@ -45,7 +45,7 @@ def test_help_names_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     assert "(type: bf16, fp16 or null, default: null)" in said
 
 
-@pytest.mark.parametrize(("text", "want"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
+@pytest.mark.parametrize(("text", "wanted"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
 def test_random_classes_are_a_share_or_a_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, wanted: float
 ) -> None:
