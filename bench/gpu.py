@@ -93,7 +93,7 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
     if "native" in backends:
         yield "fastmargin native, bfloat16, ClassSGD in backward", in_backward()
-        yield "fastmargin native, bfloat16, ClassSGD in backward, shadow", in_backward(shadow=True)
+        yield "fastmargin native, bfloat16, ClassSGD in backward, shadow", in_backward(cache_operands=True)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
 
 

@@ -9,10 +9,10 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
     x = torch.randn(B, d, device="cuda", requires_grad=True)
     w = torch.randn(d, C, device="cuda").T.requires_grad_()
     bias = torch.randn(C, device="cuda", requires_grad=True) if plain else None
-    rows = torch.arange(0, C, 2, device="cuda") if plain else None
+    class_ids = torch.arange(0, C, 2, device="cuda") if plain else None
     y = torch.randint(-1, C // 2, (B,), device="cuda")
     rest, target, values, _ = nontarget_lse(
-        x, w, y, bias=bias, rows=rows, normalize_weight=not plain, topk=3, **options
+        x, w, y, bias=bias, class_ids=class_ids, normalize_weight=not plain, topk=3, **options
     )
     (rest.sum() - target.sum() + values.sum()).backward()
     torch.cuda.synchronize()
@@ -21,7 +21,7 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
 def class_step(B: int, d: int, C: int, **options: object) -> None:
     """Two steps made in the backward pass; the second reads the shadow that the first has written."""
     head = MarginHead(d, C, ArcFace(), backend="native", **options).cuda()
-    optimizer = optim.ClassSGD(head, 0.1, 0.9, 5e-4, in_backward=True, shadow=True)
+    optimizer = optim.ClassSGD(head, 0.1, 0.9, 5e-4, in_backward=True, cache_operands=True)
     for _ in range(2):
         head(torch.randn(B, d, device="cuda"), torch.randint(0, C, (B,), device="cuda")).loss.backward()
         optimizer.step()

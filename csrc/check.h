@@ -11,14 +11,14 @@ namespace fastmargin {
 
 // What every op reads: checked, and contiguous but for w.
 struct Operands {
-  at::Tensor x;                    // [B, d]
-  at::Tensor w;                    // [C, d] any strides
-  at::Tensor y;                    // [B] in [-1, C), or in [-1, n) with rows
-  std::optional<at::Tensor> bias;  // [C]
-  std::optional<at::Tensor> rows;  // [n] sorted, unique, in [0, C)
+  at::Tensor x;                         // [B, d]
+  at::Tensor w;                         // [C, d] any strides
+  at::Tensor y;                         // [B] in [-1, C), or in [-1, n) with class_ids
+  std::optional<at::Tensor> bias;       // [C]
+  std::optional<at::Tensor> class_ids;  // [n] sorted, unique, in [0, C)
   bool normalize_weight;
 
-  int64_t classes() const { return rows ? rows->size(0) : w.size(0); }
+  int64_t classes() const { return class_ids ? class_ids->size(0) : w.size(0); }
 };
 
 inline void check_layout(const Operands& o) {
@@ -34,8 +34,9 @@ inline void check_layout(const Operands& o) {
       !o.bias || (o.bias->dim() == 1 && o.bias->size(0) == o.w.size(0) && o.bias->scalar_type() == o.x.scalar_type()),
       "want bias [C] of x's dtype");
   TORCH_CHECK_VALUE(!(o.bias && o.normalize_weight), "a bias needs normalize_weight=False");
-  TORCH_CHECK_VALUE(!o.rows || (o.rows->dim() == 1 && o.rows->scalar_type() == at::kLong), "want rows [n] int64");
-  for (const auto& other : {std::optional(o.w), std::optional(o.y), o.bias, o.rows})
+  TORCH_CHECK_VALUE(!o.class_ids || (o.class_ids->dim() == 1 && o.class_ids->scalar_type() == at::kLong),
+                    "want class_ids [n] int64");
+  for (const auto& other : {std::optional(o.w), std::optional(o.y), o.bias, o.class_ids})
     TORCH_CHECK_VALUE(!other || other->device() == o.x.device(), "x is on ", o.x.device(), ", another argument on ",
                       other->device());
 }
@@ -50,10 +51,10 @@ inline void refuse_shadow(const std::optional<at::Tensor>& operands, const std::
   TORCH_CHECK_VALUE(!operands && !scales, "a shadow of the weights (operands, scales) is for GPUs");
 }
 
-inline void check_rows(const at::Tensor& rows /* [n] contiguous */, int64_t classes) {
-  const int64_t* r = rows.const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < rows.size(0); ++j)
-    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < classes && (j == 0 || r[j - 1] < r[j]), "rows[", j, "] = ", r[j],
+inline void check_class_ids(const at::Tensor& class_ids /* [n] contiguous */, int64_t classes) {
+  const int64_t* r = class_ids.const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < class_ids.size(0); ++j)
+    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < classes && (j == 0 || r[j - 1] < r[j]), "class_ids[", j, "] = ", r[j],
                       ": want sorted, unique class ids in [0, ", classes, ")");
 }
 
@@ -66,23 +67,23 @@ inline void check_labels(const Operands& o) {
 
 // The operands of an op, of shapes and types that fit; no look at their values.
 inline Operands laid_out(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
                          bool normalize_weight) {
-  Operands o{x, w, y, bias, rows, normalize_weight};
+  Operands o{x, w, y, bias, class_ids, normalize_weight};
   check_layout(o);
   o.x = x.contiguous();
   o.y = y.contiguous();
   if (bias) o.bias = bias->contiguous();
-  if (rows) o.rows = rows->contiguous();
+  if (class_ids) o.class_ids = class_ids->contiguous();
   return o;
 }
 
 // The same on a CPU, where every label and every selected row is read.
 inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& rows,
+                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
                         bool normalize_weight) {
-  Operands o = laid_out(x, w, y, bias, rows, normalize_weight);
-  if (o.rows) check_rows(*o.rows, w.size(0));
+  Operands o = laid_out(x, w, y, bias, class_ids, normalize_weight);
+  if (o.class_ids) check_class_ids(*o.class_ids, w.size(0));
   check_labels(o);
   return o;
 }

@@ -9,30 +9,33 @@
 #include "cpu/capability.h"
 
 TORCH_LIBRARY(fastmargin, m) {
-  m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, bool normalize_weight) -> Tensor");
+  m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, bool normalize_weight) -> Tensor");
   m.def(
-      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, "
-      "int pool, int topk, ScalarType? compute_dtype, bool want_a, Tensor? operands=None, Tensor? scales=None) -> "
-      "(Tensor rest, Tensor topk_values, Tensor topk_classes, Tensor a)");
+      "int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? operands=None, Tensor? "
+      "scales=None) -> "
+      "(Tensor rest, Tensor topk_values, Tensor topk_classes, Tensor expected_weight)");
   m.def(
-      "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, "
-      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor "
+      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor expected_weight, Tensor d_rest, "
+      "Tensor "
       "d_target, "
       "Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def(
-      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, "
-      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor d_rest, Tensor "
+      "int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor expected_weight, Tensor d_rest, "
+      "Tensor "
       "d_target, "
       "Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, Tensor? grad_scale, "
       "Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> (Tensor dx, Tensor db)");
   m.def(
-      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? rows, str rule, float[] hyper, Tensor? "
+      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? class_ids, str rule, float[] hyper, Tensor? "
       "grad_scale) -> ()");
   m.def("class_operands(Tensor w, bool normalize_weight, Tensor(a!) operands, Tensor(b!) scales) -> ()");
-  m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()");
+  m.def("class_lazy_update(Tensor(a!) w, Tensor(b!)? v, Tensor? class_ids, Tensor products) -> ()");
   m.def(
       "pairwise_potential_fwd(Tensor a, Tensor? b, Tensor a_ids, Tensor? b_ids, Tensor? b_weight, str kind, float "
       "margin, bool want_slope) -> (Tensor potential, Tensor slope)");

@@ -33,7 +33,7 @@ from fastmargin.head.margin_head import MarginHead
 from fastmargin.ops.backends import HALVES, pick
 from fastmargin.ops.class_update import IMPLS, Step, count_write
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
-from fastmargin.ops.shadow import Shadow
+from fastmargin.ops.operand_cache import OperandCache
 
 HISTORY = 1024  # steps after which all rows are brought up to date, so that the list of products stays short
 
@@ -44,7 +44,7 @@ class ClassOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler.step leaves grad_scale and found_inf here, and waits for neither
 
     def __init__(
-        self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any, shadow: bool
+        self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any, cache_operands: bool
     ) -> None:
         if not isinstance(head, MarginHead):
             raise ValueError(f"head is a {type(head).__name__}: want a MarginHead")
@@ -52,13 +52,13 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError("scaler is for in_backward=True; without it, call scaler.step(optimizer)")
         if in_backward and is_replica(head.classes.group):
             raise ValueError("in_backward=True with a head that other processes hold too: want MarginHead(group=...)")
-        if shadow:
-            check_shadow(head, in_backward)
+        if cache_operands:
+            check_operand_cache(head, in_backward)
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
-        self.shadow = Shadow() if shadow else None
+        self.operand_cache = OperandCache() if cache_operands else None
         self.stage = "ready"  # then "forward", and "backward" where the weights have moved
         super().__init__([head.weight], defaults)
-        head._catch_up()  # with what another one has left to do
+        head._apply_lazy_updates()  # with what another one has left to do
         head.class_optimizer = self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -81,18 +81,18 @@ class ClassOptimizer(torch.optim.Optimizer):
         """The step that the gradient of now would make; changes nothing but for states that did not exist."""
         raise NotImplementedError
 
-    def catch_up(self, rows: Tensor | None = None) -> None:  # [n]
+    def apply_lazy_updates(self, class_ids: Tensor | None = None) -> None:  # [n]
         """Brings these rows, or all, to where the dense optimiser would have them."""
 
-    def before_forward(self, rows: Tensor | None) -> None:  # [n]
+    def before_forward(self, class_ids: Tensor | None) -> None:  # [n]
         """The head is about to read these rows in training, or all."""
         if self.in_backward and self.stage != "ready":
             raise RuntimeError(
                 "a second forward pass before step(): with in_backward=True every forward and backward pass is one "
                 "step; gradient accumulation needs in_backward=False"
             )
-        self.catch_up(rows)
-        self.rows = rows
+        self.apply_lazy_updates(class_ids)
+        self.class_ids = class_ids
         self.stage = "forward" if self.in_backward else "ready"
 
     def begin_backward(self) -> Step:
@@ -131,17 +131,17 @@ class ClassOptimizer(torch.optim.Optimizer):
         return loss
 
     def apply(self, grad: Tensor) -> None:  # [C, d], dense or sparse
-        rows = None
+        class_ids = None
         if grad.is_sparse:
             grad = grad.coalesce()
-            rows, grad = grad.indices()[0], grad.values()
+            class_ids, grad = grad.indices()[0], grad.values()
         if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
-        self.rows = rows
-        self.catch_up(rows)
+        self.class_ids = class_ids
+        self.apply_lazy_updates(class_ids)
         state, rule, hyper, _ = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["update"]
-        update(self.weight, state, grad.contiguous(), rows, rule, hyper, self.divisor())
+        update(self.weight, state, grad.contiguous(), class_ids, rule, hyper, self.divisor())
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
@@ -153,16 +153,16 @@ class ClassOptimizer(torch.optim.Optimizer):
         return torch.where(found > 0, torch.nan, scale).to(self.weight.dtype)
 
     def advance(self) -> None:
-        """One more step is done, on `self.rows`."""
+        """One more step is done, on `self.class_ids`."""
         state = self.state[self.weight]
         state["step"] = state.get("step", 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        self.catch_up()
+        self.apply_lazy_updates()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.catch_up()
+        self.apply_lazy_updates()
         super().load_state_dict(state_dict)
         self.stage = "ready"
 
@@ -199,7 +199,7 @@ class ClassSGD(ClassOptimizer):
         nesterov: bool = False,
         in_backward: bool = False,
         scaler: Any = None,
-        shadow: bool = False,
+        cache_operands: bool = False,
     ) -> None:
         check_range("lr", lr, 0, math.inf)
         check_range("momentum", momentum, 0, 1)
@@ -207,13 +207,13 @@ class ClassSGD(ClassOptimizer):
         if nesterov and momentum == 0:
             raise ValueError("nesterov=True with momentum = 0: want a momentum above 0")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(head, defaults, in_backward, scaler, shadow)
-        self.forget()
+        super().__init__(head, defaults, in_backward, scaler, cache_operands)
+        self.mark_current()
 
-    def forget(self) -> None:
+    def mark_current(self) -> None:
         """All rows are up to date."""
         self.products = np.eye(2)[None]  # [T + 1, 2, 2] of the last T steps, the last 1, ..., none
-        self.seen: Tensor | None = None  # [C] int32: steps since `forget` that a row has made; None: all of them
+        self.seen: Tensor | None = None  # [C] int32: steps since `mark_current` that a row has made; None: all of them
 
     def next_step(self) -> Step:
         group = self.param_groups[0]
@@ -222,37 +222,39 @@ class ClassSGD(ClassOptimizer):
         return Step(state, "sgd", hyper, None)
 
     @torch.no_grad()
-    def catch_up(self, rows: Tensor | None = None) -> None:  # [n]
+    def apply_lazy_updates(self, class_ids: Tensor | None = None) -> None:  # [n]
         if self.seen is None:
             return
-        if rows is not None:
-            rows = rows[self.seen[rows] < len(self.products) - 1]  # what a forward pass has read is up to date
+        if class_ids is not None:
+            class_ids = class_ids[
+                self.seen[class_ids] < len(self.products) - 1
+            ]  # what a forward pass has read is up to date
         products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
-        seen = self.seen if rows is None else self.seen[rows]
+        seen = self.seen if class_ids is None else self.seen[class_ids]
         state = self.next_step().state
-        catch_up = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["catch_up"]
-        catch_up(self.weight, state[0] if state else None, rows, products[seen.long()])
-        if rows is None:
-            self.forget()
+        apply_lazy_updates = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["lazy_update"]
+        apply_lazy_updates(self.weight, state[0] if state else None, class_ids, products[seen.long()])
+        if class_ids is None:
+            self.mark_current()
         else:
-            self.seen[rows] = len(self.products) - 1
+            self.seen[class_ids] = len(self.products) - 1
 
     def advance(self) -> None:
         super().advance()
-        if self.rows is None and self.seen is None:
+        if self.class_ids is None and self.seen is None:
             return
         if self.seen is None:
             self.seen = torch.zeros(len(self.weight), dtype=torch.int32, device=self.weight.device)
         lr, mu, lam, nesterov = self.next_step().hyper
         look = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
         self.products = np.concatenate([np.array([[mu, lam], look]) @ self.products, np.eye(2)[None]])
-        self.seen[slice(None) if self.rows is None else self.rows] = len(self.products) - 1
+        self.seen[slice(None) if self.class_ids is None else self.class_ids] = len(self.products) - 1
         if len(self.products) > HISTORY:
-            self.catch_up()
+            self.apply_lazy_updates()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.forget()
+        self.mark_current()
 
 
 class ClassAdamW(ClassOptimizer):
@@ -271,7 +273,7 @@ class ClassAdamW(ClassOptimizer):
         *,
         in_backward: bool = False,
         scaler: Any = None,
-        shadow: bool = False,
+        cache_operands: bool = False,
     ) -> None:
         check_range("lr", lr, 0, math.inf)
         check_range("betas[0]", betas[0], 0, 1)
@@ -279,7 +281,7 @@ class ClassAdamW(ClassOptimizer):
         check_range("eps", eps, 0, math.inf)
         check_range("weight_decay", weight_decay, 0, math.inf)
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(head, defaults, in_backward, scaler, shadow)
+        super().__init__(head, defaults, in_backward, scaler, cache_operands)
 
     def next_step(self) -> Step:
         group, t = self.param_groups[0], self.state[self.weight].get("step", 0) + 1
@@ -289,17 +291,17 @@ class ClassAdamW(ClassOptimizer):
         return Step(state, "adamw", [float(h) for h in hyper], None)
 
 
-def check_shadow(head: MarginHead, in_backward: bool) -> None:
+def check_operand_cache(head: MarginHead, in_backward: bool) -> None:
     """Raises ValueError where no shadow of the class weights can be kept."""
     backend = pick(LSE, head.weight, head.backend)
     for met, given, wanted in (
         (in_backward, "in_backward=False", "in_backward=True, whose step writes it"),
         (head.compute_dtype in HALVES, f"compute_dtype = {head.compute_dtype}", "torch.bfloat16 or torch.float16"),
         (head.sample_rate == 1, f"sample_rate = {head.sample_rate}", "1.0: all classes"),
-        (LSE[backend].keeps_shadow(head.weight), f"the {backend} backend on {head.weight.device}", "native on a GPU"),
+        (LSE[backend].keeps_operands(head.weight), f"the {backend} backend on {head.weight.device}", "native on a GPU"),
     ):
         if not met:
-            raise ValueError(f"shadow=True with {given}: want {wanted}")
+            raise ValueError(f"cache_operands=True with {given}: want {wanted}")
 
 
 def check_range(name: str, given: float, low: float, high: float) -> None:

@@ -29,7 +29,7 @@ def weight_gradient_kernel(
     db,  # [n] sum_i g_ij, changed, or None
     x,  # [B, d] float32
     w,  # [C, d]
-    rows,  # [all] or None
+    class_ids,  # [all] or None
     power,  # [n] or None
     factor,  # [n] or None
     bounds,  # [blocks + 1] int32: where the entries of each block of all classes begin
@@ -67,7 +67,10 @@ def weight_gradient_kernel(
             products += entries
         else:
             p, q = tl.load(power + j, mask=inside, other=0.0), tl.load(factor + j, mask=inside, other=0.0)
-            unit = weight_rows(w, rows, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D) * (p * q)[:, None]
+            unit = (
+                weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
+                * (p * q)[:, None]
+            )
             products += q[:, None] * entries
             products = p[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
         tl.store(out, products, mask=mask)
@@ -78,7 +81,7 @@ def row_gradient_kernel(
     dx,  # [B, d] float32, out
     sums,  # [splits, B, d]
     w,  # [C, d]
-    rows,  # [n] or None
+    class_ids,  # [n] or None
     places,  # [B, entries] int64
     values,  # [B, entries]
     lift,  # []
@@ -108,7 +111,7 @@ def row_gradient_kernel(
         place = tl.load(places + i * ENTRIES + t, mask=in_b, other=-1)
         inside = (place >= 0) & (place < n)
         value = tl.load(values + i * ENTRIES + t, mask=inside, other=0.0)
-        wt = weight_rows(w, rows, place, inside, w_row, w_feature, d, BLOCK_D)
+        wt = weight_rows(w, class_ids, place, inside, w_row, w_feature, d, BLOCK_D)
         if NORMALIZE:
             value = value * inverse_norms(wt)
         total += value[:, None] * wt
@@ -150,13 +153,13 @@ def finish_wave(
     db: Tensor | None,  # [n] sum_i g_ij, changed
     x: Tensor,  # [B, d] float32
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [all]
+    class_ids: Tensor | None,  # [all]
     entries: Entries,
     lift: Tensor,  # []
 ) -> None:
     n, blocks = len(wave.o), whole_rows(w.shape[1])
     weight_gradient_kernel[(triton.cdiv(n, blocks["BLOCK_C"]),)](
-        dw, db, x, w, rows, wave.power, wave.factor, entries.bounds, entries.place, entries.row,
+        dw, db, x, w, class_ids, wave.power, wave.factor, entries.bounds, entries.place, entries.row,
         entries.value, lift, wave.first, n, *w.stride(), d=w.shape[1], **blocks,
     )  # fmt: skip
 
@@ -165,7 +168,7 @@ def finish_rows(
     dx: Tensor,  # [B, d], out
     sums: Tensor,  # [splits, B, d]
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     entries: Entries,
     lift: Tensor,  # []
     n: int,
@@ -174,7 +177,7 @@ def finish_rows(
     splits, B, d = sums.shape
     blocks = whole_rows(d)
     row_gradient_kernel[(triton.cdiv(B, blocks["BLOCK_C"]),)](
-        dx, sums, w, rows, entries.places, entries.values, lift, B, n, splits, *w.stride(),
+        dx, sums, w, class_ids, entries.places, entries.values, lift, B, n, splits, *w.stride(),
         d=d, ENTRIES=entries.places.shape[1], NORMALIZE=normalize_weight,
         BLOCK_B=blocks["BLOCK_C"], BLOCK_D=blocks["BLOCK_D"],
     )  # fmt: skip

@@ -131,25 +131,25 @@ def forward(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,
     normalize_weight: bool,
     pool: int,
     topk: int,
     compute_dtype: torch.dtype | None,
-    want_a: bool,
+    need_expected_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
     """`want_a` changes nothing: dx is summed in the backward pass."""
     assert bend is None and pool == 1
-    x, y, bias, rows = prepared(x, y, bias, rows, compute_dtype)
-    (B, d), n = x.shape, len(w) if rows is None else len(rows)
+    x, y, bias, class_ids = prepared(x, y, bias, class_ids, compute_dtype)
+    (B, d), n = x.shape, len(w) if class_ids is None else len(class_ids)
     plan = plan_of(x, n, max(d * x.element_size(), 4 * B // GROUP if topk else 0))
     strips = plan.grid(B, plan.step)[1]
     high, total = w.new_full((B, strips), LOW), w.new_zeros(B, strips)
     best = Best(B, topk, triton.cdiv(n, GROUP), x.device)
     groups = w.new_empty(B, plan.step // GROUP) if topk else None
     with torch.cuda.device_of(x):
-        for wave in waves(w, rows, normalize_weight, compute_dtype, plan.step) if B else ():
+        for wave in waves(w, class_ids, normalize_weight, compute_dtype, plan.step) if B else ():
             size = len(wave.o)
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
                 high, total, groups, *plan.operands(x, wave.o), y, wave.factor,
@@ -158,7 +158,7 @@ def forward(
             )  # fmt: skip
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], wave.first // GROUP)
-        values, classes = classes_of_best(best, x, w, y, bias, rows, normalize_weight)
+        values, classes = classes_of_best(best, x, w, y, bias, class_ids, normalize_weight)
     return merged(high, total), values, classes, w.new_empty(0)
 
 
@@ -166,14 +166,14 @@ def prepared(
     x: Tensor,  # [B, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # x [B, d] operands, y [B], bias [n], rows [n]
     """Contiguous; x rounded, bias of the classes that were selected."""
-    if bias is not None and rows is not None:
-        bias = bias[rows]
-    bias, rows = (None if t is None else t.contiguous() for t in (bias, rows))
-    return x.to(compute_dtype or x.dtype).contiguous(), y.contiguous(), bias, rows
+    if bias is not None and class_ids is not None:
+        bias = bias[class_ids]
+    bias, class_ids = (None if t is None else t.contiguous() for t in (bias, class_ids))
+    return x.to(compute_dtype or x.dtype).contiguous(), y.contiguous(), bias, class_ids
 
 
 def merged(
@@ -189,14 +189,14 @@ def backward(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,
     normalize_weight: bool,
     pool: int,
     compute_dtype: torch.dtype | None,
     rest: Tensor,  # [B]
     topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [0]
+    expected_weight: Tensor,  # [0]
     d_rest: Tensor,  # [B]
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
@@ -206,8 +206,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     assert bend is None and pool == 1
     exact = x.contiguous()
-    x, y, bias, rows = prepared(x, y, bias, rows, compute_dtype)
-    (B, d), n = x.shape, len(w) if rows is None else len(rows)
+    x, y, bias, class_ids = prepared(x, y, bias, class_ids, compute_dtype)
+    (B, d), n = x.shape, len(w) if class_ids is None else len(class_ids)
     shapes = ((B, d) if need_dx else 0, (n, d) if need_dw else 0, n if need_db else 0)
     dx, dw, db = (w.new_empty(shape) if B else w.new_zeros(shape) for shape in shapes)
     if B == 0:
@@ -219,7 +219,7 @@ def backward(
     plan = plan_of(x, n, max(B, d) * x.element_size())
     room, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
     with torch.cuda.device_of(x):
-        for wave in waves(w, rows, normalize_weight, compute_dtype, plan.step):
+        for wave in waves(w, class_ids, normalize_weight, compute_dtype, plan.step):
             g, at = gradient_of_logits(plan, room, x, wave, *given), wave.at
             if need_dx:
                 add_row_products(sums, g, wave.o)
@@ -229,9 +229,9 @@ def backward(
                 torch.sum(g, 0, dtype=torch.float32, out=db[at])
             if need_dw or need_db:
                 parts = dw[at] if need_dw else None, db[at] if need_db else None
-                finish_wave(wave, *parts, exact, w, rows, entries, lift)
+                finish_wave(wave, *parts, exact, w, class_ids, entries, lift)
         if need_dx:
-            finish_rows(dx, sums, w, rows, entries, lift, n, normalize_weight)
+            finish_rows(dx, sums, w, class_ids, entries, lift, n, normalize_weight)
     return dx, dw, db
 
 

@@ -41,7 +41,7 @@ def operands_kernel(
     power,  # [n] float32, out, or None
     factor,  # [n] float32, out, or None
     w,  # [C, d]
-    rows,  # [all] or None
+    class_ids,  # [all] or None
     first,
     n,
     w_row,
@@ -53,7 +53,7 @@ def operands_kernel(
 ):
     j = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = j < n
-    wt = weight_rows(w, rows, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
+    wt = weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
     if factor is not None:
         p, q = split_scale(inverse_norms(wt), COMPUTE)
         tl.store(power + j, p, mask=inside)
@@ -82,14 +82,14 @@ def wave_size(
 
 def waves(
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     compute_dtype: torch.dtype | None,
     step: int,
 ) -> Iterator[Wave]:
     """All classes, `step` at a time; a wave is valid until the next one is asked for."""
-    n, d = len(w) if rows is None else len(rows), w.shape[1]
-    dtype, copy = compute_dtype or w.dtype, compute_dtype is not None or rows is not None or not w.is_contiguous()
+    n, d = len(w) if class_ids is None else len(class_ids), w.shape[1]
+    dtype, copy = compute_dtype or w.dtype, compute_dtype is not None or class_ids is not None or not w.is_contiguous()
     room = w.new_empty(min(step, n), d, dtype=dtype) if copy else None
     scales = w.new_empty(2, min(step, n)) if normalize_weight else None
     blocks = whole_rows(d)
@@ -99,7 +99,7 @@ def waves(
         power, factor = (None, None) if scales is None else scales[:, :size]
         if copy or normalize_weight:
             operands_kernel[(triton.cdiv(size, blocks["BLOCK_C"]),)](
-                o if copy else None, power, factor, w, rows, first, size, *w.stride(),
+                o if copy else None, power, factor, w, class_ids, first, size, *w.stride(),
                 d=d, COMPUTE=TYPES[dtype], **blocks,
             )  # fmt: skip
         yield Wave(first, o, power, factor)

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def weight_rows(
     w,  # [C, d] float32
-    rows,  # [all] int64 or None
+    class_ids,  # [all] int64 or None
     places,  # [BLOCK] int64
     inside,  # [BLOCK]
     w_row,
@@ -23,8 +23,8 @@ def weight_rows(
 ):
     """[BLOCK, BLOCK_D]; 0 past the last feature and where a place is not inside."""
     ids = places
-    if rows is not None:
-        ids = tl.load(rows + places, mask=inside, other=0)
+    if class_ids is not None:
+        ids = tl.load(class_ids + places, mask=inside, other=0)
     f = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = inside[:, None] & (f < d)[None, :]
     return tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0)

@@ -67,7 +67,7 @@ def rescore_kernel(
     w,  # [C, d]
     y,  # [B] int64
     bias,  # [n] or None
-    rows,  # [n] or None
+    class_ids,  # [n] or None
     n,
     groups_row,
     w_row,
@@ -87,7 +87,7 @@ def rescore_kernel(
     for part in range(0, GROUP, BLOCK_C):
         place = first + part + tl.arange(0, BLOCK_C)
         inside = place < n
-        wt = weight_rows(w, rows, place, inside, w_row, w_feature, d, BLOCK_D)
+        wt = weight_rows(w, class_ids, place, inside, w_row, w_feature, d, BLOCK_D)
         if NORMALIZE:
             power, factor = split_scale(inverse_norms(wt), COMPUTE)
             z = tl.sum((wt * power[:, None]).to(COMPUTE).to(tl.float32) * xt[None, :], 1) * factor
@@ -121,19 +121,19 @@ def classes_of_best(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [n]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
     """The k largest of the k best groups; (-inf, -1) where there are fewer."""
     groups = best.places.sort(dim=1).values  # in order of class
-    (B, k), n, d = groups.shape, len(w) if rows is None else len(rows), w.shape[1]
+    (B, k), n, d = groups.shape, len(w) if class_ids is None else len(class_ids), w.shape[1]
     found = Best(B, k, 0, x.device)
     at_once = max(operands.WORKSPACE // (4 * GROUP * max(B, 1)), 1)
     for first in range(0, k if B else 0, at_once):
         part = groups[:, first : first + at_once]
         scores = x.new_empty(*part.shape, GROUP, dtype=torch.float32)
         rescore_kernel[tuple(part.shape)](
-            scores, part, x, w, y, bias, rows, n, part.stride(0), *w.stride(),
+            scores, part, x, w, y, bias, class_ids, n, part.stride(0), *w.stride(),
             d=d, GROUP=GROUP, COMPUTE=TYPES[x.dtype], NORMALIZE=normalize_weight, **whole_rows(d),
         )  # fmt: skip
         found.add(scores.flatten(1), first * GROUP)

@@ -88,7 +88,7 @@ def emulated(emulated_ops):
         "operands": ops.class_operands.default,
     }
     IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES, is_float32)
-    updates = {"update": ops.class_update.default, "catch_up": ops.class_catch_up.default}
+    updates = {"update": ops.class_update.default, "lazy_update": ops.class_lazy_update.default}
     others = {
         target_logit: {"fwd": ops.target_logit.default},
         pairwise_potential: {"fwd": ops.pairwise_potential_fwd.default},

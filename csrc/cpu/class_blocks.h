@@ -82,7 +82,7 @@ template <typename O>
 struct Problem {
   using T = Sum<O>;
   static constexpr int64_t lanes = Operand<O>::lanes;
-  Operands o;              // owns w and rows
+  Operands o;              // owns w and class_ids
   int64_t given, B, d, C;  // rows of the caller, with padding; features; classes
   Tensor x_, y_, bias_;    // own what the pointers below point to
   ClassRows<T> w;
@@ -102,13 +102,13 @@ struct Problem {
         C(o.classes()),
         x_(padded(o.x, B, 0)),
         y_(padded(o.y, B, -1)),
-        w(o.w, o.rows),
+        w(o.w, o.class_ids),
         x(x_.template const_data_ptr<T>()),
         bias(nullptr),
         y(y_.template const_data_ptr<int64_t>()),
         normalize(o.normalize_weight) {
     if (o.bias) {
-      bias_ = o.rows ? at::index_select(*o.bias, 0, *o.rows) : *o.bias;
+      bias_ = o.class_ids ? at::index_select(*o.bias, 0, *o.class_ids) : *o.bias;
       bias = bias_.template const_data_ptr<T>();
     }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));

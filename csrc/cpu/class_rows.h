@@ -11,12 +11,12 @@ namespace fastmargin {
 template <typename T>
 class ClassRows {
  public:
-  ClassRows(const at::Tensor& w /* [C, d] */, const std::optional<at::Tensor>& rows /* [n] or none */)
+  ClassRows(const at::Tensor& w /* [C, d] */, const std::optional<at::Tensor>& class_ids /* [n] or none */)
       : data_(w.const_data_ptr<T>()),
         stride_(w.stride(0)),
         column_(w.size(1) == 1 ? 1 : w.stride(1)),
-        rows_(rows ? rows->const_data_ptr<int64_t>() : nullptr),
-        count(rows ? rows->size(0) : w.size(0)),
+        rows_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
+        count(class_ids ? class_ids->size(0) : w.size(0)),
         d(w.size(1)) {}
 
   // Whether block() and row() need room to copy into: a selection, columns that are not adjacent, or lines that

@@ -21,21 +21,21 @@ struct Rows {
   optional<Tensor> ids;  // [n] contiguous
 };
 
-Rows checked_rows(const Tensor& w, const optional<Tensor>& rows) {
+Rows checked_rows(const Tensor& w, const optional<Tensor>& class_ids) {
   TORCH_CHECK_VALUE(w.dim() == 2 && (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble),
                     "want a weight [C, d] of float32 or float64; got ", w.sizes(), " ", w.scalar_type());
-  if (!rows) return {w.size(0), std::nullopt};
-  const Tensor ids = checked_like("rows", *rows, {rows->numel()}, at::kLong);
-  check_rows(ids, w.size(0));
+  if (!class_ids) return {w.size(0), std::nullopt};
+  const Tensor ids = checked_like("class_ids", *class_ids, {class_ids->numel()}, at::kLong);
+  check_class_ids(ids, w.size(0));
   return {ids.size(0), ids};
 }
 
-void class_update(const Tensor& w,               // [C, d], changed
-                  at::TensorList state,          // [C, d] each, changed
-                  const Tensor& grad,            // [n, d]
-                  const optional<Tensor>& rows,  // [n]
+void class_update(const Tensor& w,                    // [C, d], changed
+                  at::TensorList state,               // [C, d] each, changed
+                  const Tensor& grad,                 // [n, d]
+                  const optional<Tensor>& class_ids,  // [n]
                   c10::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale /* [] */) {
-  const Rows which = checked_rows(w, rows);
+  const Rows which = checked_rows(w, class_ids);
   const int64_t d = w.size(1);
   const Tensor g = checked_like("grad", grad, {which.n, d}, w.scalar_type());
   dispatch(w.scalar_type(), [&](auto t) {
@@ -48,11 +48,11 @@ void class_update(const Tensor& w,               // [C, d], changed
 }
 
 // (v, w) := p (v, w): what steps of SGD without a gradient have done to a class that sat out.
-void class_catch_up(const Tensor& w,               // [C, d], changed
-                    const optional<Tensor>& v,     // [C, d], changed
-                    const optional<Tensor>& rows,  // [n]
-                    const Tensor& products /* [n, 4] */) {
-  const Rows which = checked_rows(w, rows);
+void class_lazy_update(const Tensor& w,                    // [C, d], changed
+                       const optional<Tensor>& v,          // [C, d], changed
+                       const optional<Tensor>& class_ids,  // [n]
+                       const Tensor& products /* [n, 4] */) {
+  const Rows which = checked_rows(w, class_ids);
   const int64_t d = w.size(1);
   const Tensor p = checked_like("products", products, {which.n, 4}, w.scalar_type());
   TORCH_CHECK_VALUE(w.is_contiguous(), "want a contiguous weight");
@@ -75,7 +75,7 @@ void class_catch_up(const Tensor& w,               // [C, d], changed
 
 TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {
   m.impl("class_update", class_update);
-  m.impl("class_catch_up", class_catch_up);
+  m.impl("class_lazy_update", class_lazy_update);
 }
 
 }  // namespace fastmargin

@@ -16,13 +16,13 @@ class ClassUpdate {
  public:
   // grad_scale: gradients are divided by it, and rows whose gradient is not finite are left as they are.
   ClassUpdate(const at::Tensor& w /* [C, d] */, at::TensorList state /* [C, d] each */,
-              const std::optional<at::Tensor>& rows /* [n] */, std::string_view rule, at::ArrayRef<double> hyper,
+              const std::optional<at::Tensor>& class_ids /* [n] */, std::string_view rule, at::ArrayRef<double> hyper,
               const std::optional<at::Tensor>& grad_scale /* [] */)
       : rule_(rule_of(rule, hyper, w, state)),
         w_(w.data_ptr<T>()),
         first_(state.size() > 0 ? state[0].data_ptr<T>() : nullptr),
         second_(state.size() > 1 ? state[1].data_ptr<T>() : nullptr),
-        rows_(rows ? rows->const_data_ptr<int64_t>() : nullptr),
+        rows_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
         d_(w.size(1)),
         factor_(grad_scale ? T(1 / grad_scale->item<double>()) : T(1)),
         finite_(grad_scale) {}

@@ -202,12 +202,13 @@ Saved checked_saved(const Operands& o, const Tensor& rest, const Tensor& topk_cl
                     const Tensor& d_rest, const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx) {
   const int64_t B = o.x.size(0), k = topk_classes.dim() == 2 ? topk_classes.size(1) : 0;
   const auto dtype = o.x.scalar_type();
-  const Saved saved{checked_like("rest", rest, {B}, dtype),
-                    checked_like("topk_classes", topk_classes, {B, k}, at::kLong),
-                    need_dx ? checked_like("a, of a forward pass with want_a=True,", a, o.x.sizes(), dtype) : a,
-                    checked_like("d_rest", d_rest, {B}, dtype),
-                    checked_like("d_target", d_target, {B}, dtype),
-                    d_topk ? optional(checked_like("d_topk", *d_topk, {B, k}, dtype)) : std::nullopt};
+  const Saved saved{
+      checked_like("rest", rest, {B}, dtype),
+      checked_like("topk_classes", topk_classes, {B, k}, at::kLong),
+      need_dx ? checked_like("a, of a forward pass with need_expected_weight=True,", a, o.x.sizes(), dtype) : a,
+      checked_like("d_rest", d_rest, {B}, dtype),
+      checked_like("d_target", d_target, {B}, dtype),
+      d_topk ? optional(checked_like("d_topk", *d_topk, {B, k}, dtype)) : std::nullopt};
   const int64_t* id = saved.ids.const_data_ptr<int64_t>();
   for (int64_t c = 0; c < B * k; ++c)
     TORCH_CHECK_VALUE(id[c] >= -1 && id[c] < o.classes(), "topk_classes holds ", id[c], ": want [-1, ", o.classes(),
@@ -217,12 +218,12 @@ Saved checked_saved(const Operands& o, const Tensor& rest, const Tensor& topk_cl
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,               // [B, d]
-                                                     const Tensor& w,               // [C, d]
-                                                     const Tensor& y,               // [B]
-                                                     const optional<Tensor>& bias,  // [C]
-                                                     const optional<Tensor>& rows,  // [n]
-                                                     const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,                    // [B, d]
+                                                     const Tensor& w,                    // [C, d]
+                                                     const Tensor& y,                    // [B]
+                                                     const optional<Tensor>& bias,       // [C]
+                                                     const optional<Tensor>& class_ids,  // [n]
+                                                     const optional<Tensor>& bend,       // [B, 4]
                                                      bool normalize_weight, int64_t pool,
                                                      optional<at::ScalarType> compute_dtype,
                                                      const Tensor& rest,              // [B]
@@ -234,18 +235,18 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      bool need_dx, bool need_dw, bool need_db) {
   refuse(bend, pool);
   check_compute(x.scalar_type(), compute_dtype);
-  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  const Operands o = checked(x, w, y, bias, class_ids, normalize_weight);
   const Saved saved = checked_saved(o, rest, topk_classes, a, d_rest, d_target, d_topk, need_dx);
   return dispatch_operands(x.scalar_type(), compute_dtype,
                            [&](auto t) { return backward(Problem<decltype(t)>(o), saved, need_dx, need_dw, need_db); });
 }
 
-std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,               // [B, d]
-                                                    const Tensor& w,               // [C, d], changed
-                                                    const Tensor& y,               // [B]
-                                                    const optional<Tensor>& bias,  // [C]
-                                                    const optional<Tensor>& rows,  // [n]
-                                                    const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,                    // [B, d]
+                                                    const Tensor& w,                    // [C, d], changed
+                                                    const Tensor& y,                    // [B]
+                                                    const optional<Tensor>& bias,       // [C]
+                                                    const optional<Tensor>& class_ids,  // [n]
+                                                    const optional<Tensor>& bend,       // [B, 4]
                                                     bool normalize_weight, int64_t pool,
                                                     optional<at::ScalarType> compute_dtype,
                                                     const Tensor& rest,              // [B]
@@ -262,11 +263,11 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
   refuse(bend, pool);
   refuse_shadow(operands, scales);
   check_compute(x.scalar_type(), compute_dtype);
-  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  const Operands o = checked(x, w, y, bias, class_ids, normalize_weight);
   const Saved saved = checked_saved(o, rest, topk_classes, a, d_rest, d_target, d_topk, need_dx);
   return dispatch_operands(x.scalar_type(), compute_dtype, [&](auto t) {
     using T = Sum<decltype(t)>;
-    const ClassUpdate<T> update(w, state, o.rows, rule, hyper, grad_scale);
+    const ClassUpdate<T> update(w, state, o.class_ids, rule, hyper, grad_scale);
     return backward_update(Problem<decltype(t)>(o), saved, update, need_dx, need_db);
   });
 }

@@ -43,12 +43,12 @@ struct Partial {
   std::vector<double> sum;
   std::vector<int64_t> top_ids;
 
-  void reset(int64_t B, int64_t d, T start, int64_t k, bool want_a) {
+  void reset(int64_t B, int64_t d, T start, int64_t k, bool need_expected_weight) {
     shift.assign(B, start);
     sum.assign(B, 0.0);
     top_values.assign(B * k, -INFINITY);
     top_ids.assign(B * k, -1);
-    if (want_a) a.assign(B * d, T(0));
+    if (need_expected_weight) a.assign(B * d, T(0));
   }
 };
 
@@ -79,12 +79,12 @@ void add_attention(Block<O>& block, int64_t m, Word<O>* turned /* [m, n / lanes]
 
 template <typename O, typename T = Sum<O>>
 void sum_blocks(const Problem<O>& p, Partial<T>& part, int64_t first, int64_t last, int64_t k, bool fixed) {
-  const bool want_a = !part.a.empty();
+  const bool need_expected_weight = !part.a.empty();
   Block<O> block(p);
   std::vector<T> top, sum(p.tile), threshold(p.B, k ? -INFINITY : INFINITY);
-  std::vector<Word<O>> turned(want_a ? kBlock / p.lanes * p.tile : 0);
+  std::vector<Word<O>> turned(need_expected_weight ? kBlock / p.lanes * p.tile : 0);
   for (int64_t index = first; index < last; ++index) {
-    block.load(index, want_a);
+    block.load(index, need_expected_weight);
     for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
       const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
       // e / ||w|| must stay finite too: with e <= exp(86 - ln C) it does, up to this; beyond, e <= 1 after a raise
@@ -94,7 +94,7 @@ void sum_blocks(const Problem<O>& p, Partial<T>& part, int64_t first, int64_t la
                      part.top_ids.data() + i0 * k, k},
                     block.factors());
       for (int64_t i = 0; i < tile.m; ++i) part.sum[i0 + i] += double(sum[i]);
-      if (want_a) add_attention(block, tile.m, turned.data(), part.a.data() + i0 * p.d);
+      if (need_expected_weight) add_attention(block, tile.m, turned.data(), part.a.data() + i0 * p.d);
     }
   }
 }
@@ -122,46 +122,47 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
 }
 
 template <typename O>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t k, bool want_a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t k, bool need_expected_weight) {
   using T = Sum<O>;
   const auto options = p.o.x.options();
   Tensor rest = at::empty({p.given}, options), values = at::empty({p.given, k}, options);
   Tensor ids = at::empty({p.given, k}, options.dtype(at::kLong));
-  Tensor a = want_a ? at::empty({p.given, p.d}, options) : at::empty({0}, options);
+  Tensor a = need_expected_weight ? at::empty({p.given, p.d}, options) : at::empty({0}, options);
   T offset;
   const bool fixed = fixed_offset(p, offset);
   std::vector<Partial<T>> parts(thread_count(p.blocks()));
   share_blocks(p.blocks(), parts.size(), [&](int64_t t, int64_t first, int64_t last) {
-    parts[t].reset(p.B, p.d, fixed ? offset : T(kNoShift), k, want_a);
+    parts[t].reset(p.B, p.d, fixed ? offset : T(kNoShift), k, need_expected_weight);
     sum_blocks(p, parts[t], first, last, k, fixed);
   });
   at::parallel_for(0, p.given, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       merge_row(i, parts, k, p.d, rest.data_ptr<T>() + i, values.data_ptr<T>() + i * k, ids.data_ptr<int64_t>() + i * k,
-                want_a ? a.data_ptr<T>() + i * p.d : nullptr);
+                need_expected_weight ? a.data_ptr<T>() + i * p.d : nullptr);
   });
   return {rest, values, ids, a};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,               // [B, d]
-                                                             const Tensor& w,               // [C, d]
-                                                             const Tensor& y,               // [B]
-                                                             const optional<Tensor>& bias,  // [C]
-                                                             const optional<Tensor>& rows,  // [n]
-                                                             const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
+                                                             const Tensor& w,                    // [C, d]
+                                                             const Tensor& y,                    // [B]
+                                                             const optional<Tensor>& bias,       // [C]
+                                                             const optional<Tensor>& class_ids,  // [n]
+                                                             const optional<Tensor>& bend,       // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool want_a,
+                                                             optional<at::ScalarType> compute_dtype,
+                                                             bool need_expected_weight,
                                                              const optional<Tensor>& operands,
                                                              const optional<Tensor>& scales) {
   refuse(bend, pool);
   refuse_shadow(operands, scales);
   check_compute(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
-  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  const Operands o = checked(x, w, y, bias, class_ids, normalize_weight);
   return dispatch_operands(x.scalar_type(), compute_dtype,
-                           [&](auto t) { return forward(Problem<decltype(t)>(o), topk, want_a); });
+                           [&](auto t) { return forward(Problem<decltype(t)>(o), topk, need_expected_weight); });
 }
 
 TORCH_LIBRARY_IMPL(fastmargin, CPU, m) { m.impl("nontarget_lse_fwd", nontarget_lse_fwd); }

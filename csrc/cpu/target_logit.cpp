@@ -16,7 +16,7 @@ using std::optional;
 template <typename T>
 Tensor dots(const Operands& o) {
   const auto& kernels = nontarget_lse_kernels<T>();
-  const ClassRows<T> classes(o.w, o.rows);
+  const ClassRows<T> classes(o.w, o.class_ids);
   const T* bias = o.bias ? o.bias->const_data_ptr<T>() : nullptr;
   const int64_t d = classes.d;
   Tensor target = at::empty({o.x.size(0)}, o.x.options());
@@ -35,13 +35,13 @@ Tensor dots(const Operands& o) {
   return target;
 }
 
-Tensor target_logit(const Tensor& x,               // [B, d]
-                    const Tensor& w,               // [C, d]
-                    const Tensor& y,               // [B]
-                    const optional<Tensor>& bias,  // [C]
-                    const optional<Tensor>& rows,  // [n]
+Tensor target_logit(const Tensor& x,                    // [B, d]
+                    const Tensor& w,                    // [C, d]
+                    const Tensor& y,                    // [B]
+                    const optional<Tensor>& bias,       // [C]
+                    const optional<Tensor>& class_ids,  // [n]
                     bool normalize_weight) {
-  const Operands o = checked(x, w, y, bias, rows, normalize_weight);
+  const Operands o = checked(x, w, y, bias, class_ids, normalize_weight);
   return dispatch(x.scalar_type(), [&](auto t) { return dots<decltype(t)>(o); });
 }
 

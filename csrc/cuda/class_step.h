@@ -40,14 +40,14 @@ struct ClassStep {
   void* stream;
 
   ClassStep(const Tensor& w /* [C, d] */, at::TensorList state /* [C, d] each */,
-            const optional<Tensor>& rows /* [n] */, std::string_view name, at::ArrayRef<double> hyper,
+            const optional<Tensor>& class_ids /* [n] */, std::string_view name, at::ArrayRef<double> hyper,
             const optional<Tensor>& grad_scale /* [] */, const Shadow& kept, void* on)
       : rule(rule_of(name, hyper, w, state)), shadow(kept), stream(on) {
     const auto data = [&](size_t i) { return state.size() > i ? state[i].data_ptr<float>() : nullptr; };
     states = {w.data_ptr<float>(),
               data(0),
               data(1),
-              rows ? rows->const_data_ptr<int64_t>() : nullptr,
+              class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr,
               grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
               w.size(1)};
   }

@@ -9,7 +9,7 @@ namespace fastmargin {
 namespace {
 
 __device__ inline int64_t offset_of(const ClassStates& s, int64_t place) {
-  return (s.rows ? s.rows[place] : place) * s.d;
+  return (s.class_ids ? s.class_ids[place] : place) * s.d;
 }
 
 constexpr int kHeld = 16;  // numbers of its new row that a lane keeps: up to d = 512 none is read again
@@ -55,7 +55,7 @@ __global__ void class_update_kernel(Rule rule, ClassStates s, Shadow kept, const
 }
 
 // (first, w) := p (first, w)
-__global__ void class_catch_up_kernel(ClassStates s, const float* p /* [n, 4] */, int64_t n) {
+__global__ void class_lazy_update_kernel(ClassStates s, const float* p /* [n, 4] */, int64_t n) {
   const int64_t j = warp_of_grid();
   if (j >= n) return;
   const int64_t at = offset_of(s, j);
@@ -87,8 +87,8 @@ int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& k
   return launch_update(rule, s, kept, g, first, n, stream);
 }
 
-int launch_class_catch_up(const ClassStates& s, const float* products, int64_t n, void* stream) {
-  return launch(class_catch_up_kernel, blocks_of(n), stream, s, products, n);
+int launch_class_lazy_update(const ClassStates& s, const float* products, int64_t n, void* stream) {
+  return launch(class_lazy_update_kernel, blocks_of(n), stream, s, products, n);
 }
 
 }  // namespace fastmargin

@@ -1,4 +1,4 @@
-// class_update, class_catch_up and class_operands on a GPU: checks and launches. Formulas:
+// class_update, class_lazy_update and class_operands on a GPU: checks and launches. Formulas:
 // fastmargin/ops/class_update.py, fastmargin/ops/shadow.py.
 #include <c10/core/DeviceGuard.h>
 
@@ -14,19 +14,20 @@ void check_float(const Tensor& w) {
   TORCH_CHECK_VALUE(w.scalar_type() == at::kFloat, "want float32 on a GPU; got ", w.scalar_type());
 }
 
-optional<Tensor> checked_ids(const optional<Tensor>& rows, const Tensor& w) {
-  return rows ? optional(checked_like("rows", *rows, {rows->numel()}, at::kLong, w.device())) : std::nullopt;
+optional<Tensor> checked_ids(const optional<Tensor>& class_ids, const Tensor& w) {
+  return class_ids ? optional(checked_like("class_ids", *class_ids, {class_ids->numel()}, at::kLong, w.device()))
+                   : std::nullopt;
 }
 
 }  // namespace
 
-void class_update(const Tensor& w,               // [C, d], changed
-                  at::TensorList state,          // [C, d] each, changed
-                  const Tensor& grad,            // [n, d]
-                  const optional<Tensor>& rows,  // [n]
+void class_update(const Tensor& w,                    // [C, d], changed
+                  at::TensorList state,               // [C, d] each, changed
+                  const Tensor& grad,                 // [n, d]
+                  const optional<Tensor>& class_ids,  // [n]
                   std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale /* [] */) {
   check_float(w);
-  const auto ids = checked_ids(rows, w);
+  const auto ids = checked_ids(class_ids, w);
   const ClassStep step(w, state, ids, rule, hyper, grad_scale, {}, device::stream_of(w));
   const int64_t n = ids ? ids->size(0) : w.size(0);
   const Tensor g = checked_like("grad", grad, {n, w.size(1)}, at::kFloat, w.device());
@@ -34,19 +35,19 @@ void class_update(const Tensor& w,               // [C, d], changed
   step.make(g.const_data_ptr<float>(), 0, n);
 }
 
-void class_catch_up(const Tensor& w,               // [C, d], changed
-                    const optional<Tensor>& v,     // [C, d], changed
-                    const optional<Tensor>& rows,  // [n]
-                    const Tensor& products /* [n, 4] */) {
+void class_lazy_update(const Tensor& w,                    // [C, d], changed
+                       const optional<Tensor>& v,          // [C, d], changed
+                       const optional<Tensor>& class_ids,  // [n]
+                       const Tensor& products /* [n, 4] */) {
   check_float(w);
-  const auto ids = checked_ids(rows, w);
+  const auto ids = checked_ids(class_ids, w);
   std::vector<Tensor> state;
   if (v) state.push_back(*v);
   const ClassStep step(w, state, ids, "sgd", std::vector<double>(4), {}, {}, device::stream_of(w));
   const int64_t n = ids ? ids->size(0) : w.size(0);
   const Tensor p = checked_like("products", products, {n, 4}, at::kFloat, w.device());
   const c10::DeviceGuard guard(w.device());
-  check(launch_class_catch_up(step.states, p.const_data_ptr<float>(), n, step.stream));
+  check(launch_class_lazy_update(step.states, p.const_data_ptr<float>(), n, step.stream));
 }
 
 void class_operands(const Tensor& w,  // [C, d]

@@ -6,7 +6,9 @@
 
 namespace fastmargin {
 
-static __device__ inline int64_t id_of(const Classes& c, int64_t place) { return c.rows ? c.rows[place] : place; }
+static __device__ inline int64_t id_of(const Classes& c, int64_t place) {
+  return c.class_ids ? c.class_ids[place] : place;
+}
 
 static __device__ inline const float* row_of(const Classes& c, int64_t place) { return c.w + id_of(c, place) * c.row; }
 

@@ -48,6 +48,6 @@ TORCH_LIBRARY_IMPL(fastmargin, CUDA, m) {
   m.impl("nontarget_lse_bwd_update", fastmargin::cuda::nontarget_lse_bwd_update);
   m.impl("class_update", fastmargin::cuda::class_update);
   m.impl("class_operands", fastmargin::cuda::class_operands);
-  m.impl("class_catch_up", fastmargin::cuda::class_catch_up);
+  m.impl("class_lazy_update", fastmargin::cuda::class_lazy_update);
   m.impl("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

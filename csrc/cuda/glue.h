@@ -22,18 +22,16 @@ constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;  // of products, and of op
 inline void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
 
 Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
-                    const optional<Tensor>& rows, bool normalize_weight);
+                    const optional<Tensor>& class_ids, bool normalize_weight);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                             const optional<Tensor>& bias, const optional<Tensor>& rows,
-                                                             const optional<Tensor>& bend, bool normalize_weight,
-                                                             int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool want_a,
-                                                             const optional<Tensor>& operands,
-                                                             const optional<Tensor>& scales);
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
+    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
+    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, int64_t topk,
+    optional<at::ScalarType> compute_dtype, bool need_expected_weight, const optional<Tensor>& operands,
+    const optional<Tensor>& scales);
 
 std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                     const optional<Tensor>& bias, const optional<Tensor>& rows,
+                                                     const optional<Tensor>& bias, const optional<Tensor>& class_ids,
                                                      const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
                                                      optional<at::ScalarType> compute_dtype, const Tensor& rest,
                                                      const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
@@ -41,17 +39,18 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tens
                                                      bool need_dx, bool need_dw, bool need_db);
 
 std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(
-    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& rows,
+    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
     const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
     const Tensor& rest, const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest, const Tensor& d_target,
     const optional<Tensor>& d_topk, bool need_dx, bool need_db, at::TensorList state, std::string_view rule,
     at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale, const optional<Tensor>& operands,
     const optional<Tensor>& scales);
 
-void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, const optional<Tensor>& rows,
+void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, const optional<Tensor>& class_ids,
                   std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale);
 
-void class_catch_up(const Tensor& w, const optional<Tensor>& v, const optional<Tensor>& rows, const Tensor& products);
+void class_lazy_update(const Tensor& w, const optional<Tensor>& v, const optional<Tensor>& class_ids,
+                       const Tensor& products);
 
 void class_operands(const Tensor& w, bool normalize_weight, const Tensor& operands, const Tensor& scales);
 

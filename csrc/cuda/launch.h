@@ -11,16 +11,16 @@ namespace fastmargin {
 
 enum class OperandType { kFloat, kBf16, kHalf };  // of the matrix products
 
-// The classes of one wave: `n` of them from place `first`, read through `rows` where the caller selected some.
+// The classes of one wave: `n` of them from place `first`, read through `class_ids` where the caller selected some.
 struct Classes {
-  const float* w;       // [C, d] with strides
-  int64_t row, column;  // strides of w, in elements
-  const float* bias;    // [C], or null
-  const int64_t* rows;  // [all] ids, or null
-  int64_t all;          // classes, or selected ones
-  int64_t d;            //
-  bool normalize;       //
-  int64_t first, n;     // of this wave
+  const float* w;            // [C, d] with strides
+  int64_t row, column;       // strides of w, in elements
+  const float* bias;         // [C], or null
+  const int64_t* class_ids;  // [all] ids, or null
+  int64_t all;               // classes, or selected ones
+  int64_t d;                 //
+  bool normalize;            //
+  int64_t first, n;          // of this wave
 };
 
 // The products of all rows with the operands of one wave. The logit is z * factor_j + bias_j.
@@ -62,10 +62,10 @@ struct Upstream {
 
 // Class weights and the states of their optimiser, of which a rule may use fewer; all may change.
 struct ClassStates {
-  float* w;                 // [C, d]
-  float *first, *second;    // [C, d] each, or null
-  const int64_t* rows;      // [n] ids of the classes that change, or null: all
-  const float* grad_scale;  // [] or null
+  float* w;                  // [C, d]
+  float *first, *second;     // [C, d] each, or null
+  const int64_t* class_ids;  // [n] ids of the classes that change, or null: all
+  const float* grad_scale;   // [] or null
   int64_t d;
 };
 
@@ -108,7 +108,7 @@ int launch_class_update(const Sgd& rule, const ClassStates& s, const Shadow& kep
                         int64_t first, int64_t n, void* stream);
 int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& kept, const float* g /* [n, d] */,
                         int64_t first, int64_t n, void* stream);
-int launch_class_catch_up(const ClassStates& s, const float* products /* [n, 4] */, int64_t n, void* stream);
+int launch_class_lazy_update(const ClassStates& s, const float* products /* [n, 4] */, int64_t n, void* stream);
 
 int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,
                         float* target /* [B] */, void* stream);

@@ -50,7 +50,7 @@ Classes classes_of(const Operands& in, int64_t first, int64_t n) {
           in.w.stride(0),
           in.w.stride(1),
           in.bias ? in.bias->const_data_ptr<float>() : nullptr,
-          in.rows ? in.rows->const_data_ptr<int64_t>() : nullptr,
+          in.class_ids ? in.class_ids->const_data_ptr<int64_t>() : nullptr,
           in.classes(),
           in.x.size(1),
           in.normalize_weight,
@@ -80,7 +80,7 @@ struct Waves {
         x(in.x.to(type)),
         stream(device::stream_of(in.x)),
         shadow(shadow_of(in.w, in.normalize_weight, type, operands, scales)) {
-    TORCH_CHECK_VALUE(!operands || !in.rows, "want a shadow of all classes, or rows");
+    TORCH_CHECK_VALUE(!operands || !in.class_ids, "want the operands of all classes, or class_ids");
     const auto room = in.x.options();
     z = at::empty({B * step}, room);
     if (operands) {
@@ -89,7 +89,7 @@ struct Waves {
       factor = scales->select(0, 1);
       return;
     }
-    if (type != at::kFloat || in.rows || in.w.stride(1) != 1) o = at::empty({step, d}, room.dtype(type));
+    if (type != at::kFloat || in.class_ids || in.w.stride(1) != 1) o = at::empty({step, d}, room.dtype(type));
     power = at::empty({step}, room);
     factor = at::empty({step}, room);
   }
@@ -245,13 +245,13 @@ void sweep(const Waves& waves, const Saved& saved, const Gradients& out, const F
 
 }  // namespace
 
-Tensor target_logit(const Tensor& x,               // [B, d]
-                    const Tensor& w,               // [C, d]
-                    const Tensor& y,               // [B]
-                    const optional<Tensor>& bias,  // [C]
-                    const optional<Tensor>& rows,  // [n]
+Tensor target_logit(const Tensor& x,                    // [B, d]
+                    const Tensor& w,                    // [C, d]
+                    const Tensor& y,                    // [B]
+                    const optional<Tensor>& bias,       // [C]
+                    const optional<Tensor>& class_ids,  // [n]
                     bool normalize_weight) {
-  const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
+  const Operands in = laid_out(x, w, y, bias, class_ids, normalize_weight);
   check_types(x.scalar_type(), {});
   const c10::DeviceGuard guard(x.device());
   const int64_t B = x.size(0);
@@ -261,17 +261,17 @@ Tensor target_logit(const Tensor& x,               // [B, d]
   return target;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,               // [B, d]
-                                                             const Tensor& w,               // [C, d]
-                                                             const Tensor& y,               // [B]
-                                                             const optional<Tensor>& bias,  // [C]
-                                                             const optional<Tensor>& rows,  // [n]
-                                                             const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
+                                                             const Tensor& w,                    // [C, d]
+                                                             const Tensor& y,                    // [B]
+                                                             const optional<Tensor>& bias,       // [C]
+                                                             const optional<Tensor>& class_ids,  // [n]
+                                                             const optional<Tensor>& bend,       // [B, 4]
                                                              bool normalize_weight, int64_t pool, int64_t topk,
                                                              optional<at::ScalarType> compute_dtype, bool,
                                                              const optional<Tensor>& operands,  // [C, d]
                                                              const optional<Tensor>& scales /* [2, C] */) {
-  const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
+  const Operands in = laid_out(x, w, y, bias, class_ids, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
@@ -292,12 +292,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
   return {rest, values, places, at::empty({0}, options)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,               // [B, d]
-                                                     const Tensor& w,               // [C, d]
-                                                     const Tensor& y,               // [B]
-                                                     const optional<Tensor>& bias,  // [C]
-                                                     const optional<Tensor>& rows,  // [n]
-                                                     const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,                    // [B, d]
+                                                     const Tensor& w,                    // [C, d]
+                                                     const Tensor& y,                    // [B]
+                                                     const optional<Tensor>& bias,       // [C]
+                                                     const optional<Tensor>& class_ids,  // [n]
+                                                     const optional<Tensor>& bend,       // [B, 4]
                                                      bool normalize_weight, int64_t pool,
                                                      optional<at::ScalarType> compute_dtype,
                                                      const Tensor& rest,              // [B]
@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      const Tensor& d_target,          // [B]
                                                      const optional<Tensor>& d_topk,  // [B, k]
                                                      bool need_dx, bool need_dw, bool need_db) {
-  const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
+  const Operands in = laid_out(x, w, y, bias, class_ids, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   const c10::DeviceGuard guard(x.device());
@@ -318,12 +318,12 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
   return {out.given(out.dx), out.given(out.dw), out.given(out.db)};
 }
 
-std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,               // [B, d]
-                                                    const Tensor& w,               // [C, d], changed
-                                                    const Tensor& y,               // [B]
-                                                    const optional<Tensor>& bias,  // [C]
-                                                    const optional<Tensor>& rows,  // [n]
-                                                    const optional<Tensor>& bend,  // [B, 4]
+std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,                    // [B, d]
+                                                    const Tensor& w,                    // [C, d], changed
+                                                    const Tensor& y,                    // [B]
+                                                    const optional<Tensor>& bias,       // [C]
+                                                    const optional<Tensor>& class_ids,  // [n]
+                                                    const optional<Tensor>& bend,       // [B, 4]
                                                     bool normalize_weight, int64_t pool,
                                                     optional<at::ScalarType> compute_dtype,
                                                     const Tensor& rest,              // [B]
@@ -338,14 +338,14 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
                                                     const optional<Tensor>& grad_scale,  // []
                                                     const optional<Tensor>& operands,    // [C, d], changed
                                                     const optional<Tensor>& scales /* [2, C], changed */) {
-  const Operands in = laid_out(x, w, y, bias, rows, normalize_weight);
+  const Operands in = laid_out(x, w, y, bias, class_ids, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   const c10::DeviceGuard guard(x.device());
   const Waves waves(in, compute_dtype, operands, scales);
   const Saved saved = checked_saved(in.x, rest, topk_classes, d_rest, d_target, d_topk);
   const Gradients out(waves, need_dx, waves.step, need_db);
-  const ClassStep step(w, state, in.rows, rule, hyper, grad_scale, waves.shadow, waves.stream);
+  const ClassStep step(w, state, in.class_ids, rule, hyper, grad_scale, waves.shadow, waves.stream);
   if (waves.B) {
     sweep(waves, saved, out,
           [&](const Classes& c, const Tensor& dw) { step.make(dw.const_data_ptr<float>(), c.first, c.n); });

@@ -111,7 +111,7 @@ def rows_of(saved: Checkpoint, name: str, part: Any) -> Tensor:  # [C_local, d]
     if found != wanted:
         raise ValueError(f"{name} is {[*found]}: want {[*wanted]}")
     if part is head:
-        head._catch_up()  # else what an optimiser has left to do would be done to what is read
+        head._apply_lazy_updates()  # else what an optimiser has left to do would be done to what is read
         return saved.tensors.read_into(head.weight.detach(), name, head.class_range[0])
-    part.catch_up()
+    part.apply_lazy_updates()
     return saved.tensors.read_into(part.state_tensor(name.rpartition("/")[2]), name, head.class_range[0])

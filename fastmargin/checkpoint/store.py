@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.checkpoint.tensors import Entry, Sharded, Tensors, check_parts, error_of_safetensors, joined, split
-from fastmargin.distributed.agreement import gather_objects, together
+from fastmargin.distributed.agreement import gather_objects, run_on_all_ranks
 from fastmargin.distributed.layout import Group
 from fastmargin.files import fsync, locked, make_folder, refuse_link, remove, sha256, want_file
 
@@ -76,11 +76,11 @@ def save(
     final = folder / f"step-{step:08d}"
     rank = 0 if group is None else group.rank()
     with ExitStack() as held:
-        name, *_ = together(partial(prepare, final, held) if rank == 0 else idle, group)
+        name, *_ = run_on_all_ranks(partial(prepare, final, held) if rank == 0 else idle, group)
         fresh = folder / f"{name}"
         try:
-            written = together(partial(write_files, fresh, tensors, rank), group)
-            together(partial(commit, fresh, final, step, state, written) if rank == 0 else idle, group)
+            written = run_on_all_ranks(partial(write_files, fresh, tensors, rank), group)
+            run_on_all_ranks(partial(commit, fresh, final, step, state, written) if rank == 0 else idle, group)
         except Exception:
             if rank == 0 and fresh.exists():
                 remove(fresh)  # on a full disk it would be in the way
@@ -197,7 +197,7 @@ def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verif
         rank; "size", nothing more.
     """
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-    (paths, *_) = together(lambda: committed(Path(folder))[::-1] if rank == 0 else [], group)
+    (paths, *_) = run_on_all_ranks(lambda: committed(Path(folder))[::-1] if rank == 0 else [], group)
     warnings: list[str] = []
     for path in paths:
         found = refusal = None

@@ -160,14 +160,14 @@ def split(
     return files
 
 
-def joined(everyones: Sequence[Mapping[str, Sequence[Any]]], names: Iterable[str]) -> dict[str, Any]:
+def joined(all_ranks: Sequence[Mapping[str, Sequence[Any]]], names: Iterable[str]) -> dict[str, Any]:
     """The manifest's entries, from (file, start, stop, dtype, shape) of each rank's part of each tensor.
 
     ValueError for parts of different kinds, a gap, an overlap, or none.
     """
     entries = {}
     for name in dict.fromkeys(names):
-        parts = sorted((theirs[name] for theirs in everyones if name in theirs), key=lambda part: part[1])
+        parts = sorted((theirs[name] for theirs in all_ranks if name in theirs), key=lambda part: part[1])
         if not parts:
             raise ValueError(f"{name} has no rows on any rank: want all of them, each once")
         *_, dtype, shape = parts[0]

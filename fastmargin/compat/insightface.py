@@ -35,7 +35,7 @@ def load_weight(head: MarginHead, folder: str | Path) -> None:
         if shard.shape != (rows, head.in_features):
             wanted = f"[{rows}, {head.in_features}], of {C} classes on {W} ranks"
             raise ValueError(f"{file}: the weight is {[*shard.shape]}: want {wanted}")
-    head._catch_up()
+    head._apply_lazy_updates()
     (lo, hi), start = head.class_range, 0
     for shard in shards:
         first, last = max(lo, start), min(hi, start + len(shard))

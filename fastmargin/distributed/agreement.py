@@ -21,12 +21,12 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
             f"the group has {group.size()} of {dist.get_world_size()} processes: want one of all, as shards have no "
             "replicas"
         )
-    everyones = gather_objects(dict(options), group)
-    for rank, theirs in enumerate(everyones):
+    all_ranks = gather_objects(dict(options), group)
+    for rank, theirs in enumerate(all_ranks):
         for name, value in theirs.items():
-            if value != everyones[0][name]:
+            if value != all_ranks[0][name]:
                 raise ValueError(
-                    f"{name} is {everyones[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
+                    f"{name} is {all_ranks[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
                 )
 
 
@@ -34,12 +34,12 @@ def gather_objects(own: Any, group: Group | None) -> list[Any]:
     """What every rank brings, in their order: small, and picklable."""
     if group is None:
         return [own]
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, own, group=group)
-    return everyones
+    all_ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(all_ranks, own, group=group)
+    return all_ranks
 
 
-def together(action: Callable[[], T], group: Group | None) -> list[T]:
+def run_on_all_ranks(action: Callable[[], T], group: Group | None) -> list[T]:
     """What action() returns on every rank. Where it fails on one, all raise, and say which: OSError, ValueError as
     there, RuntimeError for any other."""
     if group is None:
@@ -50,11 +50,11 @@ def together(action: Callable[[], T], group: Group | None) -> list[T]:
     except Exception as caught:
         error = caught
     kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
-    everyones = gather_objects((result, error and (kind, f"{error}")), group)
-    failures = [(rank, *failure) for rank, (_, failure) in enumerate(everyones) if failure]
+    all_ranks = gather_objects((result, error and (kind, f"{error}")), group)
+    failures = [(rank, *failure) for rank, (_, failure) in enumerate(all_ranks) if failure]
     if failures:
         raise failures[0][1]("; ".join(f"rank {rank}: {said}" for rank, _, said in failures)) from error
-    return [result for result, _ in everyones]
+    return [result for result, _ in all_ranks]
 
 
 def is_replica(group: Group | None) -> bool:

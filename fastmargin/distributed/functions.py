@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmargin.distributed.layout import Group, Layout, all_gather, reduce_scatter, spread, to_owners
+from fastmargin.distributed.layout import Group, Layout, all_gather, all_to_all_by_owner, batch_layout, reduce_scatter
 from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, shard_gradients
 
 
@@ -73,7 +73,7 @@ class MergeShards(torch.autograd.Function):
         target: Tensor,  # [B]
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:  # [b], [b]
-        merged, total = merge_parts(to_owners(torch.stack((rest, target), 1), layout))
+        merged, total = merge_parts(all_to_all_by_owner(torch.stack((rest, target), 1), layout))
         ctx.save_for_backward(rest, merged)
         ctx.layout = layout
         return merged, total
@@ -111,8 +111,8 @@ def merge_topk(
     """The k best of all ranks for own rows, ties by the smaller id. One all-to-all, 12 k bytes a row in float32."""
     k = values.shape[1]
     if k == 0:
-        return layout.own(values), layout.own(classes)
-    return merge_lists(to_owners(pack_lists(values, classes), layout), k, values.dtype)
+        return layout.local_slice(values), layout.local_slice(classes)
+    return merge_lists(all_to_all_by_owner(pack_lists(values, classes), layout), k, values.dtype)
 
 
 class OwnClasses(torch.autograd.Function):
@@ -122,7 +122,7 @@ class OwnClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, layout: Layout) -> Tensor:  # [C] -> [C_local]
         ctx.layout = layout
-        return layout.own(whole).clone()
+        return layout.local_slice(whole).clone()
 
     @staticmethod
     @once_differentiable
@@ -177,14 +177,14 @@ def sum_by_class(
     16 bytes and the sums a class. The objective is the average of what the ranks back-propagate: the gradient of this
     rank's sums is N times theirs.
     """
-    layout, _ = spread(classes, group)
+    layout, _ = batch_layout(classes, group)
     merged, place = layout.gather(classes).unique(return_inverse=True)
     many, total = counts.new_zeros(len(merged)), sums.new_zeros(len(merged), sums.shape[1])
     parts = (layout.gather(t).split(layout.sizes) for t in (counts, sums))
     for at, count, part in zip(place.split(layout.sizes), *parts, strict=True):
         many.index_add_(0, at, count)
         total.index_add_(0, at, part)
-    return merged, many, total.index_add(0, layout.own(place), sums - sums.detach(), alpha=len(layout.sizes))
+    return merged, many, total.index_add(0, layout.local_slice(place), sums - sums.detach(), alpha=len(layout.sizes))
 
 
 @torch.no_grad()

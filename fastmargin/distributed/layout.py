@@ -44,21 +44,21 @@ class Layout:
     def stop(self) -> int:
         return self.start + self.count
 
-    def own(self, everyones: Tensor) -> Tensor:  # [total, ...] -> [count, ...]
-        return everyones if self.group is None else everyones[self.start : self.stop]
+    def local_slice(self, all_ranks: Tensor) -> Tensor:  # [total, ...] -> [count, ...]
+        return all_ranks if self.group is None else all_ranks[self.start : self.stop]
 
     def gather(self, own: Tensor) -> Tensor:  # [count, ...] -> [total, ...], without a gradient
         return own if self.group is None else all_gather(own.detach(), self)
 
-    def place(self, ids: Tensor) -> Tensor:  # [n] -> [n]
+    def local_index(self, ids: Tensor) -> Tensor:  # [n] -> [n]
         """Where each is among those of this rank; -1 where it is another's, or no one's."""
         return torch.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
 
-    def put(self, everyones: Tensor, own: Tensor) -> Tensor:  # [total, ...], [count, ...] -> [total, ...]
+    def splice_local(self, all_ranks: Tensor, own: Tensor) -> Tensor:  # [total, ...], [count, ...] -> [total, ...]
         """Everyone's, but for the own ones: so that these may have a gradient."""
-        return torch.cat((everyones[: self.start], own, everyones[self.stop :]))
+        return torch.cat((all_ranks[: self.start], own, all_ranks[self.stop :]))
 
-    def place_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n], [n]
+    def local_index_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n], [n]
         if len(set(self.sizes)) == 1:
             return index % self.sizes[0], index // self.sizes[0]
         stops = torch.tensor(self.sizes, device=index.device).cumsum(0)
@@ -73,22 +73,22 @@ def chunks(total: int, group: Group | None) -> Layout:
     return Layout(group, tuple(min(total, (r + 1) * n) - min(total, r * n) for r in range(ranks)))
 
 
-def spread(
+def batch_layout(
     rows: Tensor,  # [b, ...]
     group: Group | None,
     *,
     uneven: bool = True,
-    look: bool = True,
+    may_sync: bool = True,
 ) -> tuple[Layout, Tensor]:  # and the rows
     """The layout of the batch that every rank brings its rows to.
 
-    uneven or look: the ranks tell each other b, 16 bytes each, which on a GPU waits for the device. Unless uneven, a
-    difference is a ValueError on every rank; without a look it goes unseen, until the collectives fail or time out.
+    uneven or may_sync: the ranks exchange b, 16 bytes each, a host sync on a GPU. Unless uneven, a difference is a
+    ValueError on every rank; without the exchange it goes unseen, until the collectives fail or time out.
     Rows that want no gradient while another rank's do are returned as such that do: all take part in its collective.
     """
     if group is None:
         return Layout(None, (len(rows),)), rows
-    if not (uneven or look):
+    if not (uneven or may_sync):
         return Layout(group, (len(rows),) * group.size()), rows
     mine = torch.tensor([[len(rows), rows.requires_grad]], device=rows.device)
     sizes, wanted = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
@@ -118,20 +118,22 @@ def all_gather(own: Tensor, layout: Layout) -> Tensor:  # [count, ...] -> [total
 
 
 @torch.compiler.disable
-def reduce_scatter(everyones: Tensor, layout: Layout) -> Tensor:  # [total, ...] -> [count, ...], summed over ranks
+def reduce_scatter(all_ranks: Tensor, layout: Layout) -> Tensor:  # [total, ...] -> [count, ...], summed over ranks
     n = max(layout.sizes)
     if len(set(layout.sizes)) > 1:
-        everyones = torch.cat([padded(part, n) for part in everyones.split(layout.sizes)])
-    own = everyones.new_empty(n, *everyones.shape[1:])
-    reduce_scatter_single(own, everyones.contiguous(), group=layout.group)
+        all_ranks = torch.cat([padded(part, n) for part in all_ranks.split(layout.sizes)])
+    own = all_ranks.new_empty(n, *all_ranks.shape[1:])
+    reduce_scatter_single(own, all_ranks.contiguous(), group=layout.group)
     return own[: layout.count]
 
 
 @torch.compiler.disable
-def to_owners(everyones: Tensor, layout: Layout) -> Tensor:  # [total, m] -> [N, count, m], one part from each rank
-    parts = everyones.new_empty(len(layout.sizes), layout.count, everyones.shape[1])
+def all_to_all_by_owner(
+    all_ranks: Tensor, layout: Layout
+) -> Tensor:  # [total, m] -> [N, count, m], one part from each rank
+    parts = all_ranks.new_empty(len(layout.sizes), layout.count, all_ranks.shape[1])
     received = [layout.count] * len(layout.sizes)
-    dist.all_to_all_single(parts.flatten(0, 1), everyones.contiguous(), received, [*layout.sizes], group=layout.group)
+    dist.all_to_all_single(parts.flatten(0, 1), all_ranks.contiguous(), received, [*layout.sizes], group=layout.group)
     return parts
 
 

@@ -9,7 +9,7 @@ for the objective 1/N sum_r L_r. Letters: N ranks, B rows of all, b of one rank,
 import torch
 from torch import Tensor
 
-from fastmargin.ops.nontarget_lse_portable import best
+from fastmargin.ops.common import stable_topk
 
 
 def merge_parts(parts: Tensor) -> tuple[Tensor, Tensor]:  # [N, b, 2] -> [b], [b]
@@ -41,4 +41,4 @@ def merge_lists(
 ) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]
     parts = lists.transpose(0, 1).split((lists.shape[2] - 2 * k, 2 * k), 2)
     values, classes = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return best(values.view(dtype).flatten(1), classes.view(torch.int64).flatten(1), k)
+    return stable_topk(values.view(dtype).flatten(1), classes.view(torch.int64).flatten(1), k)

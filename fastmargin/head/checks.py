@@ -45,7 +45,7 @@ def digest(*tensors: Tensor, of: str = "") -> str:
     return found.hexdigest()[:8]
 
 
-def content(module: nn.Module) -> str:
+def module_fingerprint(module: nn.Module) -> str:
     """What it prints, with a digest of all that it holds: classes, numbers and strings, parameters and buffers."""
     held = [
         (name, type(part).__qualname__, {k: v for k, v in vars(part).items() if isinstance(v, Real | str | None)})

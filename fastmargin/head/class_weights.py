@@ -21,7 +21,7 @@ from fastmargin.distributed.functions import (
     merge_shards,
     reshard,
 )
-from fastmargin.distributed.layout import Group, Layout, chunks, spread
+from fastmargin.distributed.layout import Group, Layout, batch_layout, chunks
 from fastmargin.head.checks import check_embeddings, check_imprint
 from fastmargin.head.sampling import initial_rows
 from fastmargin.margins.base import Margin
@@ -30,8 +30,8 @@ from fastmargin.ops.class_update import SteppingBackward
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 
-def catch_up(head: "ClassWeights", *_: Any) -> None:
-    head._catch_up()
+def apply_lazy_updates(head: "ClassWeights", *_: Any) -> None:
+    head._apply_lazy_updates()
 
 
 class OwnOptimizer(SteppingBackward, Protocol):
@@ -41,7 +41,7 @@ class OwnOptimizer(SteppingBackward, Protocol):
 
     def before_forward(self, rows: Tensor | None) -> None: ...
 
-    def catch_up(self, rows: Tensor | None = None) -> None: ...
+    def apply_lazy_updates(self, rows: Tensor | None = None) -> None: ...
 
 
 class ClassWeights(nn.Module):
@@ -71,8 +71,8 @@ class ClassWeights(nn.Module):
         self.weight = nn.Parameter(initial_rows(*self.class_range, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
         self.class_optimizer = None
-        self.register_state_dict_pre_hook(catch_up)
-        self.register_load_state_dict_pre_hook(catch_up)
+        self.register_state_dict_pre_hook(apply_lazy_updates)
+        self.register_load_state_dict_pre_hook(apply_lazy_updates)
         pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
         check_compute_dtype(compute_dtype, self.weight.dtype)
 
@@ -125,7 +125,7 @@ class ClassWeights(nn.Module):
         if batch.group is None and rows is None:
             return self._local(x, y, k, self.bias)
         average_gradients(self.replicated_parameters(), batch.group)
-        place = self.classes.place(y)
+        place = self.classes.local_index(y)
         if rows is not None:
             place = torch.where(place < 0, -1, torch.searchsorted(rows, place))
         bias = None if self.bias is None else OwnClasses.apply(self.bias, self.classes)
@@ -149,20 +149,20 @@ class ClassWeights(nn.Module):
             self.class_optimizer.before_forward(rows)
             optimizer = self.class_optimizer if self.class_optimizer.in_backward else None
         else:
-            self._catch_up()
+            self._apply_lazy_updates()
         return nontarget_lse(
-            x, self.weight, place, bias=bias, rows=rows, normalize_weight=self.margin.normalize_weight, topk=k,
+            x, self.weight, place, bias=bias, class_ids=rows, normalize_weight=self.margin.normalize_weight, topk=k,
             compute_dtype=self.compute_dtype, backend=self.backend, optimizer=optimizer,
         )  # fmt: skip
 
-    def _catch_up(self) -> None:
+    def _apply_lazy_updates(self) -> None:
         """Before weights are read or set: those that sat out steps go where the optimiser would have them."""
         if self.class_optimizer is not None:
-            self.class_optimizer.catch_up()
+            self.class_optimizer.apply_lazy_updates()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what travels to another process, has an optimiser of its own or none."""
-        self._catch_up()
+        self._apply_lazy_updates()
         return {**super().__getstate__(), "class_optimizer": None}
 
     def get_logits(self, embeddings: Tensor) -> Tensor:  # [b, d] -> [b, C]
@@ -171,7 +171,7 @@ class ClassWeights(nn.Module):
         ValueError for embeddings of the wrong width.
         """
         check_embeddings(embeddings, self.weight)
-        self._catch_up()
+        self._apply_lazy_updates()
         average_gradients(self.replicated_parameters(), self.classes.group)
         with torch.autocast(embeddings.device.type, enabled=False):
             x, _, _ = self._rows(embeddings)
@@ -187,7 +187,7 @@ class ClassWeights(nn.Module):
         different numbers of rows. ValueError for embeddings of the wrong width and k < 0.
         """
         check_embeddings(embeddings, self.weight)
-        batch, embeddings = spread(embeddings, self.classes.group)
+        batch, embeddings = batch_layout(embeddings, self.classes.group)
         x, _, r = self._rows(embeddings)
         y = torch.full((batch.total,), -1, dtype=torch.int64, device=x.device)
         _, _, scores, classes = self._primitive(x, y, k, batch)
@@ -202,8 +202,8 @@ class ClassWeights(nn.Module):
         if not isinstance(w, Tensor) or w.shape != (self.num_classes, self.in_features):
             given = [*w.shape] if isinstance(w, Tensor) else type(w).__name__
             raise ValueError(f"weight is {given}: want a tensor [{self.num_classes}, {self.in_features}]")
-        self._catch_up()
-        self.weight.copy_(self.classes.own(w))
+        self._apply_lazy_updates()
+        self.weight.copy_(self.classes.local_slice(w))
 
     @torch.no_grad()
     def imprint(
@@ -219,7 +219,7 @@ class ClassWeights(nn.Module):
         have no mean direction or are not finite.
         """
         check_imprint(classes, embeddings, self.weight)
-        given, _ = spread(embeddings, self.classes.group)
+        given, _ = batch_layout(embeddings, self.classes.group)
         classes, embeddings = given.gather(classes), given.gather(embeddings)
         lo, hi = (int(classes.min()), int(classes.max())) if len(classes) else (0, 0)
         if not 0 <= lo <= hi < self.num_classes:
@@ -230,8 +230,8 @@ class ClassWeights(nn.Module):
         lost = ~(total.norm(dim=1) > 1e-6)
         if lost.any():
             raise ValueError(f"the embeddings of class {int(ids[lost][0])} add up to nothing, or are not finite")
-        self._catch_up()
-        here = self.classes.place(ids)
+        self._apply_lazy_updates()
+        here = self.classes.local_index(ids)
         here, total, count = here[here >= 0], total[here >= 0], place.bincount(minlength=len(ids))[here >= 0]
         if self.margin.normalize_weight:
             norm = self.weight[here].norm(dim=1, keepdim=True)
@@ -247,7 +247,7 @@ class ClassWeights(nn.Module):
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"n = {n!r}: want an int of 0 or more")
-        self._catch_up()
+        self._apply_lazy_updates()
         C = self.num_classes
         self.margin.check_classes(C + n)
         classes = chunks(C + n, self.classes.group)

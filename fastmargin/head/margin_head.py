@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmargin.distributed.agreement import check_group
-from fastmargin.distributed.layout import Group, Layout, spread
+from fastmargin.distributed.layout import Group, Layout, batch_layout
 from fastmargin.head.checks import (
     check_class_weight,
     check_embeddings,
     check_hard_classes,
     check_options,
     check_rows,
-    content,
     digest,
+    module_fingerprint,
 )
 from fastmargin.head.class_weights import ClassWeights
-from fastmargin.head.sampling import StepCounter, draws_of, key, sampled_classes
+from fastmargin.head.sampling import StepCounter, derive_seed, sampled_classes, seeded_rng
 from fastmargin.margins.base import Margin
 
 
@@ -105,8 +105,8 @@ class MarginHead(ClassWeights):
             check_class_weight(class_weight, num_classes)
         if group is not None:
             check_group(group, dict(
-                in_features=in_features, num_classes=num_classes, margin=content(margin), bias=bias, topk=topk,
-                seed=seed, sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype,
+                in_features=in_features, num_classes=num_classes, margin=module_fingerprint(margin), bias=bias,
+                topk=topk, seed=seed, sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype,
                 compute_dtype=compute_dtype, reduction=reduction, ignore_index=ignore_index, check_labels=check_labels,
                 class_weight=None if class_weight is None else digest(class_weight),
             ))  # fmt: skip
@@ -140,11 +140,11 @@ class MarginHead(ClassWeights):
         """
         check_embeddings(embeddings, self.weight)
         check_rows(embeddings, labels, sample_weight, hard_classes)
-        look = self.check_labels or embeddings.device.type == "cpu"
-        batch, embeddings = spread(embeddings, self.classes.group, uneven=self.uneven, look=look)
+        may_sync = self.check_labels or embeddings.device.type == "cpu"
+        batch, embeddings = batch_layout(embeddings, self.classes.group, uneven=self.uneven, may_sync=may_sync)
         y = self._known(batch.gather(labels), batch)
         known = y >= 0
-        valid = batch.own(known)
+        valid = batch.local_slice(known)
         x, norms, r = self._rows(embeddings.masked_fill(~valid[:, None], 0.0))
         rest, target, mined_scores, mined = self._primitive(
             x, y, self.topk, batch, self._sample(y, hard_classes, batch)
@@ -175,7 +175,7 @@ class MarginHead(ClassWeights):
         if len(labels) == 0:
             return
         first = bad.int().argmax(0, keepdim=True)
-        row, *rank = (first,) if batch.group is None else batch.place_and_rank(first)
+        row, *rank = (first,) if batch.group is None else batch.local_index_and_rank(first)
         seen = torch.cat((bad.sum(0, keepdim=True), row, labels.gather(0, first), *rank))
         self.bad_label.copy_(torch.where(self.bad_label[0] > 0, self.bad_label, seen))
         if self.check_labels or (labels.device.type == "cpu" and not torch.compiler.is_compiling()):
@@ -205,7 +205,9 @@ class MarginHead(ClassWeights):
             hard_classes = batch.gather(hard_classes)
             check_hard_classes(hard_classes, self.num_classes)
             needed = torch.cat((y, hard_classes.flatten()))
-        self.sampled = sampled_classes(self.classes, needed, self.sample_rate, key(self.seed, self.counter.step))
+        self.sampled = sampled_classes(
+            self.classes, needed, self.sample_rate, derive_seed(self.seed, self.counter.step)
+        )
         return self.sampled
 
     def _psi(
@@ -217,11 +219,13 @@ class MarginHead(ClassWeights):
     ) -> Tensor:  # [b]
         """In a group, every rank shows a margin that watches the batch or draws for it all rows, and seeds it alike."""
         if batch.group is None or not self.training or not self.margin.whole_batch:
-            return self._watched(cos, norms, batch.own(y))
+            return self._watched(cos, norms, batch.local_slice(y))
         all_cos, all_norms = batch.gather(torch.stack((cos, norms), 1)).unbind(1)
         assert self.counter is not None  # there is one in a group
-        with draws_of(key(self.seed, self.counter.step, 1), cos.device):
-            return batch.own(self._watched(batch.put(all_cos, cos), batch.put(all_norms, norms), y))
+        with seeded_rng(derive_seed(self.seed, self.counter.step, 1), cos.device):
+            return batch.local_slice(
+                self._watched(batch.splice_local(all_cos, cos), batch.splice_local(all_norms, norms), y)
+            )
 
     def _watched(self, cos: Tensor, norms: Tensor, y: Tensor) -> Tensor:  # [n] each -> [n]
         if self.training:
@@ -240,7 +244,7 @@ class MarginHead(ClassWeights):
         weights = known.to(loss.dtype)
         if self.class_weight is not None:
             weights = weights * self.class_weight.to(loss.dtype)[y.clamp(min=0)]
-        loss = torch.where(batch.own(known), loss * batch.own(weights), 0.0)
+        loss = torch.where(batch.local_slice(known), loss * batch.local_slice(weights), 0.0)
         if sample_weight is not None:
             loss = loss * sample_weight.to(loss.dtype)
         if self.reduction == "none":

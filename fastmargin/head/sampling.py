@@ -4,7 +4,7 @@
     sampled classes   of each block, of n classes, the ceil(rate n) with the smallest hash(seed, step, class), and all
                       that have to be there (PartialFC, An et al. 2021: those of the batch)
 
-hash is splitmix64 of class and key(seed, step): a bijection of 64 bits, so that no two classes are equal in it.
+hash is splitmix64 of class and derive_seed(seed, step): a bijection of 64 bits, so that no two classes are equal in it.
 """
 
 import contextlib
@@ -47,13 +47,13 @@ class StepCounter(nn.Module):
         self.step = int(state)
 
 
-def key(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """63 bits that depend on all of them."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager
-def draws_of(number: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(number: int, device: torch.device) -> Iterator[None]:
     """Within it torch's generators of the CPU and the device are seeded with a number; then they are as before."""
     cuda = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
@@ -70,9 +70,9 @@ def sampled_classes(
 ) -> Tensor:  # [m] places among the classes of this rank, sorted
     """The classes of a step: those needed, and a share of each block that depends on `number` alone."""
     kept = torch.zeros(classes.count + 1, dtype=torch.bool, device=needed.device)
-    kept[classes.place(needed)] = True  # the last entry, at -1, is for what is not here
+    kept[classes.local_index(needed)] = True  # the last entry, at -1, is for what is not here
     for ids in drawn(classes, rate, number, needed.device):
-        kept[classes.place(ids)] = True
+        kept[classes.local_index(ids)] = True
     return kept[:-1].nonzero()[:, 0]
 
 

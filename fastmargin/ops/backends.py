@@ -24,7 +24,7 @@ class Impl(NamedTuple):
     functions: Mapping[str, Callable[..., Any]]
     can_run: Callable[[Tensor], bool]
     compute: Callable[[Tensor], tuple[torch.dtype, ...]] = lambda x: ()  # what operands of products may be rounded to
-    keeps_shadow: Callable[[Tensor], bool] = lambda w: False  # whether a step of these weights can write a shadow
+    keeps_operands: Callable[[Tensor], bool] = lambda w: False  # whether a step of these weights can write a shadow
 
 
 class Build(NamedTuple):

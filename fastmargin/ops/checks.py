@@ -11,11 +11,11 @@ def check_operands(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
 ) -> None:
     """Shapes, dtypes and devices; no look at the data. Raises ValueError."""
-    for name, given in {"x": x, "w": w, "y": y, "bias": bias, "rows": rows}.items():
+    for name, given in {"x": x, "w": w, "y": y, "bias": bias, "class_ids": class_ids}.items():
         if not isinstance(given, Tensor) and (given is not None or name in "xwy"):
             raise ValueError(f"{name} is a {type(given).__name__}: want a tensor")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or y.shape != x.shape[:1]:
@@ -30,9 +30,9 @@ def check_operands(
         raise ValueError(f"want bias [C] of w's dtype; got {[*bias.shape]} {bias.dtype} for w {[*w.shape]} {w.dtype}")
     if bias is not None and normalize_weight:
         raise ValueError("a bias has no meaning beside normalised weights: pass normalize_weight=False")
-    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
-        raise ValueError(f"want rows [n] int64; got {[*rows.shape]} {rows.dtype}")
-    check_one_device({"x": x, "w": w, "y": y, "bias": bias, "rows": rows})
+    if class_ids is not None and (class_ids.ndim != 1 or class_ids.dtype != torch.int64):
+        raise ValueError(f"want class_ids [n] int64; got {[*class_ids.shape]} {class_ids.dtype}")
+    check_one_device({"x": x, "w": w, "y": y, "bias": bias, "class_ids": class_ids})
 
 
 def check_one_device(tensors: dict[str, Tensor | None]) -> None:
@@ -44,22 +44,24 @@ def check_one_device(tensors: dict[str, Tensor | None]) -> None:
 
 def check_ids(
     y: Tensor,  # [B]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     num_classes: int,
 ) -> None:
-    """Labels in [-1, n) and rows sorted, unique, in [0, C), for the portable backends on the CPU.
+    """Labels in [-1, n) and class_ids sorted, unique, in [0, C), for the portable backends on the CPU.
 
     The native op checks for itself; a check on a GPU would stall it.
     """
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return
     n = num_classes
-    if rows is not None:
-        n = len(rows)
-        wrong = (rows < 0) | (rows >= num_classes)
-        wrong[1:] |= rows[1:] <= rows[:-1]
+    if class_ids is not None:
+        n = len(class_ids)
+        wrong = (class_ids < 0) | (class_ids >= num_classes)
+        wrong[1:] |= class_ids[1:] <= class_ids[:-1]
         for j in wrong.nonzero()[:1].flatten().tolist():
-            raise ValueError(f"rows[{j}] = {int(rows[j])}: want sorted, unique class ids in [0, {num_classes})")
+            raise ValueError(
+                f"class_ids[{j}] = {int(class_ids[j])}: want sorted, unique class ids in [0, {num_classes})"
+            )
     for i in ((y < -1) | (y >= n)).nonzero()[:1].flatten().tolist():
         raise ValueError(f"label {int(y[i])} of row {i} is outside [-1, {n})")
 

@@ -3,8 +3,9 @@
     sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov's look ahead  w -= lr (g + mu v)
     adamw    w -= lr lam w;  m += (1 - b1)(g - m);  s += (1 - b2)(g^2 - s);  w -= (lr / c1) m / (sqrt(s / c2) + eps)
 
-as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t. And class_catch_up: a row that sat out T steps
-of SGD has moved all the same, by a product of T 2 x 2 matrices on its (v, w). Letters: C classes, n rows, d features.
+as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t. And class_lazy_update: a row that sat out T
+steps of SGD has moved all the same, by a product of T 2 x 2 matrices on its (v, w). Letters: C classes, n of
+them selected, d features.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.ops.backends import BUILD, Impl, native_can_run
-from fastmargin.ops.shadow import Shadow
+from fastmargin.ops.operand_cache import OperandCache
 
 
 class Step(NamedTuple):
@@ -28,29 +29,29 @@ class Step(NamedTuple):
 class SteppingBackward(Protocol):
     """An optimiser that steps inside the backward pass: `fastmargin.optim` with in_backward=True."""
 
-    shadow: Shadow | None
+    operand_cache: OperandCache | None
 
     def begin_backward(self) -> Step: ...
 
 
-def count_write(w: Tensor, shadow: Shadow | None = None) -> None:  # [C, d]
+def count_write(w: Tensor, operand_cache: OperandCache | None = None) -> None:  # [C, d]
     """Tells autograd, which does not see what an op writes, of a step: a graph that has the weights of before in use
-    raises. The shadow is what that step wrote."""
+    raises. The cache is what that step wrote."""
     torch.autograd.graph.increment_version(w)
-    if shadow is not None:
-        shadow.stepped(w)
+    if operand_cache is not None:
+        operand_cache.mark_current(w)
 
 
 def stream_update(
     w: Tensor,  # [C, d], changed
     state: list[Tensor],  # [C, d] each, changed
     grad: Tensor,  # [n, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     rule: str,
     hyper: list[float],
     grad_scale: Tensor | None,  # []
 ) -> None:
-    at = slice(None) if rows is None else rows
+    at = slice(None) if class_ids is None else class_ids
     old = [t[at] for t in (w, *state)]
     new = [t.clone() for t in old]
     grad = grad if grad_scale is None else grad / grad_scale
@@ -93,13 +94,13 @@ def adamw_(
     w.sub_(m / (s.sqrt() / root_c2 + eps), alpha=lr / c1)
 
 
-def stream_catch_up(
+def stream_lazy_update(
     w: Tensor,  # [C, d], changed
     v: Tensor | None,  # [C, d], changed
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     products: Tensor,  # [n, 4]
 ) -> None:
-    at = slice(None) if rows is None else rows
+    at = slice(None) if class_ids is None else class_ids
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[at], torch.zeros_like(w[at]) if v is None else v[at]  # of all rows they are views
     new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
@@ -113,18 +114,18 @@ IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     _ops = torch.ops.fastmargin
     IMPLS["native"] = Impl(
-        {"update": _ops.class_update.default, "catch_up": _ops.class_catch_up.default},
+        {"update": _ops.class_update.default, "lazy_update": _ops.class_lazy_update.default},
         native_can_run,
     )
 
     @torch.library.register_fake("fastmargin::class_update")
-    def _(w, state, grad, rows, rule, hyper, grad_scale):  # type: ignore[no-untyped-def]
+    def _(w, state, grad, class_ids, rule, hyper, grad_scale):  # type: ignore[no-untyped-def]
         return None
 
-    @torch.library.register_fake("fastmargin::class_catch_up")
-    def _(w, v, rows, products):  # type: ignore[no-untyped-def]
+    @torch.library.register_fake("fastmargin::class_lazy_update")
+    def _(w, v, class_ids, products):  # type: ignore[no-untyped-def]
         return None
 
 
-IMPLS["stream"] = Impl({"update": stream_update, "catch_up": stream_catch_up}, lambda w: True)
+IMPLS["stream"] = Impl({"update": stream_update, "lazy_update": stream_lazy_update}, lambda w: True)
 IMPLS["triton"] = IMPLS["reference"] = IMPLS["stream"]

@@ -38,6 +38,7 @@ from fastmargin.ops.backends import (
     triton_compute,
 )
 from fastmargin.ops.checks import check_ids, check_operands
+from fastmargin.ops.common import without_autocast
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Options:
     topk: int
     compute_dtype: torch.dtype | None
     backend: str
-    want_a: bool
+    need_expected_weight: bool
     optimizer: class_update.SteppingBackward | None
 
 
@@ -58,17 +59,17 @@ class NontargetLSE(torch.autograd.Function):
         w: Tensor,  # [C, d]
         y: Tensor,  # [B]
         bias: Tensor | None,  # [C]
-        rows: Tensor | None,  # [n]
+        class_ids: Tensor | None,  # [n]
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         o = options
         fwd = IMPLS[o.backend].functions["fwd"]
-        rest, topk_values, topk_classes, a = fwd(
-            x, w, y, bias, rows, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.want_a,
-            **shadow_of(w, rows, o),
+        rest, topk_values, topk_classes, expected_weight = fwd(
+            x, w, y, bias, class_ids, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.need_expected_weight,
+            **cached_operands(w, class_ids, o),
         )  # fmt: skip
-        target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, rows, o.normalize_weight)
-        ctx.save_for_backward(x, w, y, bias, rows, rest, topk_classes, a)
+        target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, class_ids, o.normalize_weight)
+        ctx.save_for_backward(x, w, y, bias, class_ids, rest, topk_classes, expected_weight)
         ctx.options = o
         ctx.mark_non_differentiable(topk_classes)
         ctx.set_materialize_grads(False)
@@ -83,56 +84,56 @@ class NontargetLSE(torch.autograd.Function):
         d_topk: Tensor,  # [B, k]
         _: None,
     ) -> tuple[Any, ...]:
-        x, w, y, bias, rows, rest, topk_classes, a = ctx.saved_tensors
+        x, w, y, bias, class_ids, rest, topk_classes, expected_weight = ctx.saved_tensors
         need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
         d_rest = torch.zeros_like(rest) if d_rest is None else d_rest
         d_target = torch.zeros_like(rest) if d_target is None else d_target
         o, functions = ctx.options, IMPLS[ctx.options.backend].functions
-        given = (x, w, y, bias, rows, None, o.normalize_weight, 1, o.compute_dtype,
-                 rest, topk_classes, a, d_rest, d_target, d_topk, need_dx)  # fmt: skip
+        given = (x, w, y, bias, class_ids, None, o.normalize_weight, 1, o.compute_dtype,
+                 rest, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx)  # fmt: skip
         if o.optimizer is None or not need_dw:
             dx, dw, db = functions["bwd"](*given, need_dw, need_db)
-            dw = scatter(dw, rows, w) if need_dw else None
+            dw = scatter(dw, class_ids, w) if need_dw else None
         elif "bwd_update" in functions:
-            parts = shadow_of(w, rows, o)
+            parts = cached_operands(w, class_ids, o)
             dx, db = functions["bwd_update"](*given, need_db, *o.optimizer.begin_backward(), **parts)
             dw = None
-            class_update.count_write(w, o.optimizer.shadow if parts else None)
+            class_update.count_write(w, o.optimizer.operand_cache if parts else None)
         else:
             step = o.optimizer.begin_backward()
             dx, dw, db = functions["bwd"](*given, True, need_db)
-            class_update.IMPLS[o.backend].functions["update"](w, step.state, dw, rows, *step[1:])
+            class_update.IMPLS[o.backend].functions["update"](w, step.state, dw, class_ids, *step[1:])
             dw = None
             class_update.count_write(w)
-        db = scatter(db, rows, bias) if need_db else None
+        db = scatter(db, class_ids, bias) if need_db else None
         return dx if need_dx else None, dw, None, db, None, None
 
 
-def shadow_of(
+def cached_operands(
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     o: Options,
 ) -> dict[str, Tensor]:  # operands [C, d], scales [2, C]; or nothing
     """What the ops take beside w of an optimiser that keeps a shadow: the same numbers in both passes, as w is."""
-    shadow = None if o.optimizer is None else o.optimizer.shadow
-    if shadow is None:
+    cache = None if o.optimizer is None else o.optimizer.operand_cache
+    if cache is None:
         return {}
     make = IMPLS[o.backend].functions.get("operands")
-    if make is None or rows is not None or o.compute_dtype is None:
-        shadow.forget()  # the step to come does not write it
+    if make is None or class_ids is not None or o.compute_dtype is None:
+        cache.invalidate()  # the step to come does not write it
         return {}
-    return shadow.of(w, o.normalize_weight, o.compute_dtype, make)
+    return cache.get(w, o.normalize_weight, o.compute_dtype, make)
 
 
 def scatter(
     gradient: Tensor,  # [n, ...]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     like: Tensor,  # [C, ...]
 ) -> Tensor:  # [C, ...]
     """A gradient over the selected classes as a sparse COO tensor of the whole's shape."""
-    if rows is None:
+    if class_ids is None:
         return gradient
-    return torch.sparse_coo_tensor(rows[None], gradient, like.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(class_ids[None], gradient, like.shape, is_coalesced=True, check_invariants=False)
 
 
 def nontarget_lse(
@@ -141,7 +142,7 @@ def nontarget_lse(
     y: Tensor,  # [B] int64 in [-1, C)
     *,
     bias: Tensor | None = None,  # [C]
-    rows: Tensor | None = None,  # [n] int64, sorted and unique
+    class_ids: Tensor | None = None,  # [n] int64, sorted and unique
     normalize_weight: bool = True,
     topk: int = 0,
     compute_dtype: torch.dtype | None = None,
@@ -176,39 +177,41 @@ def nontarget_lse(
             < 0, a bias with normalised weights, a compute_dtype that is no rounding of x's dtype, a backend that cannot
             run.
     """
-    check_operands(x, w, y, bias, rows, normalize_weight)
+    check_operands(x, w, y, bias, class_ids, normalize_weight)
     if not isinstance(topk, int) or isinstance(topk, bool) or topk < 0:
         raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
-    want_a = x.requires_grad and torch.is_grad_enabled()
+    need_expected_weight = x.requires_grad and torch.is_grad_enabled()
     backend = pick(IMPLS, x, backend)
     options = Options(
-        normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, want_a, optimizer
+        normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, need_expected_weight, optimizer
     )
-    return NontargetLSE.apply(x, w, y, bias, rows, options)
+    return NontargetLSE.apply(x, w, y, bias, class_ids, options)
 
 
-@portable.portable
+@without_autocast
 def triton_fwd(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     topk: int,
     compute_dtype: torch.dtype | None,
-    want_a: bool,
+    need_expected_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
     from fastmargin.kernels import nontarget_lse as kernels  # needs triton
 
     portable.refuse(bend, pool)
-    check_ids(y, rows, len(w))
-    return kernels.forward(x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a)
+    check_ids(y, class_ids, len(w))
+    return kernels.forward(
+        x, w, y, bias, class_ids, bend, normalize_weight, pool, topk, compute_dtype, need_expected_weight
+    )
 
 
-@portable.portable
+@without_autocast
 def triton_bwd(x: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:  # [B, d] -> dx [B, d], dw [n, d], db [n]
     from fastmargin.kernels import nontarget_lse as kernels
 
@@ -232,18 +235,20 @@ if BUILD.facts:
 
     @torch.library.register_fake("fastmargin::nontarget_lse_fwd")
     def _(  # type: ignore[no-untyped-def]
-        x, w, y, bias, rows, bend, normalize_weight, pool, topk, compute_dtype, want_a, operands=None, scales=None
+        x, w, y, bias, class_ids, bend, normalize_weight, pool, topk, compute_dtype, need_expected_weight,
+        operands=None, scales=None,
     ):  # fmt: skip
         B = x.shape[0]
-        a = x.new_empty(x.shape if want_a and x.device.type == "cpu" else (0,))  # a GPU sums dx in the backward pass
-        return x.new_empty(B), x.new_empty(B, topk), y.new_empty(B, topk), a
+        summed = need_expected_weight and x.device.type == "cpu"  # a GPU sums dx in the backward pass
+        expected_weight = x.new_empty(x.shape if summed else (0,))
+        return x.new_empty(B), x.new_empty(B, topk), y.new_empty(B, topk), expected_weight
 
     @torch.library.register_fake("fastmargin::nontarget_lse_bwd")
     def _(  # type: ignore[no-untyped-def]
-        x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
-        rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
+        x, w, y, bias, class_ids, bend, normalize_weight, pool, compute_dtype,
+        rest, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx, need_dw, need_db,
     ):  # fmt: skip
-        n = w.shape[0] if rows is None else rows.shape[0]
+        n = w.shape[0] if class_ids is None else class_ids.shape[0]
         return (
             x.new_empty(x.shape if need_dx else (0,)),
             x.new_empty((n, x.shape[1]) if need_dw else (0,)),
@@ -252,11 +257,11 @@ if BUILD.facts:
 
     @torch.library.register_fake("fastmargin::nontarget_lse_bwd_update")
     def _(  # type: ignore[no-untyped-def]
-        x, w, y, bias, rows, bend, normalize_weight, pool, compute_dtype,
-        rest, topk_classes, a, d_rest, d_target, d_topk, need_dx, need_db, state, rule, hyper, grad_scale,
+        x, w, y, bias, class_ids, bend, normalize_weight, pool, compute_dtype,
+        rest, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx, need_db, state, rule, hyper, grad_scale,
         operands=None, scales=None,
     ):  # fmt: skip
-        n = w.shape[0] if rows is None else rows.shape[0]
+        n = w.shape[0] if class_ids is None else class_ids.shape[0]
         return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(n if need_db else 0)
 
     @torch.library.register_fake("fastmargin::class_operands")

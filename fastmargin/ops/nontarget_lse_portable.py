@@ -3,31 +3,20 @@
 `stream` walks over blocks of classes and runs on any device. Letters: B rows, C classes, n classes of a block, d, k.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmargin.ops.checks import check_ids
 from fastmargin.ops.class_update import stream_update
+from fastmargin.ops.common import padded, stable_topk, without_autocast
 from fastmargin.ops.target_logit import inverse_norms
 
 INF = math.inf
 LOW = -1e30  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
-
-
-def portable(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the op outside autocast: z and all sums keep the dtype of the operands."""
-
-    @functools.wraps(op)
-    def run(x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return op(x, *args)
-
-    return run
 
 
 def refuse(bend: Tensor | None, pool: int) -> None:
@@ -71,13 +60,13 @@ def block_of(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     compute_dtype: torch.dtype | None,
     first: int,
     last: int,
 ) -> Block:
-    pick = slice(first, last) if rows is None else rows[first:last]
+    pick = slice(first, last) if class_ids is None else class_ids[first:last]
     w = w[pick]
     scale = inverse_norms(w) if normalize_weight else None
     unit = operand(w, scale, None)
@@ -88,25 +77,25 @@ def block_of(
     return Block(first, w, unit, scale, z)
 
 
-def count(w: Tensor, rows: Tensor | None) -> int:  # [C, d], [n]
-    return len(w) if rows is None else len(rows)
+def count(w: Tensor, class_ids: Tensor | None) -> int:  # [C, d], [n]
+    return len(w) if class_ids is None else len(class_ids)
 
 
 def blocks(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     compute_dtype: torch.dtype | None,
 ) -> Iterator[Block]:
     """All classes, so many at a time that a block of logits and one of weights stay within 4 MiB of float32."""
-    C, n = count(w, rows), max(256, 2**20 // max(len(x), x.shape[1]))
+    C, n = count(w, class_ids), max(256, 2**20 // max(len(x), x.shape[1]))
     for first in range(0, C, n):
-        yield block_of(x, w, bias, rows, normalize_weight, compute_dtype, first, min(first + n, C))
+        yield block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, first, min(first + n, C))
 
 
-def put_(
+def scatter_local_(
     z: Tensor,  # [B, n], changed in place
     ids: Tensor,  # [B, k] class ids
     first: int,  # class id of column 0
@@ -122,90 +111,60 @@ def put_(
     return z.scatter_(1, place, torch.where(inside, value, z.gather(1, place)))
 
 
-def padded(
-    values: Tensor,  # [B, n]
-    classes: Tensor,  # [B, n]
-    k: int,
-) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
-    """The first k columns, with (-inf, -1) where there are fewer or where a value is -inf."""
-    missing = max(k - values.shape[1], 0)
-    values = torch.nn.functional.pad(values[:, :k], (0, missing), value=-INF)
-    classes = torch.nn.functional.pad(classes[:, :k], (0, missing), value=-1)
-    return values, classes.masked_fill(values == -INF, -1)
-
-
-def best(
-    values: Tensor,  # [B, n]
-    classes: Tensor,  # [B, n] ascending where values are equal
-    k: int,
-) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
-    """The k largest, equal values by the smaller class.
-
-    torch.topk leaves the order of equal values open: its k-th value is used, and of the entries equal to it the first.
-    """
-    if 0 < k < values.shape[1]:
-        kth = values.topk(k).values[:, -1:]
-        above, equal = values > kth, values == kth
-        keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-        places = torch.arange(values.shape[1], 0, -1, device=values.device) * keep
-        at = places.topk(k).indices
-        values, classes = values.gather(1, at), classes.gather(1, at)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return padded(values, classes.gather(1, order), k)
-
-
-@portable
+@without_autocast
 def stream_fwd(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     topk: int,
     compute_dtype: torch.dtype | None,
-    want_a: bool,
+    need_expected_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
     refuse(bend, pool)
-    check_ids(y, rows, len(w))
+    check_ids(y, class_ids, len(w))
     x = rounded(x, compute_dtype)
     shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
-    a = torch.zeros_like(x) if want_a else x.new_empty(0)
+    expected_weight = torch.zeros_like(x) if need_expected_weight else x.new_empty(0)
     values, classes = x.new_empty(len(x), 0), y.new_empty(len(x), 0)
-    for first, operands, _, _, z in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
-        put_(z, y[:, None], first, -INF)
+    for first, operands, _, _, z in blocks(x, w, bias, class_ids, normalize_weight, compute_dtype):
+        scatter_local_(z, y[:, None], first, -INF)
         if topk:
             ids = torch.arange(first, first + z.shape[1], device=z.device).expand_as(z)
-            new_values, new_classes = best(z, ids, topk)
-            values, classes = best(torch.cat((values, new_values), 1), torch.cat((classes, new_classes), 1), topk)
+            new_values, new_classes = stable_topk(z, ids, topk)
+            values, classes = stable_topk(
+                torch.cat((values, new_values), 1), torch.cat((classes, new_classes), 1), topk
+            )
         higher = torch.maximum(shift, z.amax(1, keepdim=True))
         factor, shift = (shift - higher).exp(), higher
         e = z.sub_(shift).exp_()
         total = total * factor + e.sum(1, keepdim=True)
-        if want_a:
-            a = torch.addmm(a * factor, e, operands)
+        if need_expected_weight:
+            expected_weight = torch.addmm(expected_weight * factor, e, operands)
     rest = (total.log() + shift)[:, 0]  # log 0 = -inf where there is no other class
-    if want_a:
-        a = a / torch.where(total == 0, 1.0, total)
-    return rest, *padded(values, classes, topk), a
+    if need_expected_weight:
+        expected_weight = expected_weight / torch.where(total == 0, 1.0, total)
+    return rest, *padded(values, classes, topk), expected_weight
 
 
-@portable
+@without_autocast
 def stream_bwd(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     compute_dtype: torch.dtype | None,
     rest: Tensor,  # [B]
     topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [B, d], or [0] without dx
+    expected_weight: Tensor,  # [B, d], or [0] without dx
     d_rest: Tensor,  # [B]
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
@@ -214,9 +173,11 @@ def stream_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     refuse(bend, pool)
-    _, dw, db = empty_gradients(x, w, rows, False, need_dw, need_db)
-    dx = row_gradient(x, w, y, rows, normalize_weight, topk_classes, a, d_rest, d_target, d_topk, need_dx)
-    given = x, w, y, bias, rows, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
+    _, dw, db = empty_gradients(x, w, class_ids, False, need_dw, need_db)
+    dx = row_gradient(
+        x, w, y, class_ids, normalize_weight, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx
+    )
+    given = x, w, y, bias, class_ids, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
     for block, g, operands in gradients(*given) if need_dw or need_db else ():
         at = slice(block.first, block.first + g.shape[1])
         if need_dw:
@@ -226,20 +187,20 @@ def stream_bwd(
     return dx, dw, db
 
 
-@portable
+@without_autocast
 def stream_bwd_update(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d], changed
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     compute_dtype: torch.dtype | None,
     rest: Tensor,  # [B]
     topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [B, d], or [0] without dx
+    expected_weight: Tensor,  # [B, d], or [0] without dx
     d_rest: Tensor,  # [B]
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
@@ -252,18 +213,20 @@ def stream_bwd_update(
 ) -> tuple[Tensor, Tensor]:  # dx [B, d], db [n]; each [0] where not needed
     """An optimiser step on every block as soon as its gradient is complete."""
     refuse(bend, pool)
-    dx = row_gradient(x, w, y, rows, normalize_weight, topk_classes, a, d_rest, d_target, d_topk, need_dx)
-    _, _, db = empty_gradients(x, w, rows, False, False, need_db)
-    given = x, w, y, bias, rows, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
+    dx = row_gradient(
+        x, w, y, class_ids, normalize_weight, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx
+    )
+    _, _, db = empty_gradients(x, w, class_ids, False, False, need_db)
+    given = x, w, y, bias, class_ids, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
     for block, g, operands in gradients(*given):
         at = slice(block.first, block.first + g.shape[1])
         dw = weight_gradient(block, g, operands)
         if need_db:
             db[at] = g.sum(0)
-        if rows is None:
+        if class_ids is None:
             stream_update(w[at], [t[at] for t in state], dw, None, rule, hyper, grad_scale)
         else:
-            stream_update(w, state, dw, rows[at], rule, hyper, grad_scale)
+            stream_update(w, state, dw, class_ids[at], rule, hyper, grad_scale)
     return dx, db
 
 
@@ -271,10 +234,10 @@ def row_gradient(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [B, d], or [0] without dx
+    expected_weight: Tensor,  # [B, d], or [0] without dx
     d_rest: Tensor,  # [B]
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
@@ -282,8 +245,10 @@ def row_gradient(
 ) -> Tensor:  # [B, d], or [0]
     if not need_dx:
         return x.new_empty(0)
-    dx = d_rest[:, None] * a + pulled(w, rows, normalize_weight, y[:, None], d_target[:, None])
-    return dx if d_topk is None else dx + pulled(w, rows, normalize_weight, topk_classes, d_topk)
+    dx = d_rest[:, None] * expected_weight + weighted_class_sum(
+        w, class_ids, normalize_weight, y[:, None], d_target[:, None]
+    )
+    return dx if d_topk is None else dx + weighted_class_sum(w, class_ids, normalize_weight, topk_classes, d_topk)
 
 
 def gradients(
@@ -291,7 +256,7 @@ def gradients(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     compute_dtype: torch.dtype | None,
     rest: Tensor,  # [B]
@@ -303,37 +268,37 @@ def gradients(
     """Block by block: the block, g [B, n] and x [B, d] as the products see it."""
     above = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
     x = rounded(x, compute_dtype)
-    for block in blocks(x, w, bias, rows, normalize_weight, compute_dtype):
+    for block in blocks(x, w, bias, class_ids, normalize_weight, compute_dtype):
         g = block.z.sub_(above).exp_().mul_(d_rest[:, None])
-        put_(g, y[:, None], block.first, d_target[:, None])
+        scatter_local_(g, y[:, None], block.first, d_target[:, None])
         if d_topk is not None:
-            put_(g, topk_classes, block.first, d_topk, add=True)
+            scatter_local_(g, topk_classes, block.first, d_topk, add=True)
         yield block, g, x
 
 
 def empty_gradients(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     *need: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = count(w, rows)
+    n = count(w, class_ids)
     shapes = (x.shape, (n, x.shape[1]), (n,))
     dx, dw, db = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, need, strict=True))
     return dx, dw, db
 
 
-def pulled(
+def weighted_class_sum(
     w: Tensor,  # [C, d]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
     classes: Tensor,  # [B, k], -1: none
     g: Tensor,  # [B, k]
 ) -> Tensor:  # [B, d] sum over k of g times the class's weight
-    if count(w, rows) == 0 or classes.shape[1] == 0:
+    if count(w, class_ids) == 0 or classes.shape[1] == 0:
         return w.new_zeros(len(g), w.shape[1])
     safe = classes.clamp(min=0)
-    chosen = w[safe if rows is None else rows[safe]]
+    chosen = w[safe if class_ids is None else class_ids[safe]]
     factor = g.masked_fill(classes < 0, 0.0)
     if normalize_weight:
         factor = factor * inverse_norms(chosen.flatten(0, 1)).view_as(factor)

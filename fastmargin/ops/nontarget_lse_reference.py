@@ -8,57 +8,56 @@ import torch
 from torch import Tensor
 
 from fastmargin.ops.checks import check_ids
+from fastmargin.ops.common import padded, without_autocast
 from fastmargin.ops.nontarget_lse_portable import (
     INF,
     block_of,
     count,
     empty_gradients,
-    padded,
-    portable,
     refuse,
     rounded,
     weight_gradient,
 )
 
 
-@portable
+@without_autocast
 def reference_fwd(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     topk: int,
     compute_dtype: torch.dtype | None,
-    want_a: bool,
+    need_expected_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
     refuse(bend, pool)
-    check_ids(y, rows, len(w))
+    check_ids(y, class_ids, len(w))
     x = rounded(x, compute_dtype)
-    _, operands, _, _, z = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
+    _, operands, _, _, z = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
     z = z.masked_fill(own_class(y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, weight(z, rest[:, None]) @ operands if want_a else x.new_empty(0)
+    return rest, values, classes, weight(z, rest[:, None]) @ operands if need_expected_weight else x.new_empty(0)
 
 
-@portable
+@without_autocast
 def reference_bwd(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     bend: Tensor | None,  # [B, 4]
     normalize_weight: bool,
     pool: int,
     compute_dtype: torch.dtype | None,
     rest: Tensor,  # [B]
     topk_classes: Tensor,  # [B, k]
-    a: Tensor,  # [B, d], or [0] without dx
+    expected_weight: Tensor,  # [B, d], or [0] without dx
     d_rest: Tensor,  # [B]
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
@@ -68,13 +67,13 @@ def reference_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
     refuse(bend, pool)
     x = rounded(x, compute_dtype)
-    block = block_of(x, w, bias, rows, normalize_weight, compute_dtype, 0, count(w, rows))
+    block = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
     g = d_rest[:, None] * weight(block.z, rest[:, None])
     g = torch.where(own_class(y, g), d_target[:, None], g)
     if d_topk is not None:
         at = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
         g = g + (at * d_topk[:, :, None]).sum(1)
-    dx, dw, db = empty_gradients(x, w, rows, need_dx, need_dw, need_db)
+    dx, dw, db = empty_gradients(x, w, class_ids, need_dx, need_dw, need_db)
     return (
         g @ block.w if need_dx else dx,
         weight_gradient(block, g, x) if need_dw else dw,

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from fastmargin.ops import pairwise_potential_portable as portable
 from fastmargin.ops.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops.checks import check_points
+from fastmargin.ops.common import without_autocast
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def pairwise_potential(
     return PairwisePotential.apply(a, b, a_ids, b_ids, b_weight, options)
 
 
-@portable.portable
+@without_autocast
 def triton_fwd(
     a: Tensor,  # [N, d]
     *given: Any,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmargin.ops.nontarget_lse_portable import portable
+from fastmargin.ops.common import without_autocast
 
 KINDS = ("inverse", "hinge")
 TILE = 1024  # points on a side of a tile of pairs
@@ -80,7 +80,7 @@ def add_slopes(
         other += q.sum(0)[:, None] * b.centred - q.T @ a.centred
 
 
-@portable
+@without_autocast
 def stream_fwd(
     a: Tensor,  # [N, d]
     b: Tensor | None,  # [M, d]; None: a
@@ -117,7 +117,7 @@ def stream_fwd(
     return potential.to(a.dtype), slope
 
 
-@portable
+@without_autocast
 def reference_fwd(
     a: Tensor,  # [N, d]
     b: Tensor | None,  # [M, d]; None: a

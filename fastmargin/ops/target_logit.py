@@ -23,16 +23,16 @@ def target_logit(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B] in [-1, n): class ids, or places in `rows`
     bias: Tensor | None,  # [C]
-    rows: Tensor | None,  # [n]
+    class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
 ) -> Tensor:  # [B]
-    check_ids(y, rows, len(w))
-    n = len(w) if rows is None else len(rows)
+    check_ids(y, class_ids, len(w))
+    n = len(w) if class_ids is None else len(class_ids)
     if n == 0:
         return x.new_zeros(len(x))
     inside = (y >= 0) & (y < n)
     safe = torch.where(inside, y, 0)
-    ids = safe if rows is None else rows[safe]
+    ids = safe if class_ids is None else class_ids[safe]
     wy = w[ids]
     target = (x * wy).sum(1)
     if normalize_weight:
@@ -47,7 +47,7 @@ if BUILD.facts:
     IMPLS["native"] = Impl({"fwd": torch.ops.fastmargin.target_logit.default}, native_can_run)
 
     @torch.library.register_fake("fastmargin::target_logit")
-    def _(x, w, y, bias, rows, normalize_weight):  # type: ignore[no-untyped-def]
+    def _(x, w, y, bias, class_ids, normalize_weight):  # type: ignore[no-untyped-def]
         return x.new_empty(x.shape[0])
 
 

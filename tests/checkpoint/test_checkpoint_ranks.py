@@ -153,7 +153,7 @@ def test_what_an_optimiser_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
         step()
         assert parts["classes"].seen is not None, "rows that sat out"
         unpack(load_latest(tmp_path), {name: parts[name] for name in names})
-        parts["classes"].catch_up()
+        parts["classes"].apply_lazy_updates()
         assert torch.equal(head.weight, kept[0])
         assert torch.equal(parts["classes"].state_tensor("momentum_buffer"), kept[1])
 

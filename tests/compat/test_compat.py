@@ -126,7 +126,7 @@ def test_what_an_optimiser_had_left_to_do_is_not_done_to_the_new_weights(tmp_pat
     head(*batch()).loss.backward()
     optimizer.step()
     insightface.load_weight(head, write_shards(tmp_path, 2))
-    head._catch_up()
+    head._apply_lazy_updates()
     assert torch.equal(head.weight, weights())
 
 

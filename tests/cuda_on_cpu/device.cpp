@@ -40,28 +40,28 @@ NoTf32::NoTf32() {}
 }  // namespace fastmargin::device
 
 TORCH_LIBRARY(fastmargin_emulated, m) {
-  m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, bool normalize_weight) -> Tensor",
+  m.def("target_logit(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, bool normalize_weight) -> Tensor",
         fastmargin::cuda::target_logit);
   m.def(
-      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
-      "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool want_a, Tensor? operands=None, Tensor? "
+      "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
+      "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? operands=None, Tensor? "
       "scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
       fastmargin::cuda::nontarget_lse_fwd);
   m.def("nontarget_lse_bwd", fastmargin::cuda::nontarget_lse_bwd);
   m.def(
-      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? rows, Tensor? bend, bool "
+      "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor "
       "d_rest, "
       "Tensor d_target, Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, "
       "Tensor? grad_scale, Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> (Tensor dx, Tensor db)",
       fastmargin::cuda::nontarget_lse_bwd_update);
   m.def(
-      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? rows, str rule, float[] hyper, Tensor? "
+      "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? class_ids, str rule, float[] hyper, Tensor? "
       "grad_scale) -> ()",
       fastmargin::cuda::class_update);
   m.def("class_operands(Tensor w, bool normalize_weight, Tensor(a!) operands, Tensor(b!) scales) -> ()",
         fastmargin::cuda::class_operands);
-  m.def("class_catch_up(Tensor(a!) w, Tensor(b!)? v, Tensor? rows, Tensor products) -> ()",
-        fastmargin::cuda::class_catch_up);
+  m.def("class_lazy_update(Tensor(a!) w, Tensor(b!)? v, Tensor? class_ids, Tensor products) -> ()",
+        fastmargin::cuda::class_lazy_update);
   m.def("pairwise_potential_fwd", fastmargin::cuda::pairwise_potential_fwd);
 }

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastmargin as fm
 from fastmargin.head.margin_head import MarginHead
-from fastmargin.head.sampling import key
+from fastmargin.head.sampling import derive_seed
 
 F32, F64 = torch.float32, torch.float64
 D = 24
@@ -72,7 +72,7 @@ def step(head, w, bias, f, y, weighted, rows):
 
 def one_process(name, C, reduction, dtype, sizes, given):
     head, drawn = build(name, C, dtype, reduction, **given), problem(name, C, dtype, sizes)
-    torch.manual_seed(key(0, 0, 1))  # what a group draws for ElasticFace
+    torch.manual_seed(derive_seed(0, 0, 1))  # what a group draws for ElasticFace
     return step(head, *drawn, given.get("weighted"), slice(None))
 
 

@@ -129,7 +129,7 @@ def logits():
             F.cross_entropy(want, y).backward()
             F.cross_entropy(got, own(y)).backward()
             assert error(part.grad / N, own(f.grad)) < 1e-12
-            assert error(head.weight.grad, head.classes.own(one.weight.grad)) < 1e-12
+            assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
             for p, q in zip(head.replicated_parameters(), one.replicated_parameters(), strict=True):
                 assert error(p.grad, q.grad) < 1e-12
 
@@ -170,7 +170,7 @@ def accumulation():
     for half in (slice(0, 6), slice(6, 12)):
         one(f[half], y[half]).loss.backward()
         head(own(f[half]), own(y[half])).loss.backward()
-    assert error(head.weight.grad, head.classes.own(one.weight.grad)) < 1e-12
+    assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     for p, q in zip(head.replicated_parameters(), one.replicated_parameters(), strict=True):
         assert error(p.grad, q.grad) < 1e-12
     assert error(head.grad_norm(), one.grad_norm()) < 1e-12
@@ -211,10 +211,10 @@ def frozen():
     rows = rows.requires_grad_() if len(rows) else rows
     head(rows, own(y, uneven=True)).loss.backward()
     one(f, y).loss.backward()
-    assert error(head.weight.grad, head.classes.own(one.weight.grad)) < 1e-12
+    assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     head.zero_grad()
     head(own(f), own(y)).loss.backward()
-    assert error(head.weight.grad, head.classes.own(one.weight.grad)) < 1e-12
+    assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     head.weight.requires_grad_(False)
     rows = own(f).clone().requires_grad_()
     head(rows, own(y)).loss.backward()

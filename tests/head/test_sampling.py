@@ -12,11 +12,11 @@ import fastmargin as fm
 from fastmargin.distributed.layout import chunks
 from fastmargin.head import sampling
 from fastmargin.head.margin_head import MarginHead
-from fastmargin.head.sampling import BLOCK, hashed, key, sampled_classes
+from fastmargin.head.sampling import BLOCK, derive_seed, hashed, sampled_classes
 
 F64 = torch.float64
 NONE = torch.empty(0, dtype=torch.int64)
-FIRST = key(0, 0)  # seed 0, step 0
+FIRST = derive_seed(0, 0)  # seed 0, step 0
 
 
 class Rank:
@@ -64,14 +64,14 @@ def test_ranks_draw_together_what_one_draws(monkeypatch, C, N):
 
 def test_every_class_gets_its_turn():
     C, steps = 3 * BLOCK, 400
-    counts = torch.stack([torch.zeros(C).index_fill_(0, drawn(C, 0.25, key(7, t)), 1) for t in range(steps)])
+    counts = torch.stack([torch.zeros(C).index_fill_(0, drawn(C, 0.25, derive_seed(7, t)), 1) for t in range(steps)])
     often = counts.sum(0)
     assert often.sum() == steps * C / 4
     assert (often - steps / 4).abs().max() < 5 * math.sqrt(steps * 0.25 * 0.75)
     together = counts.T @ counts[:, :9]  # two classes of a block are in one draw as if drawn without replacement
     together = torch.cat([together[i + 1 : BLOCK, i] for i in range(9)])
     assert abs(together.mean() / (steps * 0.25 * 255 / 1023) - 1) < 0.01
-    assert not torch.equal(drawn(C, 0.25, key(7, 1)), drawn(C, 0.25, key(8, 1)))
+    assert not torch.equal(drawn(C, 0.25, derive_seed(7, 1)), drawn(C, 0.25, derive_seed(8, 1)))
 
 
 def test_what_is_needed_is_there_above_the_share():

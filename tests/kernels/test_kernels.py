@@ -102,18 +102,18 @@ def test_confident_rows(place, s, cosine):
 @pytest.mark.usefixtures("poison")
 def test_rows_are_the_whole_of_a_smaller_problem(place):
     x, w, _, bias, upstream = problem(7, 12, 900, 3, plain=True)
-    rows = torch.randperm(900)[:603].sort().values
+    class_ids = torch.randperm(900)[:603].sort().values
     y = torch.randint(-1, 603, (7,))
-    check(place, (x, w, y, bias), upstream, rows=rows, normalize_weight=False, topk=3)
+    check(place, (x, w, y, bias), upstream, class_ids=class_ids, normalize_weight=False, topk=3)
 
 
 def test_rows_agree_to_the_bit_with_their_copy(place, rounded):
     x, w, _, _, upstream = problem(5, 16, 700, 2)
-    x, w, rows = x.float(), w.float(), torch.randperm(700)[:513].sort().values
+    x, w, class_ids = x.float(), w.float(), torch.randperm(700)[:513].sort().values
     y, options = torch.randint(-1, 513, (5,)), dict(topk=2, compute_dtype=rounded)
-    got, classes = run_on(place, x, w, y, None, upstream, rows=rows, **options)
-    want, order = run_on(place, x, w[rows], y, None, upstream, **options)
-    got[4] = got[4][rows]
+    got, classes = run_on(place, x, w, y, None, upstream, class_ids=class_ids, **options)
+    want, order = run_on(place, x, w[class_ids], y, None, upstream, **options)
+    got[4] = got[4][class_ids]
     assert torch.equal(classes, order) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

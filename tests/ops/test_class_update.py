@@ -1,4 +1,4 @@
-"""class_update, class_catch_up and the backward pass that updates, against torch's optimisers and each other."""
+"""class_update, class_lazy_update and the backward pass that updates, against torch's optimisers and each other."""
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def check_steps(backend, rule, selected, dtype):
     name, hyper, states, optimizer = RULES[rule]
     C, d = 301, 37
     w = torch.randn(C, d, dtype=F64)
-    rows = torch.randperm(C)[:120].sort().values if selected else None
-    at = slice(None) if rows is None else rows
+    class_ids = torch.randperm(C)[:120].sort().values if selected else None
+    at = slice(None) if class_ids is None else class_ids
     want = w[at].clone().requires_grad_()
     torch_one = optimizer([want])
     got, state = w.to(dtype), [torch.zeros(C, d, dtype=dtype) for _ in range(states)]
@@ -59,10 +59,10 @@ def check_steps(backend, rule, selected, dtype):
     for t in range(1, 5):
         want.grad = torch.randn_like(want)
         torch_one.step()
-        IMPLS[backend].functions["update"](got, state, want.grad.to(dtype), rows, name, hyper_of(hyper, t), None)
+        IMPLS[backend].functions["update"](got, state, want.grad.to(dtype), class_ids, name, hyper_of(hyper, t), None)
     assert error(got[at], want) < LIMIT[dtype]
     if selected:
-        others = torch.ones(C, dtype=torch.bool).index_fill(0, rows, False)
+        others = torch.ones(C, dtype=torch.bool).index_fill(0, class_ids, False)
         assert torch.equal(got[others], untouched[others]) and not any(s[others].any() for s in state)
 
 
@@ -86,17 +86,17 @@ def test_a_scale_is_taken_out_and_rows_that_overflowed_stay(backend, rule):
 
 
 @pytest.mark.parametrize("with_momentum", [True, False])
-@pytest.mark.parametrize("rows", [torch.arange(3, 40, 2), None], ids=["some classes", "all classes"])
-def test_catching_up(backend, rows, with_momentum):
+@pytest.mark.parametrize("class_ids", [torch.arange(3, 40, 2), None], ids=["some classes", "all classes"])
+def test_catching_up(backend, class_ids, with_momentum):
     dtype = dtypes(backend)[-1]
     w, v = torch.randn(50, 9, dtype=dtype), torch.randn(50, 9, dtype=dtype) if with_momentum else None
-    at = torch.arange(50) if rows is None else rows
+    at = torch.arange(50) if class_ids is None else class_ids
     p = torch.randn(len(at), 4, dtype=dtype)
     want_w, want_v = w.clone(), torch.zeros_like(w) if v is None else v.clone()
     old_v, old_w = want_v[at], want_w[at]
     want_v[at] = p[:, :1] * old_v + p[:, 1:2] * old_w
     want_w[at] = p[:, 2:3] * old_v + p[:, 3:] * old_w
-    IMPLS[backend].functions["catch_up"](w, v, rows, p)
+    IMPLS[backend].functions["lazy_update"](w, v, class_ids, p)
     assert error(w, want_w) < LIMIT[dtype] and (v is None or error(v, want_v) < LIMIT[dtype])
 
 
@@ -111,17 +111,17 @@ def test_a_backward_pass_that_updates(backend, shape, rule, plain, selected, thr
     dtype = dtypes(backend)[-1]
     x, w, y, bias, upstream = problem(B, d, C, k, plain=plain)
     x, w, bias, d_rest, d_target, d_topk = cast(dtype, x, w, bias, *upstream)
-    rows = torch.arange(0, C, 2) if selected else None
+    class_ids = torch.arange(0, C, 2) if selected else None
     y = y // 2 if selected else y
     name, hyper, states, _ = RULES[rule]
     functions = LSE[backend].functions
-    given = (y, bias, rows, None, not plain, 1)
+    given = (y, bias, class_ids, None, not plain, 1)
     rest, _, classes, a = functions["fwd"](x, w, *given, k, None, True)
     saved = (None, rest, classes, a, d_rest, d_target, d_topk, True)
     want, state = w.clone(), [torch.rand(C, d, dtype=dtype) for _ in range(states)]
     got, got_state = w.clone(), [s.clone() for s in state]
     dx, dw, db = functions["bwd"](x, w, *given, *saved, True, plain)
-    IMPLS[backend].functions["update"](want, state, dw, rows, name, hyper_of(hyper, 2), None)
+    IMPLS[backend].functions["update"](want, state, dw, class_ids, name, hyper_of(hyper, 2), None)
     got_dx, got_db = functions["bwd_update"](x, got, *given, *saved, plain, got_state, name, hyper_of(hyper, 2), None)
     for mine, right in zip((got, *got_state, got_dx, got_db), (want, *state, dx, db), strict=True):
         assert error(mine, right) < LIMIT[dtype]
@@ -138,13 +138,13 @@ def test_the_ops_check_what_they_change():
         ((w, [g.double()], g, None, "sgd", SGD, None), "one shape, dtype and device"),
         ((w.T, [], g.T, None, "sgd", SGD, None), "contiguous"),
         ((w, [], g[:2], None, "sgd", SGD, None), "want grad"),
-        ((w, [], g[:2], torch.tensor([2, 1]), "sgd", SGD, None), r"rows\[1\] = 1: want sorted"),
-        ((w, [], g[:1], torch.tensor([4]), "sgd", SGD, None), r"rows\[0\] = 4"),
+        ((w, [], g[:2], torch.tensor([2, 1]), "sgd", SGD, None), r"class_ids\[1\] = 1: want sorted"),
+        ((w, [], g[:1], torch.tensor([4]), "sgd", SGD, None), r"class_ids\[0\] = 4"),
     ):
         with pytest.raises(ValueError, match=message):
             op(*args)
     with pytest.raises(ValueError, match="want products"):
-        torch.ops.fastmargin.class_catch_up(w, None, None, torch.zeros(3, 4))
+        torch.ops.fastmargin.class_lazy_update(w, None, None, torch.zeros(3, 4))
 
 
 @pytest.mark.skipif("native" not in IMPLS, reason="native kernels not built")
@@ -158,4 +158,4 @@ def test_opcheck():
     args = (x, w, y, None, None, None, True, 1, None, *saved, [torch.zeros(9, 4)], "sgd", SGD, None)
     torch.library.opcheck(op.nontarget_lse_bwd_update.default, args)
     torch.library.opcheck(op.class_update.default, (w, [torch.zeros(9, 4)], w.clone(), None, "sgd", SGD, None))
-    torch.library.opcheck(op.class_catch_up.default, (w, torch.zeros(9, 4), None, torch.rand(9, 4)))
+    torch.library.opcheck(op.class_lazy_update.default, (w, torch.zeros(9, 4), None, torch.rand(9, 4)))

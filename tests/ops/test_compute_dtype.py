@@ -183,16 +183,16 @@ def test_the_gradient_of_a_weight_has_no_part_along_it():
 @pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
 def test_rows_are_the_whole_of_a_smaller_problem(rounding, plain, threads):
     x, w, _, bias, upstream = problem(40, 13, 800, 3, plain=plain)
-    rows = torch.randperm(800)[:333].sort().values
+    class_ids = torch.randperm(800)[:333].sort().values
     y = torch.randint(-1, 333, (40,))
     x, w, bias = cast(F32, x, w, bias)
     options = dict(normalize_weight=not plain, topk=3, **rounding)
-    got, classes = run(nontarget_lse, x, w, y, bias, upstream, rows=rows, **options)
-    part = None if bias is None else bias[rows]
-    whole, order = run(nontarget_lse, x, w[rows], y, part, upstream, **options)
+    got, classes = run(nontarget_lse, x, w, y, bias, upstream, class_ids=class_ids, **options)
+    part = None if bias is None else bias[class_ids]
+    whole, order = run(nontarget_lse, x, w[class_ids], y, part, upstream, **options)
     assert torch.equal(classes, order)
     for a, b in zip(got, whole, strict=True):
-        full = a[rows] if a.shape[:1] == (800,) else a
+        full = a[class_ids] if a.shape[:1] == (800,) else a
         assert torch.equal(full, b)
 
 

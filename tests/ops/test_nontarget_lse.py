@@ -143,9 +143,9 @@ def test_any_strides(backend, layout):
 @pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
 def test_rows_are_the_whole_of_a_smaller_problem(backend, plain):
     x, w, _, bias, upstream = problem(40, 12, 800, 3, plain=plain)
-    rows = torch.randperm(800)[:333].sort().values
+    class_ids = torch.randperm(800)[:333].sort().values
     y = torch.randint(-1, 333, (40,))
-    options = dict(rows=rows, normalize_weight=not plain, topk=3)
+    options = dict(class_ids=class_ids, normalize_weight=not plain, topk=3)
     got, classes = run(nontarget_lse, x, w, y, bias, upstream, backend=backend, **options)
     truth, order = run(dense, x, w, y, bias, upstream, **options)
     assert torch.equal(classes, order)
@@ -155,17 +155,17 @@ def test_rows_are_the_whole_of_a_smaller_problem(backend, plain):
 
 def test_rows_labels_and_bias_of_any_strides(backend):
     x, w, _, bias, upstream = problem(6, 5, 40, 2, plain=True)
-    rows = torch.tensor([0, 39, 5, 38, 7, 37, 9, 36])[::2]
+    class_ids = torch.tensor([0, 39, 5, 38, 7, 37, 9, 36])[::2]
     y = torch.tensor([0, 9, 3, 9, -1, 9, 2, 9, 1, 9, 0, 9])[::2]
     spread = torch.stack((bias, bias + 1), 1)[:, 0]
     options = dict(normalize_weight=False, topk=2)
-    got, classes = run(nontarget_lse, x, w, y, spread, upstream, rows=rows, backend=backend, **options)
-    truth, order = run(dense, x, w, y, bias, upstream, rows=rows.clone(), **options)
+    got, classes = run(nontarget_lse, x, w, y, spread, upstream, class_ids=class_ids, backend=backend, **options)
+    truth, order = run(dense, x, w, y, bias, upstream, class_ids=class_ids.clone(), **options)
     assert torch.equal(classes, order)
     for a, b in zip(got, truth, strict=True):
         assert error(a, b) < 1e-12
-    with pytest.raises(ValueError, match=r"rows\[2\] = 1000000"):
-        nontarget_lse(x, w, y, rows=torch.tensor([0, 1, 2, 3, 10**6, 10**6])[::2], backend=backend)
+    with pytest.raises(ValueError, match=r"class_ids\[2\] = 1000000"):
+        nontarget_lse(x, w, y, class_ids=torch.tensor([0, 1, 2, 3, 10**6, 10**6])[::2], backend=backend)
 
 
 def test_a_tiny_weight_beside_long_rows(backend):
@@ -185,13 +185,13 @@ def test_a_tiny_weight_beside_long_rows(backend):
 
 def test_gradients_over_rows_are_sparse(backend):
     x, w, bias = leaves(torch.randn(3, 4), torch.randn(9, 4), torch.randn(9))
-    rows = torch.tensor([1, 4, 8])
+    class_ids = torch.tensor([1, 4, 8])
     rest, *_ = nontarget_lse(
-        x, w, torch.tensor([0, 2, -1]), bias=bias, rows=rows, normalize_weight=False, backend=backend
+        x, w, torch.tensor([0, 2, -1]), bias=bias, class_ids=class_ids, normalize_weight=False, backend=backend
     )
     rest.sum().backward()
     for t in (w, bias):
-        assert t.grad.is_sparse and t.grad.shape == t.shape and torch.equal(t.grad.coalesce().indices()[0], rows)
+        assert t.grad.is_sparse and t.grad.shape == t.shape and torch.equal(t.grad.coalesce().indices()[0], class_ids)
 
 
 def test_no_gradient_where_none_is_needed(backend):
@@ -266,7 +266,7 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64
         ((X, W, Y), {"backend": "fast"}, "native.*stream.*reference|stream.*reference"),
         ((X, W, Y), {"bias": torch.zeros(9)}, "normalize_weight=False"),
         ((X, W, Y), {"bias": torch.zeros(8), "normalize_weight": False}, r"bias \[C\]"),
-        ((X, W, Y), {"rows": torch.zeros(2)}, r"rows \[n\] int64"),
+        ((X, W, Y), {"class_ids": torch.zeros(2)}, r"class_ids \[n\] int64"),
         ((X, W, Y), {"compute_dtype": torch.int8}, "compute_dtype = torch.int8 for torch.float32 rows"),
         ((X, W, Y), {"compute_dtype": F64}, "compute_dtype = torch.float64 for torch.float32 rows"),
         ((X.double(), W.double(), Y), {"compute_dtype": torch.bfloat16}, "for torch.float64 rows: want None"),
@@ -287,7 +287,7 @@ def test_a_label_out_of_range_is_named(backend, label):
         target_logit.IMPLS[backend].functions["fwd"](X, W, y, None, None, True)
 
 
-@pytest.mark.parametrize("rows", [[1, 1], [3, 2], [0, 9], [-1, 2]])
-def test_rows_out_of_order_or_range_are_named(backend, rows):
-    with pytest.raises(ValueError, match=r"rows\[\d\] = -?\d"):
-        nontarget_lse(X, W, Y, rows=torch.tensor(rows), backend=backend)
+@pytest.mark.parametrize("class_ids", [[1, 1], [3, 2], [0, 9], [-1, 2]])
+def test_rows_out_of_order_or_range_are_named(backend, class_ids):
+    with pytest.raises(ValueError, match=r"class_ids\[\d\] = -?\d"):
+        nontarget_lse(X, W, Y, class_ids=torch.tensor(class_ids), backend=backend)

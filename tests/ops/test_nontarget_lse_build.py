@@ -39,9 +39,9 @@ def test_autocast_changes_nothing(backend, kind, dtype, threads):
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_opcheck(dtype):
     x, w, y = torch.randn(6, 5, dtype=dtype), torch.randn(20, 5, dtype=dtype), torch.randint(-1, 20, (6,))
-    rows, bias = torch.tensor([0, 3, 7, 19]), torch.randn(20, dtype=dtype)
+    class_ids, bias = torch.tensor([0, 3, 7, 19]), torch.randn(20, dtype=dtype)
     ops = torch.ops.fastmargin
-    for y_, bias_, rows_, normalize in ((y, None, None, True), (y.clamp(max=3), bias, rows, False)):
+    for y_, bias_, rows_, normalize in ((y, None, None, True), (y.clamp(max=3), bias, class_ids, False)):
         torch.library.opcheck(ops.target_logit, (x, w, y_, bias_, rows_, normalize))
         fwd = (x, w, y_, bias_, rows_, None, normalize, 1, 2, None, True)
         torch.library.opcheck(ops.nontarget_lse_fwd, fwd)
@@ -88,22 +88,22 @@ def test_offsets_beyond_32_bits():
     """The last of 2^31 / 64 + 3 classes; the memory in between is never touched."""
     C, d = 2**31 // 64 + 3, 64
     w = torch.empty(C, d)
-    rows = torch.tensor([0, 5, C - 1])
-    w[rows] = torch.randn(3, d)
+    class_ids = torch.tensor([0, 5, C - 1])
+    w[class_ids] = torch.randn(3, d)
     x = torch.randn(4, d)
     y = torch.tensor([0, 1, 2, 2])
-    got, classes = run_rows(x, w, y, rows)
-    truth, order = run_rows(x, w[rows], y, None)
+    got, classes = run_rows(x, w, y, class_ids)
+    truth, order = run_rows(x, w[class_ids], y, None)
     assert torch.equal(classes, order)
     for a, b in zip(got, truth, strict=True):
         assert error(a, b) < 1e-6
 
 
-def run_rows(x, w, y, rows):
+def run_rows(x, w, y, class_ids):
     x, w = x.clone().requires_grad_(), w.requires_grad_()
-    rest, target, values, classes = nontarget_lse(x, w, y, rows=rows, topk=2, backend="native")
+    rest, target, values, classes = nontarget_lse(x, w, y, class_ids=class_ids, topk=2, backend="native")
     (dx, dw) = torch.autograd.grad(rest.sum() + 2 * target.sum() + values.sum(), (x, w))
-    return [rest, target, values, dx, dw.coalesce().values() if rows is not None else dw], classes
+    return [rest, target, values, dx, dw.coalesce().values() if class_ids is not None else dw], classes
 
 
 PLAIN_BLAS = """

@@ -95,7 +95,7 @@ def test_sampled_sgd_is_the_dense_optimiser(kind, in_backward, backend, monkeypa
     stale = error(ours.weight, theirs.weight)
     dense_steps(theirs, two, 30, falling)
     assert stale > 1e-3 and error(ours.weight, theirs.weight) > 1e-6  # some still sit out
-    one.catch_up()
+    one.apply_lazy_updates()
     assert error(ours.weight, theirs.weight) < 1e-12
     if "momentum" in SGD[kind]:
         mine, right = (o.state[h.weight]["momentum_buffer"] for o, h in ((one, ours), (two, theirs)))
@@ -115,9 +115,9 @@ def test_float32_catches_up_after_a_thousand_steps():
     for _ in range(1000):
         one.rows = torch.empty(0, dtype=torch.int64)
         one.advance()
-    one.catch_up()
+    one.apply_lazy_updates()
     fresh, again = begin()
-    again.catch_up()
+    again.apply_lazy_updates()
     w, v = fresh.weight.detach().double(), again.state[fresh.weight]["momentum_buffer"].double()
     for _ in range(1000):
         v = 0.9 * v + 1e-3 * w
@@ -178,7 +178,7 @@ def test_whoever_writes_the_weights_finds_them_caught_up(write):
     for head in (ours, theirs):
         write(head)
     if ours.weight.shape == (C, D):
-        one.catch_up()
+        one.apply_lazy_updates()
     assert error(ours.weight, theirs.weight) < 1e-12
     assert copy.deepcopy(ours).class_optimizer is None
 
@@ -194,7 +194,7 @@ def test_a_dense_gradient_of_a_sampled_head(monkeypatch):
         head(*batch(6)).loss.backward()
         head.weight.grad = head.weight.grad.to_dense()
         optimizer.step()
-    one.catch_up()
+    one.apply_lazy_updates()
     assert error(ours.weight, theirs.weight) < 1e-12
 
 
@@ -214,7 +214,7 @@ def test_a_step_is_the_backends_own(monkeypatch):
     def refuse(*_):
         raise AssertionError("a native op of a head whose backend is stream")
 
-    functions = dict.fromkeys(("update", "catch_up"), refuse)
+    functions = dict.fromkeys(("update", "lazy_update"), refuse)
     monkeypatch.setitem(optim.IMPLS, "native", optim.IMPLS["native"]._replace(functions=functions))
     head = build(sample_rate=0.1, backend="stream")
     train(head, optim.ClassSGD(head, 0.5, 0.9), 2)
@@ -230,7 +230,7 @@ def test_two_losses_of_sampled_classes_in_one_backward_pass(backend):
         optimizer.zero_grad()
         (head(*batch(5)).loss + head(*batch(6)).loss).backward()
     theirs.weight.grad = theirs.weight.grad.to_dense()
-    one.step(), two.step(), one.catch_up()
+    one.step(), two.step(), one.apply_lazy_updates()
     assert error(ours.weight, theirs.weight) < 1e-12
 
 
@@ -258,8 +258,8 @@ def test_a_state_dict_resumes(kind, sample_rate):
     for part, state in zip(second, states, strict=True):
         part.load_state_dict(state)
     run(*second, range(3, 7))
-    whole[1].catch_up()
-    second[1].catch_up()
+    whole[1].apply_lazy_updates()
+    second[1].apply_lazy_updates()
     assert error(second[0].weight, whole[0].weight) < 1e-13
 
 
@@ -370,7 +370,7 @@ def sharded(kind, in_backward, sample_rate, whole):
         made.zero_grad()
         head(x[own], y[own]).loss.backward()
         made.step()
-    made.catch_up()
+    made.apply_lazy_updates()
     return head.weight.detach()
 
 

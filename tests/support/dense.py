@@ -9,11 +9,11 @@ F32, F64 = torch.float32, torch.float64
 NAN_BITS = (0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1)  # of float32: not a number, some with a payload
 
 
-def dense(x, w, y, bias=None, rows=None, normalize_weight=True, topk=0):
+def dense(x, w, y, bias=None, class_ids=None, normalize_weight=True, topk=0):
     """The definition, in plain autograd."""
-    w = w if rows is None else w[rows]
+    w = w if class_ids is None else w[class_ids]
     w = F.normalize(w, eps=1e-12) if normalize_weight else w
-    z = x @ w.T if bias is None else x @ w.T + (bias if rows is None else bias[rows])
+    z = x @ w.T if bias is None else x @ w.T + (bias if class_ids is None else bias[class_ids])
     own = y[:, None] == torch.arange(len(w))
     rest = z.masked_fill(own, -torch.inf).logsumexp(1)
     target = torch.where(own, z, 0.0).sum(1)

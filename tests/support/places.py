@@ -11,11 +11,13 @@ def moved(device, *tensors):
     return [t.to(device) if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
-def run_on(place, x, w, y, bias, upstream, rows=None, **options):
+def run_on(place, x, w, y, bias, upstream, class_ids=None, **options):
     """`dense.run` there."""
     device, backend = place
-    x, w, y, bias, rows = moved(device, x, w, y, bias, rows)
-    got, classes = run(nontarget_lse, x, w, y, bias, moved(device, *upstream), rows=rows, backend=backend, **options)
+    x, w, y, bias, class_ids = moved(device, x, w, y, bias, class_ids)
+    got, classes = run(
+        nontarget_lse, x, w, y, bias, moved(device, *upstream), class_ids=class_ids, backend=backend, **options
+    )
     return moved("cpu", *got), classes.cpu()
 
 

@@ -29,7 +29,7 @@ def evaluate(where: Path, log: Log, model: str | None = None, device: str | None
     """Evaluates the last checkpoint of a run; model as for `train`; device: None is a GPU where there is
     one. ValueError if there is no checkpoint."""
     config = run_folder.read_config(where)
-    with processes.joined() as ours:
+    with processes.process_group() as ours:
         log = ours.log(log)
         run = build(replace(config, device=device), log, model, ours)
         if not resume(run, where, log):
@@ -46,7 +46,7 @@ def finish(run: Run, where: Path, log: Log) -> None:
     Of several processes each embeds its share of the images, and the first one does the rest.
     """
     begin = time.perf_counter()
-    run.mined.enter()
+    run.table_feed.flush()
     run.processes.copy_buffers(run.network)
     share = replace(run.processes.share(len(run.test.labels)), group=run.processes.host)
     images = run.test.take(np.arange(share.start, share.stop)).images

@@ -30,7 +30,7 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # or a mistake, before any work
-    with processes.joined() as ours, ExitStack() as held:
+    with processes.process_group() as ours, ExitStack() as held:
         log = ours.log(log)
         run = build(config, log, model, ours)
         begun = out is not None and checkpoint.committed(Path(out) / run_folder.CHECKPOINTS)

@@ -65,7 +65,7 @@ def local(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [B], [B, k], [B, k] class ids
     """A rank's part, of its classes alone."""
-    rest, target, values, found = nontarget_lse(x, w, classes.place(y), topk=k)
+    rest, target, values, found = nontarget_lse(x, w, classes.local_index(y), topk=k)
     return rest, target, values, torch.where(found < 0, -1, found + classes.start)
 
 
@@ -102,7 +102,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # (rest, target) [N, B, 2], lists [N, B, 3 k]
     parts, lists = [], []
     for classes in shards:
-        rest, target, values, found = local(x, classes.own(w), y, classes, k)
+        rest, target, values, found = local(x, classes.local_slice(w), y, classes, k)
         parts.append(torch.stack((rest, target), 1))
         lists.append(pack_lists(values, found))
     return torch.stack(parts), torch.stack(lists)
@@ -119,12 +119,12 @@ def backward(
     dx, dw = torch.zeros_like(x), torch.empty_like(w)
     d_rest, d_target, merged = back.unbind(1)
     for classes, rest in zip(shards, rests, strict=True):
-        leaf, own = x.clone().requires_grad_(), classes.own(w).clone().requires_grad_()
+        leaf, own = x.clone().requires_grad_(), classes.local_slice(w).clone().requires_grad_()
         outputs = local(leaf, own, y, classes, 0)[:2]
         torch.autograd.backward(outputs, shard_gradients(rest, merged, d_rest, d_target, len(shards)))
         assert leaf.grad is not None and own.grad is not None
         dx += leaf.grad
-        classes.own(dw).copy_(own.grad)
+        classes.local_slice(dw).copy_(own.grad)
     return dx, dw
 
 
@@ -171,7 +171,7 @@ def misnamed(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
 ) -> tuple[int, int]:
-    """Mined classes that differ: how many, and how many of them no tie excuses.
+    """TableFeed classes that differ: how many, and how many of them no tie excuses.
 
     Copies of a class have logits that may differ in their last bit by where they lie in a product. A class that stands
     in another's place has to have that place's score, once in its row, and not to be the row's own.

@@ -70,10 +70,10 @@ def numbers(run: Run) -> Iterator[tuple[Indices, Indices]]:
 
 def own(
     run: Run,
-    everyones: Indices,  # [B]
+    all_ranks: Indices,  # [B]
 ) -> Indices:  # [b]
     """This process's share of each part of a batch."""
-    return everyones.reshape(run.config.optim.accumulation, -1)[:, run.part.start : run.part.stop].reshape(-1)
+    return all_ranks.reshape(run.config.optim.accumulation, -1)[:, run.part.start : run.part.stop].reshape(-1)
 
 
 def load(run: Run, transform: Augment, index: Indices, epoch: Indices) -> Batch:

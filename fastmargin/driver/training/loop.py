@@ -24,11 +24,11 @@ from fastmargin.driver.log import Log
 from fastmargin.driver.training import processes, run_folder, signals, tensorboard
 from fastmargin.driver.training.loader import batches
 from fastmargin.driver.training.optimizers import update_average
-from fastmargin.driver.training.run import DTYPES, Run, trained
+from fastmargin.driver.training.run import DTYPES, Run, mutable_tensors
 from fastmargin.driver.training.state import state, tensors
 from fastmargin.driver.training.stopwatch import Stopwatch, machine
 from fastmargin.head.margin_head import HeadOutput
-from fastmargin.head.sampling import key
+from fastmargin.head.sampling import derive_seed
 from fastmargin.mining import DoppelgangerBatchSampler
 
 EDGE = 20  # steps at the start, in the middle and at the end whose angles are kept
@@ -47,7 +47,7 @@ def loop(run: Run, where: Path, log: Log) -> None:
             out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
             bar.update()
-            stop = run.processes.agree(noted.number)
+            stop = run.processes.all_reduce_max(noted.number)
             saving = stop or run.step % config.save_every == 0 or run.step == last
             if saving or run.step % config.log_every == 0:
                 record = measure(run, out)  # waits for the device
@@ -67,7 +67,9 @@ def loop(run: Run, where: Path, log: Log) -> None:
             if saving:
                 held = tensors(run), state(run)
                 checkpoint.save(where / run_folder.CHECKPOINTS, run.step, *held, group=run.processes.host)
-            if stop or (run.step == last and (stop := run.processes.agree(noted.number))):  # during the last save, too
+            if stop or (
+                run.step == last and (stop := run.processes.all_reduce_max(noted.number))
+            ):  # during the last save, too
                 again = "" if run.factory else f". To go on: {run_folder.resuming(where)}"  # or from Python
                 log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}{again}")
                 raise signals.Stopped(stop)
@@ -79,9 +81,9 @@ def train_step(
     images: Tensor,  # [b, c, H, W] float32, of this process
     labels: Tensor,  # [b] int64
 ) -> HeadOutput:  # of these rows
-    """One step of the optimisers. On a GPU the host waits for the step before (see `driver.mined`), and with sampled
+    """One step of the optimisers. On a GPU the host waits for the step before (table_feed.py), and with sampled
     classes or terms for this one."""
-    torch.manual_seed(key(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
+    torch.manual_seed(derive_seed(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
     run.optimizers.set_rate(run.step)
     run.optimizers.zero_grad()
     parts = run.config.optim.accumulation
@@ -91,11 +93,11 @@ def train_step(
             done.append(backward(run, *part, 1 / parts))
     run.optimizers.step()
     outs, embeddings, terms = zip(*done, strict=True)
-    out = joined(outs)
+    out = concatenated(outs)
     run.terms.last = {name: torch.stack([values[name] for values in terms]).mean() for name in terms[0]}
     there = labels.to(run.device, non_blocking=True)
     run.terms.update(torch.cat(embeddings), there, run.optimizers.rate)
-    run.mined.add(labels if run.processes.group is None else there, out)
+    run.table_feed.add(labels if run.processes.group is None else there, out)
     if run.schedule:
         run.schedule.step()
     if isinstance(run.order, DoppelgangerBatchSampler):
@@ -129,7 +131,7 @@ def backward(
     return out._replace(loss=out.loss.detach()), embeddings.detach(), run.terms.last
 
 
-def joined(outs: Sequence[HeadOutput]) -> HeadOutput:
+def concatenated(outs: Sequence[HeadOutput]) -> HeadOutput:
     """Of the parts of a step, all of one size."""
     losses, *rows = zip(*outs, strict=True)
     return HeadOutput(torch.stack(losses).mean(), *map(torch.cat, rows))
@@ -167,7 +169,7 @@ def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
     weight = run.processes.count * run.rows.count / run.rows.total
     own = [out.loss.item(), weight * out.target_score.mean().item()]
     terms = {name: value.item() for name, value in run.terms.last.items()}
-    broken = run.optimizers.failed() or not all(numbers.isfinite().all() for numbers in trained(run))
+    broken = run.optimizers.failed() or not all(numbers.isfinite().all() for numbers in mutable_tensors(run))
     loss, score, broken_somewhere, *values = run.processes.mean([*own, broken, *terms.values()])
     record: dict[str, Any] = {
         "step": run.step,

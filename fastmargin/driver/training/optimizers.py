@@ -120,7 +120,7 @@ class Optimizers:
         named: Mapping[str, nn.Parameter],  # all that is moved
     ) -> dict[str, Tensor]:
         """The state of every parameter, as "NAME.SLOT"."""
-        self.classes.catch_up()
+        self.classes.apply_lazy_updates()
         held = {**self.rest.state, **self.classes.state}
         return {
             f"{name}.{slot}": torch.as_tensor(value)

@@ -56,7 +56,7 @@ class Processes:
     def log(self, log: Log) -> Log:
         return log if self.rank == 0 else silent
 
-    def agree(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest that any rank brings."""
         if self.host is None:
             return number
@@ -177,7 +177,7 @@ def average(parameters: Sequence[nn.Parameter], group: Group | None) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def process_group() -> Iterator[Processes]:
     """The processes of a run: those of torch.distributed, where it runs; those that torchrun started; or this one."""
     ours = not dist.is_initialized()
     if ours and not launched():

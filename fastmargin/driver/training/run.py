@@ -22,10 +22,10 @@ from fastmargin.driver.data.order import UniformBatches
 from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.log import Log
 from fastmargin.driver.training.backbone import build_backbone
-from fastmargin.driver.training.mined import Mined
 from fastmargin.driver.training.optimizers import Optimizers, build_average
 from fastmargin.driver.training.processes import ALONE, Processes, pick_device
 from fastmargin.driver.training.stopwatch import Stopwatch
+from fastmargin.driver.training.table_feed import TableFeed
 from fastmargin.driver.training.terms import Terms
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.margins.schedules import LambdaSchedule, MarginRamp, Schedule
@@ -65,7 +65,7 @@ class Run:
     optimizers: Optimizers
     schedule: Schedule | None
     table: DoppelgangerTable
-    mined: Mined  # on its way into the table
+    table_feed: TableFeed  # on its way into the table
     order: Order
     step: int = 0  # optimiser steps made
     seconds: float = 0.0  # spent in the loop, before a stop too
@@ -124,7 +124,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
         optimizers=Optimizers(config.optim, head, model, terms),
         schedule=build_schedule(config, head.margin),
         table=table,
-        mined=Mined(table, rows, late=device.type == "cuda"),
+        table_feed=TableFeed(table, rows, late=device.type == "cuda"),
         order=build_order(config, train, table),
     )
 
@@ -192,13 +192,13 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
         raise ValueError(f"{words} do not fit the data: {error}") from error
 
 
-def learnt(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
     """What the optimisers move, by name."""
     named = nn.ModuleDict({"model": model, "head": head, "terms": terms}).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
-def trained(run: Run) -> Iterator[Tensor]:
+def mutable_tensors(run: Run) -> Iterator[Tensor]:
     """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centres."""
     for module in (run.model, run.head, run.terms, run.average):
         if module is not None:

@@ -21,7 +21,7 @@ from fastmargin.driver.data.order import UniformBatches
 from fastmargin.driver.log import Log
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import check_factory, network_weights
-from fastmargin.driver.training.run import Run, learnt
+from fastmargin.driver.training.run import Run, trainable_parameters
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.mining import DoppelgangerBatchSampler
 
@@ -46,7 +46,7 @@ COUNTER = "counter._extra_state"  # in the state of a head
 
 def tensors(run: Run) -> dict[str, Tensor | Sharded]:
     """All tensors that the next step depends on, and the cosines kept for the report."""
-    moved = learnt(run.model, run.head, run.terms)
+    moved = trainable_parameters(run.model, run.head, run.terms)
     parts = {
         "optimizer": run.optimizers.tensors(moved),  # before the head, whose late rows it catches up
         "model": run.model.state_dict(),
@@ -54,7 +54,7 @@ def tensors(run: Run) -> dict[str, Tensor | Sharded]:
         "terms": run.terms.state_dict(),
         "average": {} if run.average is None else run.average.state_dict(),
         "table": run.table.state_dict(),
-        "mined": run.mined.state_dict(),
+        "mined": run.table_feed.state_dict(),
         "order": {} if isinstance(run.order, UniformBatches) else run.order.state_dict(),
         "cosines": run.cosines,
     }
@@ -105,11 +105,11 @@ def restore(run: Run, saved: Checkpoint) -> None:
     load_head(run.head, saved, saved.step * run.config.optim.accumulation)
     run.terms.load_state_dict(part("terms"))
     run.table.load_state_dict(part("table"))
-    run.optimizers.load_tensors(learnt(run.model, run.head, run.terms), part("optimizer"))
+    run.optimizers.load_tensors(trainable_parameters(run.model, run.head, run.terms), part("optimizer"))
     run.optimizers.scaler.load_state_dict(saved.state["scaler"])
     if run.average is not None:
         run.average.load_state_dict(part("average"))
-    run.mined.load_state_dict(part("mined"))
+    run.table_feed.load_state_dict(part("mined"))
     if isinstance(run.order, DoppelgangerBatchSampler):
         run.order.load_state_dict(part("order"))
     if run.schedule:

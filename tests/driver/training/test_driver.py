@@ -109,11 +109,14 @@ def test_first_step_is_nesterov_sgd_by_hand(tmp_path: Path) -> None:
     images, labels = next(loader.batches(current))
     twin.head.class_optimizer = None  # so that the gradient of the class weights is kept
     twin.head(twin.model(images), labels).loss.backward()
-    gradients = run.learnt(twin.model, twin.head, twin.terms)
-    before = {name: p.detach().clone() for name, p in run.learnt(current.model, current.head, current.terms).items()}
+    gradients = run.trainable_parameters(twin.model, twin.head, twin.terms)
+    before = {
+        name: p.detach().clone()
+        for name, p in run.trainable_parameters(current.model, current.head, current.terms).items()
+    }
     loop.train_step(current, images, labels)
     optim, rate = SMALL.optim, SMALL.optim.lr / SMALL.optim.warmup
-    for name, p in run.learnt(current.model, current.head, current.terms).items():
+    for name, p in run.trainable_parameters(current.model, current.head, current.terms).items():
         gradient = gradients[name].grad
         assert gradient is not None
         v = gradient + optim.weight_decay * before[name]

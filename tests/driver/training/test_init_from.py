@@ -42,7 +42,7 @@ def test_scheme_3_starts_from_the_weights_of_scheme_2(tmp_path: Path, monkeypatc
     for part in ("model", "head", "terms"):
         ours, theirs = getattr(fresh, part).state_dict(), getattr(first, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
-    moved = run.learnt(fresh.model, fresh.head, fresh.terms)
+    moved = run.trainable_parameters(fresh.model, fresh.head, fresh.terms)
     assert not any(moment.any() for moment in fresh.optimizers.tensors(moved).values())
     assert fresh.step == 0 and (fresh.table.classes == -1).all()
     assert any(f"weights of step 12 of {path}" in line for line in said)

@@ -20,7 +20,7 @@ from fastmargin.driver.commands import cli, train
 from fastmargin.driver.config import HeadConfig, TrainConfig
 from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.training import loader, loop, run, run_folder, signals, state
-from fastmargin.driver.training.mined import Mined
+from fastmargin.driver.training.table_feed import TableFeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,14 +101,14 @@ def test_sampled_sgd_resumes_bit_for_bit_from_the_checkpoints_of_the_whole_run(
 def test_what_is_mined_late_is_a_step_late_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(configured(HeadConfig(sample_rate=0.5), name="adamw"), sampler=replace(SMALL.sampler, lag=2))
     config = replace(config, sampler=replace(config.sampler, name="doppelganger"), save_every=3)
-    monkeypatch.setattr(run, "Mined", lambda table, rows, late: Mined(table, rows, late=True))
+    monkeypatch.setattr(run, "TableFeed", lambda table, rows, late: TableFeed(table, rows, late=True))
     current = run.build(config, print)
     tables = []
     for batch in batches(current, 3):
         loop.train_step(current, *batch)
         tables.append(current.table.classes.clone())
     assert (tables[0] == -1).all() and not (tables[1] == -1).all() and not torch.equal(tables[2], tables[1])
-    current.mined.enter()
+    current.table_feed.flush()
     assert not torch.equal(current.table.classes, tables[2])
     train_loop(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -222,12 +222,12 @@ def test_a_signal_while_the_last_checkpoint_is_written_counts(tmp_path: Path, mo
 def test_rows_under_way_on_a_gpu_enter_the_table_of_a_run_on_a_cpu() -> None:
     current = run.build(SMALL, print)
     images, labels = next(loader.batches(current))
-    current.mined.late = True
+    current.table_feed.late = True
     loop.train_step(current, images, labels)
-    held = {name: t.clone() for name, t in current.mined.state_dict().items()}
+    held = {name: t.clone() for name, t in current.table_feed.state_dict().items()}
     assert (current.table.classes == -1).all()
     resumed = run.build(SMALL, print)
-    resumed.mined.load_state_dict(held)
+    resumed.table_feed.load_state_dict(held)
     other = labels[:1].new_full((len(labels),), -100)  # a step that mines nothing of its own
-    resumed.mined.add(other, loop.backward(current, images, labels, 1.0)[0])
+    resumed.table_feed.add(other, loop.backward(current, images, labels, 1.0)[0])
     assert (resumed.table.classes[labels] >= 0).all()

@@ -45,7 +45,7 @@ def trained(config: TrainConfig, out: Path, factory: str | None = "test_torchrun
 
     loop.train_step = train_step  # type: ignore[assignment]
     try:
-        with processes.joined() as ours:
+        with processes.process_group() as ours:
             current = run.build(config, print, factory, ours)
             where = ours.by_first(lambda: run_folder.claim(str(out), config))
             state.resume(current, where, print)
@@ -54,7 +54,7 @@ def trained(config: TrainConfig, out: Path, factory: str | None = "test_torchrun
         assert stopped.code == 143 and current.step == stop
     finally:
         loop.train_step = original
-    moved = run.learnt(current.model, current.head, current.terms)
+    moved = run.trainable_parameters(current.model, current.head, current.terms)
     shared = {name: p.detach() for name, p in moved.items() if name != "head.weight"}
     if current.average is not None:
         shared |= dict(current.average.named_parameters(prefix="average"))

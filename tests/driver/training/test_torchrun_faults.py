@@ -37,7 +37,7 @@ def idle_part(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
 
 def in_group(task: Callable[[processes.Processes], Any]) -> Any:
     run.load_data = load_data  # in a rank no fixture does so
-    with processes.joined() as ours:
+    with processes.process_group() as ours:
         return task(ours)
 
 

@@ -71,7 +71,7 @@ def by_hand(config: TrainConfig, steps: int) -> dict[str, torch.Tensor]:
     """The weights after some steps of an ordinary loop: whole batches, torch's optimiser on everything."""
     current = run.build(config, print, "test_training:linear")
     current.head.class_optimizer, optim = None, config.optim
-    named = run.learnt(current.model, current.head, current.terms)
+    named = run.trainable_parameters(current.model, current.head, current.terms)
     groups = [
         {"params": [p for name, p in named.items() if name.startswith("head.") == of_head], "factor": factor}
         for of_head, factor in ((False, 1.0), (True, optim.head_lr))
@@ -116,12 +116,12 @@ def test_steps_are_those_of_an_ordinary_loop(optim: dict[str, Any], margin: str)
     current = run.build(config, print, "test_training:linear")
     for batch in batches(current, 5):
         loop.train_step(current, *batch)
-    start = run.learnt(
+    start = run.trainable_parameters(
         *(getattr(run.build(config, print, "test_training:linear"), n) for n in ("model", "head", "terms"))
     )
     expected = by_hand(config, 5)
     assert current.optimizers.classes.in_backward == (config.optim.clip is None and config.optim.accumulation == 1)
-    for name, p in run.learnt(current.model, current.head, current.terms).items():
+    for name, p in run.trainable_parameters(current.model, current.head, current.terms).items():
         moved = (expected[name] - start[name]).abs().max()
         assert moved > 0 and (p - expected[name]).abs().max() <= 1e-4 * moved, name
 
@@ -131,7 +131,7 @@ def test_a_long_gradient_is_clipped() -> None:
     current = run.build(config, print)
     for batch in batches(current, 2):
         loop.train_step(current, *batch)
-        gradients = [p.grad for p in run.learnt(current.model, current.head, current.terms).values()]
+        gradients = [p.grad for p in run.trainable_parameters(current.model, current.head, current.terms).values()]
         assert nn.utils.get_total_norm([g for g in gradients if g is not None]) == pytest.approx(1e-3, rel=1e-3)
         assert len(gradients) > 3 and all(g is not None for g in gradients)
 
@@ -184,7 +184,7 @@ def test_autocast_is_for_the_network_alone(precision: Any, dtype: str) -> None:
     current.head.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
     out = loop.train_step(current, *next(loader.batches(current)))
     assert seen == [getattr(torch, dtype), torch.float32] and out.loss.dtype == torch.float32
-    learnt = run.learnt(current.model, current.head, current.terms)
+    learnt = run.trainable_parameters(current.model, current.head, current.terms)
     assert {p.dtype for p in learnt.values()} == {torch.float32}
     assert (current.optimizers.scaler.get_scale() > 1) == (precision == "fp16") and not current.optimizers.failed()
 
@@ -270,8 +270,8 @@ def test_a_step_that_is_not_finite_moves_nothing_and_ends_the_run(
     original, moved = loop.train_step, []
 
     def train_step(current: run.Run, images: torch.Tensor, labels: torch.Tensor) -> object:
-        named = run.learnt(current.model, current.head, current.terms)
-        current.head.class_optimizer.catch_up()  # type: ignore[union-attr]
+        named = run.trainable_parameters(current.model, current.head, current.terms)
+        current.head.class_optimizer.apply_lazy_updates()  # type: ignore[union-attr]
         held = [p.detach().clone() for p in named.values()]
         if current.step == 6:
             images = images.clone()

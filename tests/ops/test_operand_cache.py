@@ -64,7 +64,7 @@ def same(got, want):
 
 def shadow_is_fresh(head, optimizer):
     """It holds what one made of the weights as they are would hold."""
-    kept = optimizer.shadow.parts
+    kept = optimizer.operand_cache.parts
     fresh = {name: torch.full_like(t, torch.nan) for name, t in kept.items()}
     ops = torch.ops.fastmargin if head.weight.is_cuda else torch.ops.fastmargin_emulated
     ops.class_operands(head.weight.detach(), head.margin.normalize_weight, *fresh.values())
@@ -80,7 +80,7 @@ def shadow_is_fresh(head, optimizer):
     ids=str,
 )
 def test_steps_are_the_same_to_the_bit(made, kind, shape, plain, dtype):
-    ours, theirs = build(kind, dtype, shape, plain, shadow=True), build(kind, dtype, shape, plain)
+    ours, theirs = build(kind, dtype, shape, plain, cache_operands=True), build(kind, dtype, shape, plain)
     for t in range(4):
         rows = 0 if t == 2 else B
         assert same(step(t, *ours, rows), step(t, *theirs, rows))
@@ -97,7 +97,7 @@ def test_steps_on_a_gpu_are_the_same_to_the_bit(kind, shape, dtype):
     if not native_can_run(torch.empty(0, device="cuda")):
         pytest.skip("built without CUDA: the CUDA kernels are NOT run")
     place = ("cuda", "native")
-    ours, theirs = build(kind, dtype, shape, place=place, shadow=True), build(kind, dtype, shape, place=place)
+    ours, theirs = build(kind, dtype, shape, place=place, cache_operands=True), build(kind, dtype, shape, place=place)
     for t in range(4):
         assert same(step(t, *ours, rows=300), step(t, *theirs, rows=300))
         assert shadow_is_fresh(*ours)
@@ -105,9 +105,9 @@ def test_steps_on_a_gpu_are_the_same_to_the_bit(kind, shape, dtype):
 
 @wants_compiler
 def test_what_a_pass_reads_is_the_shadow(made):
-    ours, theirs = build(shadow=True), build()
+    ours, theirs = build(cache_operands=True), build()
     assert same(step(0, *ours), step(0, *theirs))
-    ours[1].shadow.parts["operands"][3] += 1
+    ours[1].operand_cache.parts["operands"][3] += 1
     assert not same(step(1, *ours), step(1, *theirs))
 
 
@@ -121,10 +121,10 @@ def by_another_backend(head, optimizer):
 def by_some_rows(head, optimizer):
     rows, y = torch.arange(0, C, 3), torch.arange(B)
     optimizer.before_forward(rows)
-    given = dict(rows=rows, compute_dtype=head.compute_dtype, backend="emulated", optimizer=optimizer)
+    given = dict(class_ids=rows, compute_dtype=head.compute_dtype, backend="emulated", optimizer=optimizer)
     nontarget_lse(torch.ones(B, D), head.weight, y, **given)[0].sum().backward()
     optimizer.step()
-    optimizer.catch_up()
+    optimizer.apply_lazy_updates()
 
 
 def other_weights():
@@ -164,7 +164,7 @@ WRITES = {
 @wants_compiler
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_any_other_write_makes_it_anew(made, write):
-    ours, theirs = build(shadow=True), build()
+    ours, theirs = build(cache_operands=True), build()
     for pair in (ours, theirs):
         step(0, *pair)
         write(*pair)
@@ -176,7 +176,7 @@ def test_any_other_write_makes_it_anew(made, write):
 @wants_compiler
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_an_extended_head(made, kind):
-    ours, theirs = build(kind, shadow=True), build(kind)
+    ours, theirs = build(kind, cache_operands=True), build(kind)
     ends = []
     for (head, optimizer), options in ((ours, {"shadow": True}), (theirs, {})):
         step(0, head, optimizer)
@@ -187,7 +187,7 @@ def test_an_extended_head(made, kind):
 
 @wants_compiler
 def test_passes_that_do_not_step_leave_it(made):
-    head, optimizer = build(shadow=True)
+    head, optimizer = build(cache_operands=True)
     step(0, head, optimizer)
     head.eval()(torch.ones(3, D), torch.arange(3))
     head.train().nearest(torch.ones(3, D), 2)
@@ -200,7 +200,7 @@ def test_passes_that_do_not_step_leave_it(made):
 
 @wants_compiler
 def test_a_write_between_the_passes_is_refused_as_ever(made):
-    head, _ = build(shadow=True)
+    head, _ = build(cache_operands=True)
     loss = head(torch.ones(3, D), torch.arange(3)).loss
     with torch.no_grad():
         head.weight.mul_(2)
@@ -210,11 +210,11 @@ def test_a_write_between_the_passes_is_refused_as_ever(made):
 
 @wants_compiler
 def test_a_lost_shadow_is_made_again_in_the_backward_pass(made):
-    ours, theirs = build(shadow=True), build()
+    ours, theirs = build(cache_operands=True), build()
     for head, _ in (ours, theirs):
         loss = head(torch.ones(3, D), torch.arange(3)).loss
         if head is ours[0]:
-            ours[1].shadow.forget()
+            ours[1].operand_cache.invalidate()
         loss.backward()
     assert torch.equal(ours[0].weight, theirs[0].weight) and len(made) == 2 and shadow_is_fresh(*ours)
 
@@ -245,7 +245,7 @@ def test_classes_whose_gradient_overflows_keep_their_operands(emulated, kind):
 
 @wants_compiler
 def test_a_shadow_is_no_state(made):
-    ours, theirs = build(shadow=True), build()
+    ours, theirs = build(cache_operands=True), build()
     step(0, *ours), step(0, *theirs)
     assert ours[1].state_dict()["state"][0].keys() == theirs[1].state_dict()["state"][0].keys()
     assert ours[0].state_dict().keys() == theirs[0].state_dict().keys()

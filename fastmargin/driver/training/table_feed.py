@@ -17,7 +17,7 @@ from fastmargin.head.margin_head import HeadOutput
 from fastmargin.mining import DoppelgangerTable
 
 
-class Mined:
+class TableFeed:
     """rows: how those of a step lie over the ranks; late: enter them one step later."""
 
     def __init__(self, table: DoppelgangerTable, rows: Layout, late: bool) -> None:
@@ -31,16 +31,16 @@ class Mined:
         out: HeadOutput,  # of b rows
     ) -> None:
         """The rows of a step: they enter the table, or those of the step before do."""
-        self.enter()  # on a CPU, what a run on a GPU had under way
+        self.flush()  # on a CPU, what a run on a GPU had under way
         mined = {"labels": labels, "hard_classes": out.hard_classes, "hard_scores": out.hard_scores}
-        everyones = gathered(mined, self.rows)
-        self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in everyones.items()}
+        all_ranks = gathered(mined, self.rows)
+        self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in all_ranks.items()}
         if out.hard_scores.is_cuda:
             self.copied = torch.cuda.current_stream(out.hard_scores.device).record_event()
         if not self.late:
-            self.enter()
+            self.flush()
 
-    def enter(self) -> None:
+    def flush(self) -> None:
         """What is under way enters the table."""
         self.wait()
         if self.waiting:

@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 
 
-class Shadow:
+class OperandCache:
     """Of one weight at a time; empty at first."""
 
     def __init__(self) -> None:
-        self.forget()
+        self.invalidate()
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """What it has does not hold any more."""
         self.source: Tensor | None = None  # [C, d] the weight; while it is here, its memory is given to no other
         self.made: tuple[int, bool, torch.dtype] | None = None
         self.parts: dict[str, Tensor] = {}
 
-    def of(
+    def get(
         self,
         w: Tensor,  # [C, d]
         normalize_weight: bool,
@@ -42,13 +42,13 @@ class Shadow:
         """The shadow of w as it is now, made by the op `class_operands` where there is none."""
         wanted = w._version, normalize_weight, dtype
         if self.source is None or not self.source.is_set_to(w) or self.made != wanted:
-            self.forget()
+            self.invalidate()
             parts = {"operands": torch.empty_like(w, dtype=dtype), "scales": w.new_empty(2, len(w))}
             make(w, normalize_weight, *parts.values())
             self.source, self.made, self.parts = w.detach(), wanted, parts
         return self.parts
 
-    def stepped(self, w: Tensor) -> None:  # [C, d]
+    def mark_current(self, w: Tensor) -> None:  # [C, d]
         """It is of w as a step has left it, and as autograd has counted that step."""
         if self.made is not None:
             self.made = w._version, *self.made[1:]
