@@ -178,7 +178,7 @@ def test_any_other_write_makes_it_anew(made, write):
 def test_an_extended_head(made, kind):
     ours, theirs = build(kind, cache_operands=True), build(kind)
     ends = []
-    for (head, optimizer), options in ((ours, {"shadow": True}), (theirs, {})):
+    for (head, optimizer), options in ((ours, {"cache_operands": True}), (theirs, {})):
         step(0, head, optimizer)
         head.extend(30)
         ends.append(step(1, head, OPTIMIZERS[kind](head, **options)))
@@ -273,7 +273,7 @@ def test_where_there_can_be_none(emulated, make, options, changes, message):
         pytest.skip("native kernels not built")
     head = fm.MarginHead(D, C, fm.CosFace(), **{"compute_dtype": BF16, "backend": "emulated"} | changes)
     with pytest.raises(ValueError, match=message):
-        make(head, **{"in_backward": True, "shadow": True} | options)
+        make(head, **{"in_backward": True, "cache_operands": True} | options)
 
 
 @wants_compiler
@@ -288,7 +288,7 @@ def test_the_ops_check_a_shadow(emulated):
         (None, BF16, (o.T.contiguous().T, scales), "want contiguous operands"),
         (None, F16, (o, scales), "want operands"),
         (None, None, (w, scales), "want operands of bfloat16 or float16"),
-        (torch.arange(4), BF16, (o, scales), "a shadow of all classes, or rows"),
+        (torch.arange(4), BF16, (o, scales), "the operands of all classes, or class_ids"),
     ):
         with pytest.raises(ValueError, match=message):
             fwd(x, w, y, None, rows, None, True, 1, 0, compute, False, *parts)

@@ -113,7 +113,7 @@ def test_float32_catches_up_after_a_thousand_steps():
 
     ours, one = begin()
     for _ in range(1000):
-        one.rows = torch.empty(0, dtype=torch.int64)
+        one.class_ids = torch.empty(0, dtype=torch.int64)
         one.advance()
     one.apply_lazy_updates()
     fresh, again = begin()
