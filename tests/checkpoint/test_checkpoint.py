@@ -154,7 +154,7 @@ def test_nothing_usable_is_an_error_that_names_every_file(tmp_path: Path) -> Non
 
 
 def test_a_run_that_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path: Path) -> None:
-    flip(saved(tmp_path, 1, 2) / "step-00000002" / TENSORS, 100)
+    flip(saved(tmp_path, 1, 2) / "step-00000002" / TENSORS, -1)
     assert_is(load_latest(tmp_path), 1)
     saved(tmp_path, 2)
     latest = load_latest(tmp_path)
@@ -163,12 +163,19 @@ def test_a_run_that_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path: Path
     assert len(committed(tmp_path)) == 2
 
 
-def test_retention_never_counts_what_was_refused_as_newer(tmp_path: Path) -> None:
-    """Steps 1 and 2 stay loadable beside a damaged step 9."""
-    flip(saved(tmp_path, 9) / "step-00000009" / TENSORS, 100)
+@pytest.mark.parametrize("offset", [100, -1], ids=["header", "data"])
+def test_retention_never_counts_what_was_refused_as_newer(tmp_path: Path, offset: int) -> None:
+    """Steps 2 and 3 stay loadable beside a damaged step 9, also where only a hash would show its damage."""
+    flip(saved(tmp_path, 9) / "step-00000009" / TENSORS, offset)
     saved(tmp_path, 1, 2, 3)
     assert [step_of(path) for path in committed(tmp_path)] == [2, 3, 9]
     assert_is(load_latest(tmp_path), 3)
+
+
+def test_retention_never_counts_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
+    (saved(tmp_path, 1, 2) / "step-00000002" / TENSORS).unlink()
+    saved(tmp_path, 3)
+    assert [step_of(path) for path in committed(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("target", ["step-00000002", f"step-00000002/{TENSORS}", f"step-00000002/{MANIFEST}"])
