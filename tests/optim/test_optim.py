@@ -92,6 +92,7 @@ def test_sampled_sgd_is_the_dense_optimiser(kind, in_backward, backend, monkeypa
     one = optim.ClassSGD(ours, 0.5, **SGD[kind], in_backward=in_backward)
     two = torch.optim.SGD([theirs.weight], 0.5, **SGD[kind])
     train(ours, one, 30, falling)
+    assert len(one.products) == 1 + 30 - 20
     stale = error(ours.weight, theirs.weight)
     dense_steps(theirs, two, 30, falling)
     assert stale > 1e-3 and error(ours.weight, theirs.weight) > 1e-6  # some still sit out
