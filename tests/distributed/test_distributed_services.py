@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -284,3 +285,19 @@ def travelling():
 
 def test_no_more_travels_than_is_said(ranks):
     ranks(3, travelling)
+
+
+def averaging():
+    """However many forward passes were made before: one all-reduce of each replicated parameter in a backward pass."""
+    _, head, f, y = problem(11, fm.ArcFace(m=nn.Parameter(torch.full((11,), 0.4)), learn_scale=True))
+    sent = []
+    with mock.patch.object(dist, "all_reduce", counted(sent, "all_reduce", dist.all_reduce)):
+        for _ in range(3):
+            loss = head(own(f), own(y)).loss
+            sent.clear()
+            loss.backward()
+            assert sorted(sent) == [("all_reduce", 8), ("all_reduce", 8 * 11)]
+
+
+def test_a_gradient_is_averaged_once(ranks):
+    ranks(3, averaging)
