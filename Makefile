@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-CPP := $(NATIVE) $(wildcard tests/cuda_on_cpu/* bench/harness/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/cuda_on_cpu/* bench/contestants/*.cpp)
 
 .PHONY: setup train test bench lint format clean
 

@@ -1,9 +1,8 @@
 """Seconds and bytes of a checkpoint of a head of a million classes, d = 128, with momentum, by 1, 2 and 4 processes.
 
-`python bench/checkpoint.py [FOLDER]` writes there (or in a temporary folder), and prints the medians of three rounds,
-of the slowest rank, beside those of the bare `torch.save`, fsync and `torch.load` of the same tensors; and the most
-memory above that of head and optimiser, mapped files not counted. Files are read from the page cache: a disk's own time
-comes on top.
+`python bench/checkpoint.py [FOLDER]` writes to FOLDER (or a temporary folder). It prints the slowest rank's median of
+three rounds, beside `torch.save` with fsync and `torch.load` of the same tensors, and the peak memory above that of
+head and optimizer, mapped files not counted. Files are read from the page cache: the time of a disk is not included.
 """
 
 import multiprocessing
@@ -96,7 +95,7 @@ def timed(action: Callable[[], None]) -> float:
 
 
 def memory(action: Callable[[], None]) -> float:
-    """The most anonymous memory during the action above that before it, MiB, looked at every 5 ms."""
+    """MiB of anonymous memory at the peak of the action above what was held before it, sampled every 5 ms."""
     before, seen, done = anonymous(), [0.0], threading.Event()
 
     def watch() -> None:

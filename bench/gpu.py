@@ -1,12 +1,12 @@
-"""On a GPU: the two ceilings, the head and sums over pairs by every contestant at every shape, peak memory. Run by
-gpu.sh, or by hand:
+"""On a GPU: the rates of its matrix units and its memory, then time and peak memory of the head and of sums over pairs,
+by every contestant at every shape. Run by gpu.sh, or by hand:
 
     python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--tiles] [--device cpu]
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
 of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
-measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json): kernels/tiles.py takes the
-fastest. --device cpu is for trying the script out.
+measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json), so that the table in
+kernels/tiles.py can be given the fastest. --device cpu is for trying the script out.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from fastmargin.ops.backends import describe, native_can_run
 
 SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
 PAIRS = ["512x512x512", "4096x2048x512"]  # N, M, d
-SECONDS = 0.5  # of repeated passes, about
-SLOW = 1.0  # seconds of a pass
+SECONDS = 0.5  # of repeated passes, at least
+SLOW = 1.0  # seconds of a pass that is repeated less
 BF16 = torch.bfloat16
 
 
 def cut_cross_entropy(impl: str) -> Prepare:
-    """Its kernels want bfloat16 operands."""
+    """Its kernels need bfloat16 operands."""
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         loss = import_module("cut_cross_entropy").linear_cross_entropy
@@ -57,7 +57,8 @@ def liger(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 
 
 def in_backward(**options: Any) -> Prepare:
-    """A whole step, made in the backward pass and ended by the next; peaks leave out its momentum and its shadow."""
+    """A whole step, made in the backward pass; the next pass calls its `step()`. Momentum and operand cache, which stay
+    allocated, are not in the peaks."""
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         model = MarginHead(1, len(w), ArcFace(arcface.S, arcface.M), compute_dtype=BF16, backend="native")
@@ -93,7 +94,7 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
     if "native" in backends:
         yield "fastmargin native, bfloat16, ClassSGD in backward", in_backward()
-        yield "fastmargin native, bfloat16, ClassSGD in backward, shadow", in_backward(cache_operands=True)
+        yield "fastmargin native, bfloat16, ClassSGD in backward, operand cache", in_backward(cache_operands=True)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
 
 
@@ -119,7 +120,7 @@ def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of repeated passes, after three that do not count; of two, after one, where a pass takes seconds."""
+    """Median of repeated passes, after three that are not counted; of two, after one, if a pass takes over a second."""
     slow = once(run, device) > SLOW
     for _ in range(0 if slow else 2):
         run()
@@ -143,7 +144,7 @@ def once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """The rate of a bfloat16 product of one wave, and of a copy of 2 GiB, read plus written."""
+    """The rate of a bfloat16 product as large as one class chunk, and of a copy of 2 GiB, read plus written."""
     small = device.type != "cuda"
     m, n, k = (64, 64, 64) if small else (1024, 8448, 512)
     a, b = torch.randn(m, k, device=device, dtype=BF16), torch.randn(n, k, device=device, dtype=BF16)
@@ -168,7 +169,8 @@ def pair_inputs(N: int, M: int, d: int, device: torch.device) -> tuple[Tensor, .
 
 
 def measured(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> dict[str, float]:
-    """Seconds without and with gradients, of the first two inputs, and the peak of the latter in MiB; they count."""
+    """Seconds of the loss alone and with the gradients of the first two inputs; peak MiB of the latter, gradients
+    included."""
     f, w, *_ = given
     loss = prepare(*given)
 
@@ -192,14 +194,14 @@ def measured(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> dict[st
 
 
 def attempt(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> Any:
-    """Figures, or why there are none: a contestant that runs out of memory or refuses does not end the run."""
+    """Figures, or the error: a contestant that runs out of memory or raises does not end the run."""
     torch._dynamo.reset()
     try:
         return measured(prepare, given)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
-        gc.collect()  # a head and its optimiser know each other
+        gc.collect()  # a head and its optimizer refer to each other
         if given[0].is_cuda:
             torch.cuda.empty_cache()
 

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU, torch with CUDA and no network: builds, tests, measures, looks for bad accesses and races.
+# On a machine with a CUDA GPU and a torch with CUDA, without network: builds, tests, measures, looks for bad memory
+# accesses and races.
 #
 #     bench/gpu.sh DIR
 #
-# Everything it prints goes to DIR as it goes, a log per part, and DIR/parts.tsv says how each part ended and how long
-# it took. A part that fails or runs past its limit does not stop the next. Less than ten minutes.
+# The output of each part goes to a log in DIR as it is printed; DIR/parts.tsv has each part's exit status and time. A
+# part that fails or exceeds its time limit does not stop the next. All take less than ten minutes.
 set -uo pipefail
 out=$(realpath -m "${1:?want a folder for the results}")
 mkdir -p "$out"
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD/tests:$PWD/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 FASTMARGIN_CUDA=1
+export PYTHONPATH=$PWD/tests/support:$PWD/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 FASTMARGIN_CUDA=1
 : >"$out/parts.tsv"
 
-part() { # name, seconds at most, command
+part() { # name, time limit in seconds, command
   local name=$1 limit=$2 start=$SECONDS status=0
   shift 2
   timeout -s INT -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
@@ -25,8 +26,8 @@ build() {
   python3 -m pip install --no-index --no-deps --no-build-isolation --editable . && python3 -m fastmargin info
 }
 
-# Without torch's cache every tensor is an allocation of its own, whose bounds the sanitizer knows; ours are looked at,
-# not the kernels of libraries.
+# Without torch's caching allocator every tensor is an allocation of its own, whose bounds the sanitizer knows. Only our
+# kernels are checked, not those of libraries.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-regex kns=fastmargin --error-exitcode 9 \
     python3 bench/gpu_case.py

@@ -1,8 +1,8 @@
-"""Images a second of the loader: alone, and in training with the default network, at 0, 1 and 2 workers.
+"""Images per second of the loader: alone, and in training with the default network, at 0, 1 and 2 workers.
 
-`python bench/loader.py` prints a table of medians, lowest and highest. The workers take turns within each round, so
-that a slow minute of the machine slows all. "packed" is a folder of JPEG files, read through its packed file; what
-packing them takes, once, is said first.
+`python bench/loader.py` prints a table of medians, lowest and highest. The numbers of workers take turns within each
+round, so that a slow minute of the machine slows all. "packed" is a folder of JPEG files, read through its packed file;
+the rate of packing them, which is done once, is printed first.
 """
 
 import sys
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write_folder(root: Path) -> None:
-    """JPEG files of noise on synthetic images, which are about as large as photographs'."""
+    """JPEG files of synthetic images with noise, so that a file is about as large as a photograph's."""
     rng = np.random.default_rng(0)
     made = Synthetic(CLASSES, IMAGES, 112, "rgb")
     for number in range(len(made)):

@@ -1,14 +1,14 @@
 """Random against mined batches, on glyphs: the experiment of Doppelganger Mining's Table 4 (ICCVW 2017), made small.
 
-    python bench/mining.py DIR      trains what is not in DIR yet, then prints the table
+    python bench/mining.py DIR      trains the runs that DIR lacks, then prints the table
 
-Both samplers make batches of 2 to 8 images a class; the random one draws all classes at random, the mined one a third
-of them, the others being their doppelgangers in chains of three. Steps, seeds and the other options are equal.
+Both samplers make batches of 2 to 8 images per class. The random one draws all classes at random; the mined one a third
+of them, and the others are their doppelgangers, in chains of three. Steps, seeds and the other options are equal.
 
 Coverage is that of one-shot novel identities (4.1): each held-out identity has one image as its prototype, each trained
 one the mean of its images; every other image of the held-out ones is a probe, accepted if its best cosine is high
 enough. "Right" is the share of probes whose best prototype is their own. Both are means over five draws of the
-prototypes' images, and stand in the table once more without the trained identities' prototypes.
+prototypes' images. "novel alone" are the same figures without the prototypes of trained identities.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What `fastmargin plan --device cpu` says of a head step, beside what one takes here: time and memory.
+"""Time and memory of a head step as `fastmargin plan --device cpu` estimates them, beside those measured here.
 
 `python bench/plan.py` measures every case in a process of its own: ClassSGD in backward, the median of the steps, and
-the memory at their peak above that of a process which has made a small step. The time is the processor's on one
-thread, halved, since the plan is of two cores: other work on the machine disturbs it least. The plan's rates are those
-of the machine in NOTES.md; elsewhere the times differ.
+the peak memory above that of a process which has made a small step. The time is processor time on one thread, which
+other work on the machine disturbs least, halved, since the plan is for two cores. The plan's rates are those of the
+machine in NOTES.md; on another machine the times differ.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ def step_of(B: int, d: int, C: int, rate: float, half: bool):  # type: ignore[no
 
 def measured(B: int, d: int, C: int, rate: float, half: bool) -> dict[str, float]:
     torch.set_num_threads(1)
-    step_of(16, 16, 5000, rate, half)()  # what is allocated once does not count
+    step_of(16, 16, 5000, rate, half)()  # memory that is allocated once is not counted
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")

@@ -4,9 +4,9 @@
 of its case: `make bench ARGS="-k 64x128x100000"`; agreement is checked there too.
 
 The published figures are those of `test_ratios`, one interleaved loop per shape and measure. They are kept in
-`extra_info` and in results/, which is rewritten after every shape. `test_pass`, the same passes as pytest-benchmark
-cases, is there to look at one of them alone; it takes one round of the first shape, because all of them would double
-the 40 minutes of a run on two slow cores.
+`extra_info` and in results/, which is rewritten after every shape. `test_pass` has the same passes as pytest-benchmark
+cases, to look at one contestant alone; it takes one round of the first shape, because all shapes would double the 40
+minutes of a run on two slow cores.
 """
 
 import functools
@@ -56,10 +56,10 @@ def truth(name: str, f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, 
 
 @functools.cache
 def disagreement(name: str) -> str:
-    """Where a contestant differs from dense float64 eager of the same loss, confident rows included; empty: nowhere."""
+    """Where a contestant differs from eager PyTorch in float64, confident rows included; empty where it agrees."""
     exact = name != "pytorch-metric-learning"  # whose gradients are NaN for a row on its class weight
     loss_error, gradient_error = (2e-3, 2e-2) if "bfloat16" in name else (1e-5, 1e-4)
-    # two chunks of 64 rows; d so wide that no row's loss reaches 69, where InsightFace's clamp would hold it
+    # Two chunks of 64 rows. d is so large that no row's loss reaches 69, where InsightFace's clamp would cut it off.
     true_f, true_w, y = inputs(100, 200, 3000, torch.float64, exact)
     want = truth(name, true_f, true_w, y)
     want.backward()
@@ -99,7 +99,7 @@ def summary(seconds: Sequence[float], eager: Sequence[float]) -> dict[str, float
 
 
 def timed(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
-    """By contestant and measure: seconds, and how many times as fast as eager. Who does not agree is not timed."""
+    """By contestant and measure: seconds, and how many times as fast as eager. Only those that agree are timed."""
     given = inputs(*shape)
     figures: dict[str, dict[str, Any]] = {}
     for measure in measures(shape):
@@ -119,7 +119,7 @@ def test_ratios(benchmark: Any, shape: Shape) -> None:
         figures[name]["peak_mib"] = round(
             peak_memory("contestants.of_nontarget_lse", name, measures(shape)[-1], shape, THREADS), 1
         )
-    record = dict(zip("BdC", shape, strict=True)) | results.made(rounds) | {"contestants": figures}
+    record = dict(zip("BdC", shape, strict=True)) | results.stamp(rounds) | {"contestants": figures}
     benchmark.extra_info |= record | {"threads": THREADS}
     results.store(record, THREADS)
     print(f"\n{results.section(record)}")

@@ -13,7 +13,7 @@ from contestants.pairs import ALL, BOTH, DETACHED, EAGER, FLOORS, LOSSES, clear,
 from harness import results
 from harness.measure import interleaved, peak_memory
 
-Case = tuple[str, int, int, int]  # measure, N samples, M centres, d
+Case = tuple[str, int, int, int]  # measure, N samples, M centers, d
 
 GIT = [(measure, *shape) for shape in ((512, 512, 512), (4096, 2048, 512)) for measure in (BOTH, DETACHED)]
 CASES: list[Case] = [*GIT, (ALL, 1, 10_000, 128), (ALL, 1, 50_000, 128)]
@@ -59,7 +59,7 @@ def test_ratios(benchmark: Any, case: Case) -> None:
     figures = benchmark.pedantic(timed, (case, rounds), rounds=1)
     for name in names(case):
         figures[name]["peak_mib"] = round(peak_memory("contestants.pairs", name, case[0], case[1:], THREADS), 1)
-    record = dict(zip(("measure", "N", "M", "d"), case, strict=True)) | results.made(rounds) | {"contestants": figures}
+    record = dict(zip(("measure", "N", "M", "d"), case, strict=True)) | results.stamp(rounds) | {"contestants": figures}
     benchmark.extra_info |= record | {"threads": THREADS}
     results.store_table(results.PAIRS, record, THREADS)
     print(f"\n{results.table_section(results.PAIRS, record)}")

@@ -1,7 +1,7 @@
-"""A whole head step, update included, against PartialFC's, eager PyTorch's and pytorch-metric-learning's.
+"""A whole step of a head, update included, against PartialFC, eager PyTorch and pytorch-metric-learning.
 
 `make bench ARGS=bench/cases/bench_step.py` runs it: first the weights after two steps must agree, then the contestants
-are timed in turn, each in processes of its own, one a rank, that keep its weights and its momentum; the ranks share the
+are timed in turn. Each has processes of its own, one per rank, which keep its weights and momentum; the ranks share the
 threads. Figures go to `extra_info` and results/.
 """
 
@@ -34,13 +34,13 @@ RIGHT = "eager, torch's SGD"
 
 
 class Contestant:
-    """The processes of a contestant, one a rank. `ask` sends all a line and has the answer of each."""
+    """The processes of a contestant, one per rank. `ask` sends a line to all and returns the answer of each."""
 
     def __init__(self, name: str, measure: str, ranks: int, *shape: int) -> None:
         command = [
             sys.executable,
             "-m",
-            "harness.stepping",
+            "contestants.stepping",
             name,
             measure,
             str(max(1, THREADS // ranks)),
@@ -65,7 +65,7 @@ class Contestant:
 
     def end(self) -> None:
         for process in self.ranks:
-            process.communicate()  # with its input at an end, it ends
+            process.communicate()  # closes its input, at whose end it exits
 
 
 def free_port() -> int:
@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(("name", "ranks"), [(name, ranks) for ranks in (1, 2) for name in here(WHOLE, ranks)])
 def test_contestants_agree(name: str, ranks: int) -> None:
-    """How far they have moved in two steps; PartialFC trains with a slope of 1."""
+    """The change of the weights in two steps. PartialFC's differs more: it trains with psi of slope 1."""
     given = steps.inputs(20, 16, 300)
     contestant = Contestant(name, WHOLE, ranks, 20, 16, 300)
     moved = torch.cat([torch.tensor(part) for part in contestant.ask("weights")]) - given[1]
@@ -89,7 +89,7 @@ def test_contestants_agree(name: str, ranks: int) -> None:
 
 
 def measured(case: Case) -> dict[str, tuple[list[float], float]]:
-    """Seconds of each contestant, a number a round, and its peak; all live at once, and one steps at a time."""
+    """Seconds of each contestant, one number per round, and its peak memory. All are in memory; one steps at a time."""
     measure, ranks, *shape = case
     contestants = {name: Contestant(name, measure, ranks, *shape) for name in here(measure, ranks)}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -115,7 +115,7 @@ def test_ratios(benchmark: Any, case: Case) -> None:
         }
         for name, (seconds, peak) in found.items()
     }
-    record = dict(zip(("measure", "ranks", "B", "d", "C"), case, strict=True)) | results.made(ROUNDS)
+    record = dict(zip(("measure", "ranks", "B", "d", "C"), case, strict=True)) | results.stamp(ROUNDS)
     record |= {"contestants": figures}
     benchmark.extra_info |= record | {"threads": THREADS}
     results.store_table(results.STEPS, record, THREADS)

@@ -1,7 +1,7 @@
-"""The loss of an ArcFace head, s = 64, m = 0.5, by everyone who computes it.
+"""The loss of an ArcFace head, s = 64, m = 0.5, by every contestant.
 
-A contestant is prepared on its inputs, untimed; what it then returns computes the loss [], and that is what is timed.
-Its backward pass leaves gradients in .grad of features and weight.
+A contestant is a function of the inputs, which is not timed. It returns a function that computes the loss [], which is
+timed. The backward pass of that loss leaves gradients in .grad of features and weight.
 """
 
 import math
@@ -23,7 +23,7 @@ Prepare = Callable[[Tensor, Tensor, Tensor], Loss]  # features [B, d], weight [C
 
 
 def eager_loss(f: Tensor, w: Tensor, y: Tensor, detached: bool = False) -> Tensor:  # [B, d], [C, d], [B] -> []
-    """What a user writes without a library: normalise both, all cosines, margin on the target, cross entropy.
+    """What a user writes without a library: normalize both, all cosines, margin on the target, cross entropy.
 
     detached: psi with slope 1, as InsightFace trains.
     """
@@ -40,12 +40,12 @@ def eager(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 
 
 def compiled(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-    """With fullgraph it raises where it would fall back to eager."""
+    """fullgraph: a graph break raises, where torch.compile would fall back to eager."""
     loss = torch.compile(eager_loss, fullgraph=True)
     return lambda: loss(f, w, y)
 
 
-def of_all_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduced(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values, operation)
     return values
@@ -55,19 +55,19 @@ class PartialFCLoss(torch.autograd.Function):
     """The loss of InsightFace's PartialFC: softmax in place, log of the target, one-hot backward.
 
     Written from the description of its operations, in their order. On several ranks each has the logits of all rows
-    and its own classes; labels are -1 where the class is elsewhere.
+    for its own classes; a label is -1 where another rank holds the class.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:  # [B, C], [B] -> []
-        logits.sub_(of_all_ranks(logits.amax(1, keepdim=True), dist.ReduceOp.MAX))
+        logits.sub_(all_reduced(logits.amax(1, keepdim=True), dist.ReduceOp.MAX))
         logits.exp_()
-        logits.div_(of_all_ranks(logits.sum(1, keepdim=True)))
+        logits.div_(all_reduced(logits.sum(1, keepdim=True)))
         here = torch.where(y != -1)[0]
         ctx.save_for_backward(logits, y, here)
         target = logits.new_zeros(len(y), 1)
         target[here] = logits[here].gather(1, y[here, None])
-        return of_all_ranks(target).clamp_min(1e-30).log().mean().neg()
+        return all_reduced(target).clamp_min(1e-30).log().mean().neg()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:  # [] -> [B, C]
@@ -78,7 +78,7 @@ class PartialFCLoss(torch.autograd.Function):
 
 
 def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, d], [B] -> []
-    """arcface_torch's head at rate 1: clamp, angles of the whole matrix under no_grad, so slope 1."""
+    """arcface_torch's head at rate 1: clamp, then angles of the whole matrix under no_grad, so that psi has slope 1."""
     logits = F.linear(F.normalize(f), F.normalize(w)).clamp(-1, 1)
     with torch.no_grad():
         logits.arccos_()
@@ -89,7 +89,7 @@ def insightface_loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [B, d], [C, 
 
 
 def under_autocast(prepare: Prepare) -> Prepare:
-    """The products have bfloat16 operands and results, so logits are rounded."""
+    """Autocast makes the products with bfloat16 operands and results: the logits are rounded."""
 
     def prepared(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         loss = prepare(f, w, y)

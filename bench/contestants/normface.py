@@ -1,6 +1,6 @@
-"""The loss without a margin (NormFace, s = 64): cross entropy of scaled cosines, by those that know no margins.
+"""The loss without a margin (NormFace, s = 64), cross entropy of scaled cosines, by libraries that have no margins.
 
-Libraries of fused linear layers want operands; they get normalised ones, the scale on the features.
+Those that fuse a linear layer with the loss take its operands: they are given normalized ones, the features times s.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ def eager(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 
 
 def cut_cross_entropy(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-    """Its torch path, compiled by itself: its own kernels are Triton's and want a GPU."""
+    """Its torch path, which it compiles itself: its Triton kernels need a GPU."""
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     return lambda: loss(*operands(f, w), y, impl="torch_compile")
 
@@ -36,7 +36,7 @@ def linear_cross_entropy(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C
 
 
 def chunked(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-    # Left to choose, it takes chunks of one row at so many classes: minutes a step.
+    # By default it takes chunks of one row with this many classes: minutes a step.
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64, chunking_method=None)
     return lambda: F.linear_cross_entropy(*operands(f, w), y, options=options)
 

@@ -1,13 +1,13 @@
-"""Who takes part in which measure, on which inputs, and who is left out on this machine."""
+"""`nontarget_lse` under a head: who takes part in which measure, on which inputs, and who is left out here."""
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from contestants import floors
 from contestants.arcface import ARCFACE, Loss
 from contestants.normface import NORMFACE
-from harness import floors
 from harness.measure import FORWARD, FORWARD_BACKWARD
 from torch import Tensor
 
@@ -22,7 +22,7 @@ Pass = Callable[[], object]
 
 
 def eager_of(name: str) -> str:
-    """Whom a contestant is compared with: eager PyTorch that computes the same loss; floors, eager with the margin."""
+    """Whom a contestant is compared with: eager PyTorch with the same loss; a floor, eager PyTorch with the margin."""
     return "NormFace: eager" if name in NORMFACE else "eager"
 
 
@@ -47,7 +47,7 @@ def here(names: Iterable[str]) -> list[str]:
 
 
 def inputs(B: int, d: int, C: int, dtype: torch.dtype = torch.float32, exact: bool = False) -> Inputs:
-    """Random features and weights; a quarter of the rows lies near to its class, half of those on it with `exact`."""
+    """Random features and weights. A quarter of the rows is near its class weight; `exact`: half of those equal it."""
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(B, d, generator=generator, dtype=dtype)
     w = torch.randn(C, d, generator=generator, dtype=dtype).mul_(0.01)

@@ -1,23 +1,23 @@
 """Sums over pairs of points: who computes them, on which inputs. The interface of of_nontarget_lse.py.
 
-    Git term           sum_ij v_j / (1 + ||a_i - b_j||^2)         samples a and centres b with other ids
+    Git term           sum_ij v_j / (1 + ||a_i - b_j||^2)         samples a and centers b with other ids
     minimum margin     sum_{i < j} max(M - ||c_i - c_j||^2, 0)    over all classes
 
-"In cache" is `blocks.cpp`, the products alone: with both gradients 4, u and a slope for each side; with centres
-detached 2. Whole products by torch.mm keep u: 3 and 2.
+The floors are the matrix products alone. "In cache" is `blocks.cpp`, which makes the product a b^T twice: 4 products
+for both gradients. By torch.mm, which stores a b^T and makes it once, they are 3; with detached centers 2.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from harness import floors
+from contestants import floors
 from torch import Tensor
 
 from fastmargin import pairwise_potential
 from fastmargin.ops.backends import BUILD
 
-BOTH, DETACHED, ALL = "both gradients", "centres detached", "all classes"
+BOTH, DETACHED, ALL = "both gradients", "centers detached", "all classes"
 MARGIN = 200.0  # on the squared distance, MML's
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # a [N, d], b [M, d], a_ids [N], b_ids [M], v [M]
@@ -25,7 +25,7 @@ Pass = Callable[[], object]
 
 
 def inputs(N: int, M: int, d: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Samples around their centres; a centre per id."""
+    """Samples around their centers; one center per id."""
     generator = torch.Generator().manual_seed(0)
     b = torch.randn(M, d, generator=generator, dtype=dtype)
     a_ids = torch.randint(0, M, (N,), generator=generator)

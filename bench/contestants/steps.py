@@ -1,10 +1,10 @@
 """A whole step of a head: forward, backward, SGD with momentum and decay. The interface of of_nontarget_lse.py.
 
-Everyone owns a copy of the weights [C, d] and the momentum of the same size. PartialFC's rows of a step are drawn by
-its rule, all positives and random others; the step is torch's SGD on a Parameter of those rows, copied out and back, as
-its second version does. At rate 1 it is torch's SGD on all.
+Every contestant has its own copy of the weights [C, d] and momentum of the same size. PartialFC samples by its own
+rule: all positives and random negatives. Its step is torch's SGD on a Parameter of those rows, copied out and back, as
+in its second version; at rate 1 it is torch's SGD on all rows.
 
-On several ranks each has its part of the rows and its part of the classes: `part_of` gives them.
+On several ranks each has its part of the batch and its part of the classes: `local_inputs`.
 """
 
 import math
@@ -27,7 +27,7 @@ RATE = {WHOLE: 1.0, TENTH: 0.1}
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # features [B, d], weight [C, d], labels [B]
 Pass = Callable[[], object]
-Made = tuple[Pass, Callable[[], Tensor]]  # a step, and the weights [C, d] as they are
+Made = tuple[Pass, Callable[[], Tensor]]  # one function makes a step, the other returns the weights [C, d]
 Start = Callable[[Tensor, Tensor, Tensor, float], Made]
 
 
@@ -38,8 +38,8 @@ def inputs(B: int, d: int, C: int) -> Inputs:
     return torch.randn(B, d, generator=generator).add_(20 * w[y]).requires_grad_(), w, y
 
 
-def part_of(given: Inputs) -> Inputs:
-    """This rank's rows and classes; all of them where there are no ranks. Labels stay those of all classes."""
+def local_inputs(given: Inputs) -> Inputs:
+    """This rank's rows and classes; all of them without a process group. Labels stay global class ids."""
     if not dist.is_initialized():
         return given
     f, w, y = given
@@ -49,7 +49,8 @@ def part_of(given: Inputs) -> Inputs:
 
 
 class GatherFeatures(torch.autograd.Function):
-    """PartialFC's: the features of all ranks; backward, each rank's gradient is reduced to it, times their number."""
+    """As PartialFC does: an all-gather of the features. Backward: the gradients of all ranks are summed, each row's on
+    the rank that it came from, and multiplied by the number of ranks."""
 
     @staticmethod
     def forward(ctx: Any, f: Tensor) -> Tensor:  # [b, d] -> [B, d]
@@ -67,13 +68,13 @@ class GatherFeatures(torch.autograd.Function):
 
 
 def gathered(f: Tensor, y: Tensor, C: int) -> tuple[Tensor, Tensor]:  # [b, d], [b] -> [B, d], [B]
-    """Features and labels of all ranks; a label is a place among the C classes here, -1 elsewhere."""
+    """Features and labels of all ranks. A label becomes the local index of its class; -1: another rank holds it."""
     if not dist.is_initialized():
         return f, y
     parts = [torch.empty_like(y) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, y)
-    place = torch.cat(parts) - C * dist.get_rank()  # the ranks hold equal numbers of classes
-    return GatherFeatures.apply(f), torch.where((place >= 0) & (place < C), place, -1)
+    index = torch.cat(parts) - C * dist.get_rank()  # every rank holds C classes
+    return GatherFeatures.apply(f), torch.where((index >= 0) & (index < C), index, -1)
 
 
 def clear(f: Tensor, *_: Tensor) -> None:  # [B, d]
@@ -114,26 +115,26 @@ def partial_fc(f: Tensor, w: Tensor, y: Tensor, rate: float) -> Made:
     """InsightFace's PartialFC, its operations in their order."""
 
     def loss(f: Tensor, w: Tensor, y: Tensor) -> Tensor:  # [b, d], [C, d], [b]
-        features, place = gathered(f, y, len(w))
-        return arcface.insightface_loss(features, w, place)
+        features, local_index = gathered(f, y, len(w))
+        return arcface.insightface_loss(features, w, local_index)
 
     if rate == 1:
         return whole(loss, f, w, y, rate)
     weight, momentum = w.clone(), torch.zeros_like(w)
 
     def step() -> None:
-        features, place = gathered(f, y, len(weight))
+        features, local_index = gathered(f, y, len(weight))
         draw = torch.rand(len(weight))
-        draw[place[place >= 0]] = 2.0
-        rows = draw.topk(math.ceil(rate * len(weight))).indices.sort().values
-        active = nn.Parameter(weight[rows])
+        draw[local_index[local_index >= 0]] = 2.0
+        sampled = draw.topk(math.ceil(rate * len(weight))).indices.sort().values
+        active = nn.Parameter(weight[sampled])
         optimizer = torch_sgd([active])
-        optimizer.state[active]["momentum_buffer"] = momentum[rows]
-        place = torch.where(place >= 0, torch.searchsorted(rows, place), -1)
-        arcface.insightface_loss(features, active, place).backward()
+        optimizer.state[active]["momentum_buffer"] = momentum[sampled]
+        subset_index = torch.where(local_index >= 0, torch.searchsorted(sampled, local_index), -1)
+        arcface.insightface_loss(features, active, subset_index).backward()
         optimizer.step()
-        weight[rows] = active.detach()
-        momentum[rows] = optimizer.state[active]["momentum_buffer"]
+        weight[sampled] = active.detach()
+        momentum[sampled] = optimizer.state[active]["momentum_buffer"]
 
     return step, lambda: weight
 
@@ -165,7 +166,7 @@ STEPS: dict[str, Start] = {
 
 
 def here(measure: str, ranks: int = 1) -> list[str]:
-    """Who can take part: of sampled classes, those who sample; on several ranks, those who shard their classes."""
+    """Who can take part: with a tenth of the classes, those that can sample; on several ranks, those that can shard."""
     fit = [n for n in STEPS if (measure == WHOLE and ranks == 1) or n == EAGER or "fastmargin" in n]
     return [n for n in fit if "bfloat16" not in n or "bfloat16" in BUILD.facts.get("compute", "")]
 

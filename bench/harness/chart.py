@@ -1,4 +1,4 @@
-"""The chart of a machine's figures: how many times as fast as eager everyone is, a panel a shape."""
+"""The chart of a machine's figures: how many times as fast as eager each contestant is, one panel per shape."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ FLOOR, OURS, OTHERS = "0.78", "tab:blue", "tab:orange"
 
 
 def speeds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Times eager, of the largest pass that was measured."""
+    """How many times as fast as eager, in forward + backward if that was measured, else in forward."""
     measure = largest(record)
     return {name: f[measure]["times_eager"] for name, f in record["contestants"].items() if measure in f}
 
@@ -35,15 +35,15 @@ def draw(path: Path, machine: str, records: Sequence[Mapping[str, Any]]) -> None
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(f"Speed of a head relative to eager PyTorch with the same loss; {machine}", fontsize=12)
-    figure.supxlabel("times as fast as eager; grey: floors, the matrix products alone", fontsize=10)
+    figure.supxlabel("times as fast as eager; gray: floors, the matrix products alone", fontsize=10)
     figure.savefig(path, dpi=100)
 
 
 def draw_shape(axes: Axes, record: Mapping[str, Any], names: Sequence[str]) -> None:
     values = speeds(record)
-    places = [names.index(name) for name in values]
+    positions = [names.index(name) for name in values]
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--", zorder=0)
-    bars = axes.barh(places, list(values.values()), color=[color(name) for name in values])
+    bars = axes.barh(positions, list(values.values()), color=[color(name) for name in values])
     for label in axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9):
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set_title("B = {B:,}, d = {d:,}\nC = {C:,}\n".format(**record) + largest(record), fontsize=10)

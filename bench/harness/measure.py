@@ -1,4 +1,4 @@
-"""How bench figures are taken: contestants in turn within one loop, and peak memory in a child each."""
+"""How figures are measured: time in one loop over all contestants, peak memory in a child process for each."""
 
 import ctypes
 import json
@@ -17,10 +17,11 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"  # without gradients
 def interleaved(
     passes: Mapping[str, Callable[[], object]], before: Callable[[], None], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each, a number a round; one round runs all, so that a slow minute of the machine slows all.
+    """Seconds of each, one number per round. A round runs all, so that a slow minute of the machine slows all.
 
-    A timed pass follows an untimed one of the same contestant, as in training: nobody pays for what memory another left
-    behind. For the same reason each round has an order of its own, and `before` is called, untimed, ahead of a pass.
+    A timed pass follows an untimed one of the same contestant, as in training: no contestant pays for the state in
+    which another left memory and caches. For the same reason the order differs from round to round, and `before`, which
+    is not timed, is called before each pass.
     """
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(rounds):
@@ -36,7 +37,7 @@ def interleaved(
 
 
 def peak_memory(contestants: str, name: str, measure: str, shape: Sequence[int], threads: int) -> float:
-    """MiB above the inputs at the peak of one pass, in a process of its own; of a module's contestant."""
+    """MiB above the inputs at the peak of one pass of a contestant of the module `contestants`, in a child process."""
     command = [sys.executable, "-m", "harness.measure", contestants, name, measure, *map(str, shape), str(threads)]
     return float(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=BENCH).stdout))
 
@@ -47,10 +48,11 @@ def status(field: str) -> int:  # bytes
 
 
 def peak_of(run: Callable[[], object], clear: Callable[[], object]) -> float:
-    """MiB above what this process holds now, at the peak of a pass; what is allocated once does not count."""
+    """MiB at the peak of a pass above what this process holds before it; what a first pass allocates for good is not
+    counted."""
     run()
     clear()
-    ctypes.CDLL(None).malloc_trim(0)  # else what malloc kept of it would not count in the next pass either
+    ctypes.CDLL(None).malloc_trim(0)  # else the next pass would reuse, uncounted, memory that malloc kept
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     run()

@@ -21,13 +21,13 @@ Record = Mapping[str, Any]  # a shape: B, d, C, torch, date, rounds, contestants
 PREAMBLE = """\
 Seconds are medians of interleaved rounds. "x eager" is how many times as fast as eager PyTorch in float32 with the same
 loss, also for bfloat16; for the floors, which compute no loss, as eager PyTorch with the ArcFace margin. Contestants
-carry that margin unless their name says NormFace; then the normalisation that libraries of linear layers lack is
+carry that margin unless their name says NormFace; then the normalization that libraries of linear layers lack is
 counted. Peak memory is above the inputs, of the largest pass measured; the gradient of the weights
 counts where there is one."""
 
 
 class Table(NamedTuple):
-    """A kind of record: what tells its cases apart, and how they are told."""
+    """A kind of record: the fields that tell its cases apart, and the text around its figures."""
 
     suffix: str  # of the files
     key: tuple[str, ...]
@@ -38,10 +38,10 @@ class Table(NamedTuple):
 PAIRS = Table(
     "-pairs",
     ("M", "measure", "N"),
-    "{measure}: {N:,} samples, {M:,} centres, d = {d}",
+    "{measure}: {N:,} samples, {M:,} centers, d = {d}",
     """\
-A step: the sum and its gradients, of samples and centres (both gradients), of samples alone (centres detached), or of
-all classes' centres among themselves (all classes; samples take no part). Seconds are medians of interleaved rounds;
+A step: the sum and its gradients, of samples and centers (both gradients), of samples alone (centers detached), or of
+all classes' centers among themselves (all classes; samples take no part). Seconds are medians of interleaved rounds;
 "x eager" is how many times as fast as the faster of the two eager forms. Peak memory is above the inputs; gradients
 count.""",
 )
@@ -64,23 +64,23 @@ def cpu() -> str:
     return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", model).split())
 
 
-def made(rounds: int) -> Record:
+def stamp(rounds: int) -> Record:
     return {"torch": torch.__version__, "date": date.today().isoformat(), "rounds": rounds}
 
 
 def store(record: Record, threads: int) -> None:
-    """Writes the three files of the head anew, with this shape in them."""
-    path, name = place(threads)
-    shapes = kept(path, threads, record, size)
+    """Rewrites the three files of the head's figures with this shape in them."""
+    path, name = file_and_name(threads)
+    shapes = inserted(path, threads, record, size)
     draw(path.with_suffix(".png"), name, shapes)
     parts = [f"# {name}", PREAMBLE, f"![speed relative to eager]({path.stem}.png)", *map(section, shapes)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
 def store_table(table: Table, record: Record, threads: int) -> None:
-    """Writes the two files of a table anew, with this case in them."""
-    path, name = place(threads, table.suffix)
-    cases = kept(path, threads, record, lambda r: [r[field] for field in table.key])
+    """Rewrites the two files of a table with this case in them."""
+    path, name = file_and_name(threads, table.suffix)
+    cases = inserted(path, threads, record, lambda r: [r[field] for field in table.key])
     parts = [f"# {name}", table.preamble, *(table_section(table, case) for case in cases)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
@@ -89,14 +89,14 @@ def machine(threads: int) -> Record:
     return {"cpu": cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads}
 
 
-def place(threads: int, suffix: str = "") -> tuple[Path, str]:
+def file_and_name(threads: int, suffix: str = "") -> tuple[Path, str]:
     """The JSON file of this machine, and its name in words."""
     name = "{cpu}, {isa}, {threads} threads".format(**machine(threads))
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + suffix + ".json"), name
 
 
-def kept(path: Path, threads: int, record: Record, key: Callable[[Record], Any]) -> list[Record]:
-    """All records of the file, this one in the place of its old; the file holds them then."""
+def inserted(path: Path, threads: int, record: Record, key: Callable[[Record], Any]) -> list[Record]:
+    """Writes this record to the file, in place of an older one with the same key; returns all records of the file."""
     old = json.loads(path.read_text())["shapes"] if path.exists() else []
     shapes = sorted([record, *(r for r in old if key(r) != key(record))], key=key)
     FOLDER.mkdir(exist_ok=True)

@@ -5,8 +5,9 @@
     4 products    z,  dx = z w,  z once more,  dw = z^T f        a step that recomputes z
 
 Whole products write z and read it back; oneDNN computes a b^T of two row-major operands and is given each of them in
-that layout, so that none holds a transposed copy. In cache, blocks.cpp, z never leaves it: the floor of kernels like
-ours. In bfloat16 the operands are cast beforehand; torch.mm then rounds what it writes, z included.
+that layout, so that no transposed copy is made in the time measured. "In cache" is blocks.cpp, where z never leaves
+the cache: the floor of kernels like ours. In bfloat16 the operands are cast beforehand; torch.mm then rounds what it
+writes, z included.
 """
 
 import functools

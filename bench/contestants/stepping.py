@@ -1,8 +1,10 @@
-"""One rank of one contestant of bench_step.py, in a process of its own: `harness.stepping NAME MEASURE THREADS B d C`.
+"""One rank of one contestant of bench_step.py, in a process of its own:
 
-It makes two steps and prints the peak memory of the second in MiB. Then, for each line that it is sent, "step" makes
-two more and prints the seconds of the second, "weights" prints the weights. What torchrun sets in the environment makes
-it a rank.
+    python -m contestants.stepping NAME MEASURE THREADS B d C
+
+It makes two steps and prints the peak memory of the second in MiB. Then it reads lines: for "step" it makes two more
+and prints the seconds of the second, for "weights" it prints the weights. Where the environment has RANK, with the
+other variables that torchrun sets, it joins a Gloo group.
 """
 
 import json
@@ -21,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    given = steps.part_of(steps.inputs(*map(int, shape)))
+    given = steps.local_inputs(steps.inputs(*map(int, shape)))
     step, weight = steps.STEPS[name](*given, steps.RATE[what])
 
     def timed() -> float:

@@ -1,5 +1,6 @@
-// The matrix products of a step on blocks that stay in cache, by oneDNN's brgemm, and nothing else: what no CPU kernel
-// of this shape goes below. Which numbers are multiplied does not matter; nothing is transposed, rounded or summed up.
+// The matrix products of a step on blocks that stay in cache, by oneDNN's brgemm, and nothing else: a floor for CPU
+// kernels that work block by block. The values do not matter: nothing is transposed or rounded, and the threads' dx are
+// not summed.
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
@@ -11,8 +12,8 @@ namespace {
 
 constexpr int64_t kBlock = 256, kRowTile = 256;
 
-// For every block of classes and tile of rows: z = w x^T;  dx += e w;  z once more;  dw = g x. With `count` 1 the first
-// alone, with 3 all but the third. T is the operands' type; e and g are never filled.
+// For every block of classes and tile of rows: z = w x^T;  dx += e w;  z once more;  dw = g x. With `count` 1 only the
+// first, with 3 all but the third. T is the type of the operands; a buffer of ones stands for e and g.
 template <typename T>
 void products(const at::Tensor& x /* [B, d] */, const at::Tensor& w /* [C, d] */, float* dw /* [C, d] */,
               int64_t count) {
