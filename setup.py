@@ -17,7 +17,7 @@ COMPILERS = [os.environ.get("CXX"), "c++", "g++", "clang++"]
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
-    """FASTMARGIN_CUDA decides; without it, whether torch has CUDA and nvcc is here."""
+    """FASTMARGIN_CUDA decides, 0 or 1; if unset, CUDA kernels are built where torch has CUDA and nvcc is found."""
     choice = os.environ.get("FASTMARGIN_CUDA") or str(int(torch_cuda is not None and shutil.which("nvcc") is not None))
     if choice not in ("0", "1"):
         sys.exit(f"FASTMARGIN_CUDA={choice}: want 0 or 1")

@@ -9,7 +9,7 @@ from fastmargin.ops.nontarget_lse import IMPLS
 
 
 def pytest_ignore_collect(collection_path, config):
-    """`pytest -m gpu` imports only the files it runs: a machine with a GPU need not have the driver's packages."""
+    """`pytest -m gpu` imports only files with such tests: the driver's packages need not be there."""
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
         return "mark.gpu" not in collection_path.read_text() or None
     return None
@@ -22,7 +22,7 @@ def seeded():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fresh memory holds NaN (the largest integer), in Python and in C++: an element that is not written shows."""
+    """Fresh memory holds NaN, or the largest integer, in Python and in C++: an element that is not written is seen."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses products on a GPU
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -47,7 +47,7 @@ def threads(request):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Small batches are not worth sharing, and waiting for a second core costs more than it gives."""
+    """With small batches a second thread costs more time than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ ROUNDINGS = [
     (backend, dtype)
     for backend in ("native", "stream", "reference")
     for dtype in (torch.bfloat16, torch.float16)
-    if (backend, dtype) != ("native", torch.float16)  # has none anywhere
+    if (backend, dtype) != ("native", torch.float16)  # the native kernels have no float16 operands
 ]
 
 

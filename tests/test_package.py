@@ -1,10 +1,11 @@
-"""The rules of the house: imports point one way, public names resolve, files stay short, backends fall back."""
+"""The rules of the package: imports point one way, public names resolve, files stay short, backends fall back."""
 
 import ast
 import graphlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ import fastmargin as fm
 from fastmargin.ops.backends import BUILD, pick
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
-LAYERS = (  # a part imports from the lines above its own, and from itself
+LAYERS = (  # a part imports from itself and from the lines above its own
     ("kernels", "_C", "files", "require"),
     ("margins.angles",),
     ("margins",),
@@ -29,14 +30,22 @@ LAYERS = (  # a part imports from the lines above its own, and from itself
     ("head",),
     ("losses", "mining", "evaluation", "models", "optim"),
     ("checkpoint", "compat"),
-    ("driver", "driver.log", "driver.config"),
+    ("driver", "driver.log", "driver.config", "driver.sizing"),
     ("driver.data",),
     ("driver.training",),
-    ("driver.reports", "driver.sizing"),
+    ("driver.reports",),
     ("driver.commands",),
     ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+KERNELS = {"kernels", "_C"}  # only ops imports them
+FREE_OF = {  # what a part does not import, although it stands above
+    "ops": {"margins", "margins.angles"},  # kernels know no margins
+    "ops.backends": {"margins", "margins.angles"},
+    "distributed": {"margins", "margins.angles"},
+    "distributed.merge": {"margins", "margins.angles"},
+    **{part: RANK.keys() - set(LAYERS[0]) for part in ("mining", "evaluation", "models")},
+}
 
 
 def sources():
@@ -84,12 +93,15 @@ def violations(module, text):
         other = part(name)
         if other in RANK and other != own and RANK[other] >= RANK.get(own, -1):
             yield f"{module} imports {name}"
+        if other != own and (other in FREE_OF.get(own, ()) or (other in KERNELS and own.split(".")[0] != "ops")):
+            yield f"{module} imports {name}"
         if other not in RANK and (own == "kernels" or other != "__version__"):
-            yield f"{module} imports {name}, which is not its home"
+            yield f"{module} imports {name}: want the module that defines it"
 
 
 def test_imports_point_one_way():
     assert {part(module) for module in SOURCES} - {""} <= set(RANK), "a new part needs its place in LAYERS"
+    assert [module for module in SOURCES if part(module) == "driver"] == ["fastmargin.driver"], "so does one of driver/"
     assert [v for module, text in SOURCES.items() for v in violations(module, text)] == []
     margins = [module for module in SOURCES if part(module) in ("margins", "margins.angles")]
     homes = {name for module in margins for name in imported(module, SOURCES[module]) if name.startswith("fastmargin.")}
@@ -114,11 +126,25 @@ def test_imports_point_one_way():
         ("evaluation", "from fastmargin.driver.data.identities import Identities"),
         ("driver.training.run", "from tests.check import error"),
         ("driver.training.loop", "from fastmargin.driver.reports import report"),
+        ("driver.training.loop", "def f():\n    from fastmargin.driver.commands import evaluate"),
+        ("driver.reports.plots", "from fastmargin.driver.commands.parser import parse"),
+        ("driver.data.sources.folder", "from fastmargin.driver.training.run_folder import read_config"),
         ("driver.data.order", "from fastmargin.driver.training import run"),
         ("driver.sizing.plan", "from fastmargin.driver.commands import scale"),
+        ("driver.sizing.simulate", "from fastmargin.driver.training import run"),
+        ("driver.sizing.plan", "from fastmargin.driver.config import TrainConfig"),
+        ("driver.log", "from .data import order"),
         ("driver.config", "from fastmargin.driver.data.order import Permutation"),
+        ("optim", "from fastmargin.driver.config import OptimConfig"),
         ("margins.base", "from fastmargin.ops.nontarget_lse import nontarget_lse"),
+        ("margins.angles", "from fastmargin.margins.base import Margin"),
+        ("ops.nontarget_lse", "from fastmargin.margins.base import Margin"),
+        ("distributed.functions", "from fastmargin.margins.angles import safe_acos"),
+        ("distributed.layout", "from ..head.class_weights import ClassWeights"),
         ("head.class_weights", "from fastmargin.head.margin_head import MarginHead"),
+        ("head.sampling", "from fastmargin.head.checks import check_labels"),
+        ("head.margin_head", "from fastmargin.kernels import tiles"),
+        ("mining", "from fastmargin.head.margin_head import MarginHead"),
         ("distributed.merge", "from fastmargin.distributed.layout import Layout"),
         ("mining", "import bench"),
     ],
@@ -176,11 +202,25 @@ def test_no_file_is_long():
     assert [p.name for p in files if p.suffix in kinds and len(p.read_text().splitlines()) > 400] == []
 
 
+def named(line):
+    """The paths that a line of the README's map names; those after the first may stand in the first one's folder."""
+    first, *others = re.findall(r"[\w./]*/|[\w./]+\.(?:py|txt)", line)
+    return [ROOT / first, *((ROOT / other if (ROOT / other).exists() else ROOT / first / other) for other in others)]
+
+
+def test_the_map_in_the_readme_is_that_of_the_tree():
+    section = (ROOT / "README.md").read_text().partition("\n## The house\n")[2].strip("\n").partition("\n\n")[0]
+    paths = [path for line in section.splitlines() for path in named(line)]
+    assert [path for path in paths if not path.exists()] == []
+    folders = {path.parent for path in (ROOT / "fastmargin").rglob("*.py")} - {ROOT / "fastmargin"}
+    assert folders | {ROOT / "kernels", ROOT / "csrc", ROOT / "tests", ROOT / "bench"} <= set(paths)
+
+
 # ---------------------------------------------------------------------------------------------- backends
 
 
 def python(code, **environment):
-    """What a fresh interpreter prints, as JSON, and what it says on stderr."""
+    """The JSON that a fresh interpreter prints, and its stderr."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60
     )
@@ -224,7 +264,7 @@ def test_without_the_extension_the_package_works_and_says_why(exception, why):
     native = next(line for line in said["describe"].splitlines() if line.startswith("native"))
     assert why in native
     assert said["refusal"] is not None and why in said["refusal"]
-    assert warned.count("UserWarning") == (exception == "ImportError")  # a package without a compiler is no accident
+    assert warned.count("UserWarning") == (exception == "ImportError")  # built without a compiler: no warning
 
 
 def test_a_backend_that_is_named_runs_or_raises(monkeypatch):
@@ -232,7 +272,7 @@ def test_a_backend_that_is_named_runs_or_raises(monkeypatch):
     monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
     silent = "native" if "native" in IMPLS else "stream"
     assert pick(IMPLS, x) == silent
-    for name in IMPLS.keys() - {"triton"}:  # that one needs a GPU, or its interpreter: test_triton.py
+    for name in IMPLS.keys() - {"triton"}:  # triton needs a GPU or its interpreter: test_triton.py
         monkeypatch.setenv("FASTMARGIN_BACKEND", name)
         assert pick(IMPLS, x) == name
         assert pick(IMPLS, x, "stream") == "stream"
