@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -62,7 +63,7 @@ def in_backward(**options: Any) -> Prepare:
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         model = MarginHead(1, len(w), ArcFace(arcface.S, arcface.M), compute_dtype=BF16, backend="native")
-        model.weight = w
+        model.to(w.device).weight = w
         rate = 0.0  # the weights are the next contestant's too
         optimizer = optim.ClassSGD(model, rate, 0.9, 5e-4, in_backward=True, **options)
 
@@ -206,6 +207,16 @@ def attempt(prepare: Callable[..., Loss], given: tuple[Tensor, ...]) -> Any:
             torch.cuda.empty_cache()
 
 
+def failed(record: Any) -> list[str]:
+    """Which of our own contestants have no figures, anywhere in a record."""
+    if not isinstance(record, dict):
+        return []
+    own = [
+        f"{name}: {figures}" for name, figures in record.items() if "fastmargin" in name and isinstance(figures, str)
+    ]
+    return own + [line for part in record.values() for line in failed(part)]
+
+
 def measure_all(
     record: dict[str, Any],
     path: Path,
@@ -239,10 +250,12 @@ def main() -> None:
     record |= {"ceilings": ceilings(options.device), "pairs": {}, "shapes": {}}
     if options.tiles:
         measure_all(record, options.out / "tiles.json", "shapes", options.shapes, inputs, tiled, options.device)
-        return
-    path = options.out / "gpu.json"
-    measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options.device)
-    measure_all(record, path, "shapes", options.shapes, inputs, contestants, options.device)
+    else:
+        path = options.out / "gpu.json"
+        measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options.device)
+        measure_all(record, path, "shapes", options.shapes, inputs, contestants, options.device)
+    if lines := failed(record):
+        sys.exit("\n".join(["our own contestants failed:", *lines]))
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def add_row_products(
     parts = g.unflatten(1, (s, n // s)).transpose(0, 1), o.unflatten(0, (s, n // s))
     if g.dtype == torch.float32:
         sums[:s].baddbmm_(*parts)
+    elif torch.compiler.is_compiling():  # baddbmm(out_dtype=) cannot be traced in torch 2.11 to 2.13
+        sums[:s] += torch.bmm(*parts, out_dtype=torch.float32)
     elif g.is_cuda:
         torch.baddbmm(sums[:s], *parts, out_dtype=torch.float32, out=sums[:s])
     else:

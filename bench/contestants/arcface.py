@@ -126,7 +126,7 @@ def head(margin: Margin, **options: Any) -> Prepare:
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         model = MarginHead(1, len(w), margin, **options)
-        model.weight = w
+        model.to(w.device).weight = w
         return lambda: model(f, y).loss
 
     return prepare

@@ -1,8 +1,10 @@
 """Checks that all ranks agree, and errors that all of them raise together. Control messages only: small objects."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fastmargin.distributed.layout import Group
@@ -21,6 +23,7 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
             f"the group has {group.size()} of {dist.get_world_size()} processes: want one of all, as shards have no "
             "replicas"
         )
+    check_device(group)
     all_ranks = gather_objects(dict(options), group)
     for rank, theirs in enumerate(all_ranks):
         for name, value in theirs.items():
@@ -28,6 +31,15 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{name} is {all_ranks[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
                 )
+
+
+def check_device(group: Group) -> None:
+    """Raises ValueError where NCCL would have this process on the GPU of the first one of its machine."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if dist.get_backend(group) != "nccl" or local == 0 or torch.cuda.device_count() < 2:
+        return
+    if torch.cuda.current_device() == 0:
+        raise ValueError(f"local rank {local} is on GPU 0, as rank 0 is: call torch.cuda.set_device({local}) first")
 
 
 def gather_objects(own: Any, group: Group | None) -> list[Any]:

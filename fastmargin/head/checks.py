@@ -62,6 +62,15 @@ def check_class_weight(class_weight: Tensor, num_classes: int) -> None:  # [C]
         raise ValueError("class_weight has an entry that is negative or not finite: want finite weights, 0 or more")
 
 
+def check_one_device(head: nn.Module) -> None:
+    """A head whose `weight` was replaced by one on another device left its buffers behind."""
+    device = head.weight.device
+    for name, held in head.named_buffers():
+        if held.device != device:
+            where = f"the weight is on {device}, {name} on {held.device}"
+            raise ValueError(f"{where}: move the whole head, head.to({device})")
+
+
 def check_embeddings(
     embeddings: Tensor,  # [B, d]
     weight: Tensor,  # [C, d]

@@ -25,7 +25,7 @@ from fastmargin.distributed.layout import Group, Layout, batch_layout, chunks
 from fastmargin.head.checks import check_embeddings, check_imprint
 from fastmargin.head.sampling import initial_rows
 from fastmargin.margins.base import Margin
-from fastmargin.ops.backends import check_compute_dtype, pick
+from fastmargin.ops.backends import check_compute_dtype, named
 from fastmargin.ops.class_update import SteppingBackward
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
@@ -73,7 +73,7 @@ class ClassWeights(nn.Module):
         self.class_optimizer = None
         self.register_state_dict_pre_hook(apply_lazy_updates)
         self.register_load_state_dict_pre_hook(apply_lazy_updates)
-        pick(IMPLS, self.weight, backend)  # also of the environment: better now than at the first batch
+        named(IMPLS, backend)  # also of the environment: better now than at the first batch
         check_compute_dtype(compute_dtype, self.weight.dtype)
 
     @property

@@ -22,6 +22,7 @@ from fastmargin.head.checks import (
     check_class_weight,
     check_embeddings,
     check_hard_classes,
+    check_one_device,
     check_options,
     check_rows,
     digest,
@@ -138,6 +139,7 @@ class MarginHead(ClassWeights):
         at labels would stall, its row counts as ignored and `check()` raises. So do different numbers of rows without
         `uneven`; on a GPU, where nobody looks, they make the collectives fail, or wait until the group's timeout.
         """
+        check_one_device(self)
         check_embeddings(embeddings, self.weight)
         check_rows(embeddings, labels, sample_weight, hard_classes)
         may_sync = self.check_labels or embeddings.device.type == "cpu"

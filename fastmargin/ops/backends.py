@@ -81,20 +81,29 @@ def triton_can_run(x: Tensor) -> bool:
 NAMED_ONLY = ("triton", "reference")
 
 
+def named(impls: Mapping[str, Impl], name: str | None) -> str | None:
+    """The backend that is asked for by name or, without one, by the environment; None: by neither.
+
+    Raises ValueError for one that this installation does not have. Where it can run is only known at a call.
+    """
+    name = name or os.environ.get("FASTMARGIN_BACKEND") or None
+    if name == "native" and BUILD.problem:
+        raise ValueError(f"backend 'native' cannot run: {BUILD.problem}")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' cannot run: triton is not installed")
+    if name is not None and name not in impls:
+        raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
+    return name
+
+
 def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
     """The name of the implementation that runs on x's device and dtype.
 
     Raises ValueError where a named one is unknown or cannot run there.
     """
-    name = name or os.environ.get("FASTMARGIN_BACKEND") or None
+    name = named(impls, name)
     if name is None:
         return next(n for n, impl in impls.items() if n not in NAMED_ONLY and impl.can_run(x))
-    if name == "native" and BUILD.problem:
-        raise ValueError(f"backend 'native' cannot run: {BUILD.problem}")
-    if name == "triton" and not HAS_TRITON:
-        raise ValueError("backend 'triton' cannot run: triton is not installed")
-    if name not in impls:
-        raise ValueError(f"unknown backend {name!r}: want one of {', '.join(impls)}")
     if not impls[name].can_run(x):
         raise ValueError(f"backend {name!r} cannot run {x.dtype} on {x.device}")
     return name

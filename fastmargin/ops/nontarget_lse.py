@@ -133,7 +133,8 @@ def scatter(
     """A gradient over the selected classes as a sparse COO tensor of the whole's shape."""
     if class_ids is None:
         return gradient
-    return torch.sparse_coo_tensor(class_ids[None], gradient, like.shape, is_coalesced=True, check_invariants=False)
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # torch 2.11 warns unless told here
+        return torch.sparse_coo_tensor(class_ids[None], gradient, like.shape, is_coalesced=True)
 
 
 def nontarget_lse(

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from ranks import Ranks
 
 import fastmargin as fm
+from fastmargin.distributed import agreement
 from fastmargin.head.margin_head import MarginHead
 
 TIMEOUT = 5  # seconds
@@ -147,3 +149,16 @@ def test_the_other_rank_does_not_wait_longer_than_the_timeout(kind):
     finally:
         pool.close()
     assert isinstance(error, RuntimeError) and seconds < TIMEOUT + 5 * (kind not in DEATHS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "local", "current", "refused"),
+    [("nccl", 1, 0, True), ("nccl", 1, 1, False), ("nccl", 0, 0, False), ("gloo", 1, 0, False)],
+)
+def test_two_ranks_on_one_gpu_are_refused_before_nccl_waits_for_ever(monkeypatch, backend, local, current, refused):
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(dist, "get_backend", lambda _: backend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    with pytest.raises(ValueError, match=r"call torch.cuda.set_device\(1\) first") if refused else nullcontext():
+        agreement.check_device(object())
