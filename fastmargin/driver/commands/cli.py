@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile
 
 from fastmargin import __version__
 from fastmargin.driver.commands import scale
-from fastmargin.driver.commands.parser import Parser, new_parser, usual
+from fastmargin.driver.commands.parser import Parser, new_parser
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict
 from fastmargin.driver.log import log
 from fastmargin.driver.training import run_folder
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit with 130 or 143 where training was stopped by a signal.
     """
     try:
-        given = build_parser().parse_args(usual(sys.argv[1:] if arguments is None else arguments))
+        given = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         if given.command not in ("train", "evaluate"):
             alone(given.command)
         COMMANDS[given.command](given[given.command])
@@ -73,7 +73,7 @@ def alone(command: str) -> None:
 
 
 def build_parser() -> Parser:
-    parser = new_parser(prog="fastmargin", description=f"Train and evaluate margin-softmax recognisers. {ENVIRONMENT}")
+    parser = new_parser(prog="fastmargin", description=f"Train and evaluate margin-softmax recognizers. {ENVIRONMENT}")
     parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
@@ -84,7 +84,7 @@ def build_parser() -> Parser:
     commands.add_subcommand("clean", clean_parser(), help="list images and identities of a data set to look at")
     planning = new_parser(
         description="Memory, wire and time of a head of any size: estimates by formula.",
-        epilog="Example: fastmargin plan --classes 1e8 --gpus 64 --sample-rate 0.1",
+        epilog="Example: fastmargin plan --classes 1e8 --gpus 64 --sample_rate 0.1",
     )
     commands.add_subcommand("plan", scale.plan_options(planning), help="size a head before renting machines for it")
     simulating = new_parser(
@@ -143,7 +143,7 @@ def evaluate_parser() -> Parser:
 def embed_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, into a safetensors file: embeddings [N, d], "
-        "not normalised, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
+        "not normalized, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
         epilog="Example: fastmargin embed run synthetic:10x4 --out embedded.safetensors",
     )
     parser.add_argument("run", type=str, help=RUN)
@@ -187,8 +187,8 @@ def doppelgangers_parser() -> Parser:
 def clean_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, and list what to look at: images.csv, the "
-        "images of each identity by the cosine with its centre (the mean of its unit embeddings), worst first; "
-        "pairs.csv, identities with close centres; with --below remove.txt, with --against overlap.csv. No image is "
+        "images of each identity by the cosine with its center (the mean of its unit embeddings), worst first; "
+        "pairs.csv, identities with close centers; with --below remove.txt, with --against overlap.csv. No image is "
         "touched.",
         epilog="Example: fastmargin clean run --below 0.3 --against synthetic:10x4 --out cleaning",
     )

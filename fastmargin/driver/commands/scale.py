@@ -32,13 +32,13 @@ def plan_options(parser: Any) -> Any:
     add("--dim", type=str, default="512", help="width of the embeddings")
     add("--batch", type=str, default="128", help="rows of each GPU")
     add("--gpus", type=str, default="8", help="ranks, one GPU each")
-    add("--sample-rate", type=float, default=1.0, help="share of the classes drawn in a step (PartialFC)")
+    add("--sample_rate", type=float, default=1.0, help="share of the classes drawn in a step (PartialFC)")
     add("--device", type=str, default="h200", help=f"{', '.join(DEVICES)}; only cpu's figures are measured ones")
     add("--optimizer", type=plan.Optimizer, default="sgd", help="sgd has momentum")
-    add("--in-backward", type=bool, default=True, help="step in the backward pass: no gradient is stored")
-    add("--compute-dtype", type=ComputeDtype | None, help="operands of the products; null: the device's 16-bit type")
+    add("--in_backward", type=bool, default=True, help="step in the backward pass: no gradient is stored")
+    add("--compute_dtype", type=ComputeDtype | None, help="operands of the products; null: the device's 16-bit type")
     add("--topk", type=str, default="1", help="mined classes of a row, and of a class in the table; 0: no table")
-    add("--backbone-gb", type=float, default=0.0, help="GB of a GPU that the backbone, its state and activations need")
+    add("--backbone_gb", type=float, default=0.0, help="GB of a GPU that the backbone, its state and activations need")
     return parser
 
 

@@ -45,7 +45,7 @@ wave), z (8 B n: written and read) and g (e B n).
 
 PartialFC at the same settings, as its published memory is made up (speed_benchmark.md of InsightFace's arcface_torch,
 its first version, 41.95 and 7.98 kB a class at B = 1,024, d = 512, rate 1 and 0.1): the weight and its moments, and of
-the n classes of a step the gradient, four more arrays of their width (normalised copy, backward of the normalisation)
+the n classes of a step the gradient, four more arrays of their width (normalized copy, backward of the normalization)
 and seven of logits' size (cosines, clamped, with margin, softmax, gradients): 4 d c (1 + m) + n (20 d + 28 B). Its
 second version keeps a gradient of all c classes besides; rows and exchanges are not counted for it.
 """
@@ -62,7 +62,7 @@ EFFICIENCY = 0.8  # of nominal rates, for GPUs: an assumption (Hopper's products
 SPARE = 0.1  # of the memory, kept free: the driver, NCCL's buffers, fragments
 
 Optimizer = Literal["sgd", "adamw"]
-ComputeDtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def gpu(
     title: str, memory: int, cache: int, half: float, single: float, bandwidth: float, link: float, network: float
 ) -> Device:
     """From MiB, and nominal figures in MB, dense TFLOP/s of 16-bit and of float32 products, GB/s."""
-    names = ("float16",) if "V100" in title else ("bfloat16", "float16")
-    products = dict.fromkeys(names, EFFICIENCY * half * 1e12) | {"float32": EFFICIENCY * single * 1e12}
+    names = ("fp16",) if "V100" in title else ("bf16", "fp16")
+    products = dict.fromkeys(names, EFFICIENCY * half * 1e12) | {"fp32": EFFICIENCY * single * 1e12}
     memory_rate, link_rate, network_rate = (EFFICIENCY * rate * 1e9 for rate in (bandwidth, link, network))
     return Device(
         title, memory * 2**20, cache * 1e6, products, memory_rate, 8, link_rate, network_rate, memory_rate / 160
@@ -103,7 +103,7 @@ DEVICES = {
     "v100": gpu("NVIDIA V100", 32_510, 6, 125, 15.7, 900, 150, 6.25),
     # Measured (bench/NOTES.md), but for the network, a nominal 10 Gb/s: two cores of an AMD EPYC with AVX-512.
     "cpu": Device(
-        "two CPU cores", 24 * GB, 32e6, {"bfloat16": 1032e9, "float32": 507e9}, 50e9, 1, 1.25e9, 1.25e9, 2e7, 256
+        "two CPU cores", 24 * GB, 32e6, {"bf16": 1032e9, "fp32": 507e9}, 50e9, 1, 1.25e9, 1.25e9, 2e7, 256
     ),
 }
 
@@ -139,13 +139,13 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("classes", "dim", "batch", "gpus"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(0 < self.sample_rate <= 1, "sample-rate", self.sample_rate, "above 0, at most 1")
+        require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "above 0, at most 1")
         require(self.topk >= 0, "topk", self.topk, "0 or more")
-        require(0 <= self.backbone_gb < math.inf, "backbone-gb", self.backbone_gb, "0 or more, in GB")
+        require(0 <= self.backbone_gb < math.inf, "backbone_gb", self.backbone_gb, "0 or more, in GB")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         types = [*self.on.products]
         require(
-            self.compute_dtype in (None, *types), "compute-dtype", self.compute_dtype,
+            self.compute_dtype in (None, *types), "compute_dtype", self.compute_dtype,
             f"one of {', '.join(types)} on {self.on.title}",
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ class Plan:
 
     @property
     def e(self) -> int:
-        return 4 if self.operands == "float32" else 2
+        return 4 if self.operands == "fp32" else 2
 
     @property
     def moments(self) -> int:
