@@ -49,9 +49,9 @@ class DataConfig:
         "train.rec; an IDX file of images; Omniglot's zips, with commas between them; a safetensors file",
     )
     size: int | None = option(None, "pixels per side; null: photographs 112, characters 32, tensors as they are")
-    color: Literal["grey", "rgb"] | None = option(None, "null: the images' own")
+    color: Literal["gray", "rgb"] | None = option(None, "null: the images' own")
     augment: Literal["glyphs", "faces", "none"] | None = option(
-        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, colour, erasing; null: by source"
+        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, color, erasing; null: by source"
     )
     holdout: float = option(0.2, "share of the identities that training never sees")
     split_seed: int = option(0, "which identities are held out")
@@ -126,11 +126,11 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser, the course of its learning rate, and what a step is made of: see `driver.optimizers`."""
+    """The optimizer, the course of its learning rate, and what a step is made of: see `driver.optimizers`."""
 
-    name: Literal["sgd", "adamw"] = option("sgd", "optimiser of all weights; adamw wants an lr of about 1e-3")
+    name: Literal["sgd", "adamw"] = option("sgd", "optimizer of all weights; adamw wants an lr of about 1e-3")
     steps: int = option(
-        0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
+        0, "optimizer steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
     )
     batch_size: int = option(0, "images per step, of all processes together; 0: 256, below 5,000 images 64")
     accumulation: int = option(
@@ -257,7 +257,7 @@ class TrainConfig:
             require(isinstance(term.options, Mapping), f"terms.{name}.options", term.options, "arguments by name")
             moved = name == "minimum_margin" and term.options.get("route") == "centers"
             plain = self.optim.accumulation == 1 and self.optim.precision != "fp16"
-            wanted = "another: its centres step by themselves, without optim.accumulation and the scale of fp16"
+            wanted = "another: its centers step by themselves, without optim.accumulation and the scale of fp16"
             require(plain or not moved, f"terms.{name}.options.route", "centers", wanted)
             means = name in ("center", "git") and term.options.get("reduction", "mean") == "mean"
             wanted = f"1 beside the term {name}: parts hold other pairs than the whole, and their sums are no sum"
@@ -274,8 +274,8 @@ class CleanConfig:
 
     source: str | None = option(None, "data to clean, as train's data.source; null: the run's own, held out or not")
     against: str | None = option(None, "other data, as a test set, whose identities should not be among these")
-    below: float | None = option(None, "images with a smaller cosine to their identity's centre are listed for removal")
-    above: float = option(0.45, "pairs of identities are listed from this cosine of their centres on")
+    below: float | None = option(None, "images with a smaller cosine to their identity's center are listed for removal")
+    above: float = option(0.45, "pairs of identities are listed from this cosine of their centers on")
     limit: int = option(20, "lines of each list that are printed")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")
 

@@ -3,15 +3,15 @@
     e_i = f(image_i) / ||f(image_i)||,    c_k = s / ||s||, s = sum of e_i over the images of identity k
 
     images.csv     the images of each identity by <e_i, c_k>, worst first (ArcFace, arXiv 1801.07698v1, 3.1.1: those too
-                   far from the feature centre of their identity go, those about the threshold are looked at)
+                   far from the feature center of their identity go, those about the threshold are looked at)
     remove.txt     the images with a cosine below a threshold, one a line, worst first of all
-    pairs.csv      the pairs of identities whose centres have at least a given cosine: one person under two names?
+    pairs.csv      the pairs of identities whose centers have at least a given cosine: one person under two names?
     overlap.csv    the same of these identities and those of another data set, such as a test set, whose people should
                    not be trained on (ArcFace 3.4: cosine above 0.45; AM-Softmax 4.2)
 
-An image counts in its own centre: of n images one that is like no other still has about 1 / n, and two images always
+An image counts in its own center: of n images one that is like no other still has about 1 / n, and two images always
 have the same cosine. Identities that the run held out are cleaned like the others. Images are embedded identity by
-identity: memory is that of all centres and of a block of images, or of the largest identity.
+identity: memory is that of all centers and of a block of images, or of the largest identity.
 """
 
 import sys
@@ -33,8 +33,8 @@ from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import Backbone, adapted, embed_images, load, load_backbone
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
-BLOCK = 4096  # images embedded, and centres compared, at a time
-NEAREST = 8  # centres looked for around each, and twice as many while all of them are close
+BLOCK = 4096  # images embedded, and centers compared, at a time
+NEAREST = 8  # centers looked for around each, and twice as many while all of them are close
 SHARES = (0.01, 0.05, 0.5)  # of the images, whose cosines help to choose --below
 MOST = 1_000_000  # pairs of identities, more than anybody looks at
 
@@ -46,15 +46,15 @@ class DataSet(NamedTuple):
     identities: Identities
     names: Sequence[str]  # [C] as they are printed
     sizes: Tensor  # [C] int64, images of each
-    centres: Tensor  # [C, d] unit
-    cosines: Tensor  # [N] of each image with the centre of its identity
+    centers: Tensor  # [C, d] unit
+    cosines: Tensor  # [N] of each image with the center of its identity
 
 
 class Close(NamedTuple):
-    """Pairs of a row and a centre, the highest cosine first."""
+    """Pairs of a row and a center, the highest cosine first."""
 
     row: Tensor  # [n] int64
-    centre: Tensor  # [n] int64
+    center: Tensor  # [n] int64
     cosine: Tensor  # [n]
 
 
@@ -72,35 +72,35 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
     given, *others = (describe(backbone, source, identities) for source, identities in loaded)
     out.mkdir(parents=True, exist_ok=True)
     rank_images(given, out, options, log)
-    pairs = close(given.centres, given.centres, torch.arange(len(given.sizes)), options.above)
-    once = pairs.row < pairs.centre
+    pairs = close(given.centers, given.centers, torch.arange(len(given.sizes)), options.above)
+    once = pairs.row < pairs.center
     list_pairs("pairs", Close(*(part[once] for part in pairs)), given, given, out, options, log)
     for other in others:
-        pairs = close(given.centres, other.centres, torch.full_like(given.sizes, -1), options.above)
+        pairs = close(given.centers, other.centers, torch.full_like(given.sizes, -1), options.above)
         list_pairs("overlap", pairs, given, other, out, options, log)
     log(f"lists: {out}")
 
 
 def describe(backbone: Backbone, source: str, identities: Identities) -> DataSet:
     names = list(map(contact_sheet.caption, identities.names)) if source == GLYPHS else identities.names
-    centres, cosines = centred(backbone.network, identities, backbone.config.dim)
-    return DataSet(identities, names, identities.labels.bincount(), centres, cosines)
+    centers, cosines = centered(backbone.network, identities, backbone.config.dim)
+    return DataSet(identities, names, identities.labels.bincount(), centers, cosines)
 
 
-def centred(network: nn.Module, identities: Identities, dim: int) -> tuple[Tensor, Tensor]:  # [C, d], [N]
-    """The centre of each identity and the cosine of each image with it. ValueError if an embedding is not finite."""
+def centered(network: nn.Module, identities: Identities, dim: int) -> tuple[Tensor, Tensor]:  # [C, d], [N]
+    """The center of each identity and the cosine of each image with it. ValueError if an embedding is not finite."""
     labels = identities.labels
-    centres, cosines = torch.empty(identities.num_classes, dim), torch.empty(len(labels))
+    centers, cosines = torch.empty(identities.num_classes, dim), torch.empty(len(labels))
     with tqdm(total=len(labels), unit="image", disable=not sys.stderr.isatty()) as bar:
         for rows in whole_identities(labels):
             x = F.normalize(embed_images(network, identities.images[rows]))
             if not x.isfinite().all():
                 raise ValueError("the network gives embeddings that are not finite")
             own, place = labels[rows].unique(return_inverse=True)
-            centres[own] = F.normalize(x.new_zeros(len(own), dim).index_add_(0, place, x))
-            cosines[rows] = (x * centres[labels[rows]]).sum(1)
+            centers[own] = F.normalize(x.new_zeros(len(own), dim).index_add_(0, place, x))
+            cosines[rows] = (x * centers[labels[rows]]).sum(1)
             bar.update(len(rows))
-    return centres, cosines
+    return centers, cosines
 
 
 def whole_identities(labels: Tensor) -> list[np.ndarray]:  # [N] -> [n] int64 each
@@ -112,11 +112,11 @@ def whole_identities(labels: Tensor) -> list[np.ndarray]:  # [N] -> [n] int64 ea
 
 def close(
     rows: Tensor,  # [R, d] unit
-    centres: Tensor,  # [C, d] unit
-    itself: Tensor,  # [R] int64, the centre that is the row's own, -1: none
+    centers: Tensor,  # [C, d] unit
+    itself: Tensor,  # [R] int64, the center that is the row's own, -1: none
     above: float,
 ) -> Close:
-    """All pairs of a row and another centre with a cosine of `above` or more, in both orders. No array of R x C.
+    """All pairs of a row and another center with a cosine of `above` or more, in both orders. No array of R x C.
 
     ValueError for more than MOST.
     """
@@ -125,10 +125,10 @@ def close(
     while len(todo):
         crowded = []
         for part in todo.split(BLOCK):
-            _, _, cosine, centre = nontarget_lse(rows[part], centres, itself[part], topk=k)
+            _, _, cosine, center = nontarget_lse(rows[part], centers, itself[part], topk=k)
             ends = cosine[:, -1] < above  # the list holds all that are close
             row, place = ((cosine >= above) & ends[:, None]).nonzero(as_tuple=True)
-            found.append((part[row], centre[row, place], cosine[row, place]))
+            found.append((part[row], center[row, place], cosine[row, place]))
             crowded.append(part[~ends])
             count += len(row)
         todo = torch.cat(crowded)
@@ -137,9 +137,9 @@ def close(
                 f"above is {above}, and more than {MOST // 2} pairs of identities are; want a higher cosine"
             )
         k *= 2
-    row, centre, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
+    row, center, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = cosine.argsort(descending=True, stable=True)
-    return Close(row[order], centre[order], cosine[order])
+    return Close(row[order], center[order], cosine[order])
 
 
 def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> None:
@@ -149,7 +149,7 @@ def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> No
     run_folder.write_csv(out / "images.csv", IMAGES, image_rows(given, worst[labels[worst].argsort(stable=True)]))
     quantiles = zip(SHARES, np.quantile(given.cosines.numpy(), SHARES), strict=True)
     log(
-        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity below "
+        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the center of the identity below "
         f"{', '.join(f'{cosine:.3f} for {share:.0%}' for share, cosine in quantiles)}; the worst:"
     )
     for row in worst[: options.limit].tolist():
@@ -181,7 +181,7 @@ def list_pairs(
     stem: str, pairs: Close, given: DataSet, other: DataSet, out: Path, options: CleanConfig, log: Log
 ) -> None:
     """A CSV of the pairs, and its first lines."""
-    columns = (pairs.row, given.sizes[pairs.row], pairs.centre, other.sizes[pairs.centre], pairs.cosine)
+    columns = (pairs.row, given.sizes[pairs.row], pairs.center, other.sizes[pairs.center], pairs.cosine)
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
     ours, theirs = given.identities.names, other.identities.names
     named = ((ours[one], size, theirs[two], its, f"{cosine:.6f}") for one, size, two, its, cosine in rows)

@@ -1,6 +1,6 @@
 """The embeddings of a data set by the network of a run, as `fastmargin evaluate` reads them. A safetensors file:
 
-    embeddings   float32 [N, d], as the network makes them: not normalised, compared by cosine
+    embeddings   float32 [N, d], as the network makes them: not normalized, compared by cosine
     labels       int64 [N], 0..C-1
     titles       uint8, a JSON list in UTF-8: what each image is called, the path of its file where it has one
     names        in the metadata, a JSON list: what each label is called

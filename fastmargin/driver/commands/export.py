@@ -3,7 +3,7 @@
     backbone.safetensors   the weights, for `fastmargin.models.build_model`
     backbone.pt2           torch.export: torch.export.load(...).module() needs torch alone
     backbone.onnx          images [batch, C, H, W] -> embeddings [batch, dim]
-    backbone.json          how to build it, what it takes (colours in the order red, green, blue, see `images_taken`)
+    backbone.json          how to build it, what it takes (colors in the order red, green, blue, see `images_taken`)
                            and gives, and how far each file is from the run's network
 
 All take any batch, and compute as in evaluation. Each file is read back and run on the same images as the run's
@@ -67,7 +67,7 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
                 "name": OUTPUT,
                 "shape": ["batch", config.dim],
                 "dtype": "float32",
-                "normalised": False,
+                "normalized": False,
                 "compare": "cosine",
             },
             "step": step,
@@ -82,14 +82,14 @@ def images_taken(channels: int, height: int, width: int) -> dict[str, object]:
 
     Glyphs and Omniglot's drawings are bright on black; images that were numbers come as they are.
     """
-    steps = ["turned upright by its EXIF orientation", "to 8-bit grey" if channels == 1 else "to 8-bit RGB"]
+    steps = ["turned upright by its EXIF orientation", "to 8-bit gray" if channels == 1 else "to 8-bit RGB"]
     if height == width:
         steps.append(f"cropped in the middle to a square, resized to {width} x {height}, bicubic (PIL.ImageOps.fit)")
     return {
         "name": INPUT,
         "shape": ["batch", channels, height, width],
         "dtype": "float32",
-        "channels": "grey" if channels == 1 else "RGB",
+        "channels": "gray" if channels == 1 else "RGB",
         "prepare": steps,
         "scale": "intensity / 255",
     }

@@ -59,7 +59,7 @@ def evaluate_set(
     """
     _, network, (channels, size, _), _ = load_backbone(where, log, model, device)
     images, same = evaluation.read_bin(pairs)
-    color: Color = "grey" if channels == 1 else "rgb"
+    color: Color = "gray" if channels == 1 else "rgb"
     pixels = torch.stack([pixels_of(image, number, size, color) for number, image in enumerate(images)])
     features = describe(network, pixels, mirror)
     results = evaluation.evaluate_pairs(features[::2], features[1::2], same)

@@ -5,7 +5,7 @@ with G the golden ratio of 2^64. Eight draws choose the warp, the blur and the n
 the noise, two pixels each by the rule of Box and Muller (1958). So an image depends on no other image of
 its batch, on no worker and on no thread.
 
-The pixel of the result at u, in [-1, 1]^2 from the centre, is taken from A u + t of the original:
+The pixel of the result at u, in [-1, 1]^2 from the center, is taken from A u + t of the original:
 
     A = scale [[cos a, -sin a], [sin a, cos a]] [[1, shear], [0, 1]]
 
@@ -87,7 +87,7 @@ def warp(
     images: Tensor,  # [B, c, H, W] float32
     amounts: Tensor,  # [B, 5] in (-1, 1): rotation, scale, shear, shift right, shift down
 ) -> Tensor:  # [B, c, H, W]
-    """Rotate, scale, shear and shift each image about its centre, bilinearly; black comes in from outside."""
+    """Rotate, scale, shear and shift each image about its center, bilinearly; black comes in from outside."""
     limits = torch.tensor([ROTATION, SCALE, SHEAR, SHIFT, SHIFT])
     angle, scale, shear, right, down = (amounts * limits).T[:, :, None, None]  # [B, 1, 1] each
     height, width = images.shape[-2:]

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.augment_faces import augment_faces
 from fastmargin.driver.data.augment_glyphs import augment, to_float
-from fastmargin.driver.data.sources import KINDS, recognise
+from fastmargin.driver.data.sources import KINDS, recognize
 
 Indices = NDArray[np.int64]
 
@@ -26,4 +26,4 @@ AUGMENTS: dict[str, Augment] = {
 
 def augmentation(config: DataConfig) -> str:
     """The set that is asked for, or the one that suits the kind of the source."""
-    return config.augment or KINDS[recognise(config.source)].augment
+    return config.augment or KINDS[recognize(config.source)].augment

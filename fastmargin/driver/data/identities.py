@@ -21,7 +21,7 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, W), or (N, H, W, 3) in colour."""
+        """(N, H, W), or (N, H, W, 3) in color."""
 
     def __len__(self) -> int: ...
 

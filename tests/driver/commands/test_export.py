@@ -66,9 +66,9 @@ def test_what_it_takes_and_gives_is_said(exported: tuple[Path, nn.Module, str]) 
     """And holds: a photograph that is prepared as it says is the input of the run."""
     facts = json.loads((exported[0] / "backbone.json").read_bytes())
     assert facts["images"]["name"] == "images" and facts["images"]["shape"] == ["batch", 1, 16, 16]
-    assert facts["images"]["channels"] == "grey" and export.images_taken(3, 112, 112)["channels"] == "RGB"
+    assert facts["images"]["channels"] == "gray" and export.images_taken(3, 112, 112)["channels"] == "RGB"
     assert facts["embeddings"] == {
-        "name": "embeddings", "shape": ["batch", 8], "dtype": "float32", "normalised": False, "compare": "cosine"
+        "name": "embeddings", "shape": ["batch", 8], "dtype": "float32", "normalized": False, "compare": "cosine"
     }  # fmt: skip
     assert not torch.allclose(exported[1](torch.rand(3, 1, 16, 16)).norm(dim=1), torch.ones(3))
     assert facts["versions"]["fastmargin"]

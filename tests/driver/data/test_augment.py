@@ -14,7 +14,7 @@ from fastmargin.driver.data.order import hash64
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """Blobs of grey on black, 32 x 32, different everywhere."""
+    """Blobs of gray on black, 32 x 32, different everywhere."""
     generator = torch.Generator().manual_seed(0)
     inner = torch.randint(0, 256, (64, 24, 24), dtype=torch.uint8, generator=generator)
     return torch.nn.functional.pad(inner, (4, 4, 4, 4))
@@ -40,15 +40,15 @@ def test_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
     assert torch.equal(augment(images[shuffled], INDEX[shuffled], EPOCH[shuffled], 0), together[shuffled])
 
 
-def test_coloured_images_are_warped_as_grey_ones(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+def test_colored_images_are_warped_as_gray_ones(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     monkeypatch.setattr(aug, "NOISE", 0.0)
     colored = torch.stack([images, images.flip(1), images.flip(2)], dim=-1)
     assert torch.equal(to_float(colored)[:, 1], to_float(images.flip(1))[:, 0])
     result = augment(colored, INDEX, EPOCH, 0)
     assert result.shape == (64, 3, 32, 32)
     for channel in range(3):
-        grey = augment(colored[..., channel], INDEX, EPOCH, 0)
-        torch.testing.assert_close(result[:, channel : channel + 1], grey, rtol=0, atol=1e-6)
+        gray = augment(colored[..., channel], INDEX, EPOCH, 0)
+        torch.testing.assert_close(result[:, channel : channel + 1], gray, rtol=0, atol=1e-6)
     monkeypatch.undo()
     noise = augment(colored, INDEX, EPOCH, 0) - result
     assert (
@@ -99,9 +99,9 @@ def test_half_of_the_images_are_blurred(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(aug, "warp", lambda images, amounts: images)
     point = torch.zeros(400, 5, 5, dtype=torch.uint8)
     point[:, 2, 2] = 255
-    centre = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
-    assert set(centre.tolist()) == {0.25, 1.0}
-    assert abs((centre < 1).sum().item() - 200) < 4 * 10
+    center = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
+    assert set(center.tolist()) == {0.25, 1.0}
+    assert abs((center < 1).sum().item() - 200) < 4 * 10
 
 
 def test_empty_batch_and_odd_pixel_count() -> None:

@@ -12,12 +12,12 @@ from fastmargin.driver.data.augment_glyphs import to_float
 
 COUNT = 48
 INDEX, EPOCH = np.arange(COUNT) * 7, np.arange(COUNT) % 3
-STEPS = ("MIRROR", "CROP", "SHIFT", "CHANNEL", "GREY", "ERASED")
+STEPS = ("MIRROR", "CROP", "SHIFT", "CHANNEL", "GRAY", "ERASED")
 
 
-@pytest.fixture(params=["grey", "colour"])
+@pytest.fixture(params=["gray", "color"])
 def images(request: pytest.FixtureRequest) -> Tensor:
-    shape = (COUNT, 23, 31) if request.param == "grey" else (COUNT, 23, 31, 3)
+    shape = (COUNT, 23, 31) if request.param == "gray" else (COUNT, 23, 31, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -123,12 +123,12 @@ def test_channels_shift_apart_by_up_to_ten_levels(only) -> None:
     for level, lowest, highest in ((0, 0, 10), (255, 245, 255)):
         edge = levels(augment_faces(torch.full_like(middle, level), np.arange(600), np.zeros(600, int), 0))
         assert edge.min() == lowest and edge.max() == highest  # saturated, not wrapped
-    grey = levels(augment_faces(middle[..., 0], np.arange(600), np.zeros(600, int), 0)).astype(int) - 128
-    assert np.array_equal(grey, result[..., 0])
+    gray = levels(augment_faces(middle[..., 0], np.arange(600), np.zeros(600, int), 0)).astype(int) - 128
+    assert np.array_equal(gray, result[..., 0])
 
 
-def test_a_tenth_loses_its_colour_as_pillow_would(only) -> None:
-    only("GREY")
+def test_a_tenth_loses_its_color_as_pillow_would(only) -> None:
+    only("GRAY")
     colored = torch.randint(0, 256, (1500, 3, 4, 3), dtype=torch.uint8)
     result = levels(augment_faces(colored, np.arange(1500), np.zeros(1500, int), 0))
     lost = (result == result[..., :1]).all((1, 2, 3))

@@ -222,7 +222,7 @@ def test_every_item_is_first_equally_often(n: int) -> None:
     assert chi2 < {2: 10.8, 3: 13.8, 7: 22.5}[n]  # one in a thousand
 
 
-def test_neighbours_are_scattered() -> None:
+def test_neighbors_are_scattered() -> None:
     order = Permutation(4096, 0, 0)(np.arange(4096)).astype(float)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / math.sqrt(4096)
 

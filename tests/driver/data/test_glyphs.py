@@ -91,7 +91,7 @@ def test_unwanted_characters_are_absent(everything: Identities) -> None:
     assert set("AZaz09+∑€") <= characters
 
 
-def test_ink_is_white_centred_and_scaled_per_em(everything: Identities) -> None:
+def test_ink_is_white_centered_and_scaled_per_em(everything: Identities) -> None:
     ink = everything.images > 0
     for side in (ink.any(1), ink.any(2)):  # [N, 32] columns, rows
         first, last = side.int().argmax(1), 31 - side.flip(1).int().argmax(1)

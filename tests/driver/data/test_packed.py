@@ -85,7 +85,7 @@ def test_the_key_follows_the_files_and_the_options(root: Path) -> None:
 
     load(root)
     load(root, size=16)
-    load(root, color="grey")
+    load(root, color="gray")
     assert files() == 3
     os.utime(root / "id00/0000.png", ns=(1, 1))
     load(root)

@@ -1,4 +1,4 @@
-"""Where identities come from. `data.source` is recognised by what it is, not by what it is called:
+"""Where identities come from. `data.source` is recognized by what it is, not by what it is called:
 
     source                                  size      augmentation   module
     glyphs                                  32        glyphs         glyphs, drawn from fonts
@@ -10,7 +10,7 @@
     synthetic:CLASSESxIMAGES                112       none           synthetic
 
 Size and augmentation are what a null stands for. A null `data.color` keeps the images' own, for folders and
-records that of the first; synthetic images are in colour.
+records that of the first; synthetic images are in color.
 
 Encoded pictures (folder, recordio) are decoded once, into a packed file: see `packed`. `pixels` scales them.
 """
@@ -51,7 +51,7 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 
     ValueError if the source is none of those above, or damaged, or no such images are in it.
     """
-    key = KINDS[recognise(config.source)].key
+    key = KINDS[recognize(config.source)].key
     train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
     test = held_out.comparable(EVALUATED, config.split_seed)
     if len(test.labels) < len(held_out.labels):
@@ -64,10 +64,10 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 
 def load_all(config: DataConfig, log: Log) -> Identities:
     """All that is in the source, held out or not. ValueError as for `load_data`."""
-    return KINDS[recognise(config.source)].load(config, log)
+    return KINDS[recognize(config.source)].load(config, log)
 
 
-def recognise(source: str) -> str:
+def recognize(source: str) -> str:
     """The kind of a source, a key of KINDS. ValueError if it is none."""
     if source == GLYPHS or source.startswith(synthetic.PREFIX):
         return source.partition(":")[0]

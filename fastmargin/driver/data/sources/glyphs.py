@@ -8,7 +8,7 @@ Rules, in order:
    their character maps. Not Braille, punctuation or modifiers: an image does not say where the ink was, so
    they look alike.
 3. Images: white on black, the ink scaled to 28/32 of the side per em (smaller if it would not fit) and
-   centred.
+   centered.
 4. Merging: two characters are one identity when their images reach cosine TWIN in at least half of the
    faces they share, and so on from one to the next. All faces would be too many: hinting and edited
    outlines tell A from Alpha.
@@ -76,9 +76,9 @@ def load_glyphs(config: DataConfig, log: Log = print) -> Identities:
     """All identities of the configured fonts, from the cache or rendered into it.
 
     A cache that is damaged or cannot be written is logged and done without. ValueError if the folder holds
-    no fonts or no identity is left of them, or if colour is asked for; OSError if a font file cannot be opened.
+    no fonts or no identity is left of them, or if color is asked for; OSError if a font file cannot be opened.
     """
-    require(config.color != "rgb", "data.color", config.color, "grey: glyphs have no colour")
+    require(config.color != "rgb", "data.color", config.color, "gray: glyphs have no color")
     fonts = find_fonts(config.fonts)
     cache = cache_file(config, fonts)
     identities = read_cache(cache, log)

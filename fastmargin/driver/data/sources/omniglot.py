@@ -29,7 +29,7 @@ def load_omniglot(config: DataConfig, log: Log) -> Identities:
     """ValueError for a zip that is damaged or holds no drawings."""
     drawings: dict[tuple[str, str], NDArray[np.uint8]] = {}
     for path in config.source.split(","):
-        drawings |= read_zip(Path(path), config.size or SIZE, config.color or "grey")
+        drawings |= read_zip(Path(path), config.size or SIZE, config.color or "gray")
     characters = sorted(drawings)
     names = sorted({name for name, _ in characters})
     labels = np.searchsorted(names, [name for name, _ in characters])

@@ -9,7 +9,7 @@ One file, appended to and then never changed:
 
 It is written under another name and renamed when whole. Opening it checks the index, reading an image checks its
 record. Its name holds a key of all that the pixels depend on: the files, by name, size and time of change, the
-size and colour asked for, and the version of Pillow.
+size and color asked for, and the version of Pillow.
 """
 
 import hashlib
@@ -136,7 +136,7 @@ def key(encoded: Encoded, size: int, color: Color | None) -> str:
 
 
 def first_color(encoded: Encoded) -> Color:
-    """The colour of the first picture that can be opened. ValueError if none can."""
+    """The color of the first picture that can be opened. ValueError if none can."""
     for number in range(len(encoded.labels)):
         try:
             return own_color(encoded.read(number))

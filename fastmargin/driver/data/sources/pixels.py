@@ -1,7 +1,7 @@
-"""Pictures to pixels: decoded and fitted by Pillow to size x size, grey or in colour.
+"""Pictures to pixels: decoded and fitted by Pillow to size x size, gray or in color.
 
 A picture that is not square loses what is left and right, or above and below, of its middle square. Scaling is
-bicubic, over all pixels that go into one; a picture of the right size keeps its pixels. Grey is Pillow's "L",
+bicubic, over all pixels that go into one; a picture of the right size keeps its pixels. Gray is Pillow's "L",
 0.299 R + 0.587 G + 0.114 B.
 """
 
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Color = Literal["grey", "rgb"]
+Color = Literal["gray", "rgb"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS would call another program
-MODES: dict[Color, str] = {"grey": "L", "rgb": "RGB"}
-GREY_MODES = ("1", "L", "LA", "La")
+MODES: dict[Color, str] = {"gray": "L", "rgb": "RGB"}
+GRAY_MODES = ("1", "L", "LA", "La")
 
 
 def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
@@ -32,7 +32,7 @@ def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size,
 
 def own_color(data: bytes) -> Color:
     with opened(data) as image:
-        return "grey" if image.mode in GREY_MODES else "rgb"
+        return "gray" if image.mode in GRAY_MODES else "rgb"
 
 
 def opened(data: bytes) -> Image.Image:
@@ -55,7 +55,7 @@ def fit_all(
     height, width = images.shape[1:3]
     if size is None and height != width:
         raise ValueError(f"the images are {height} x {width}; want squares, or data.size to fit them to")
-    own: Color = "grey" if images.ndim == 3 else "rgb"
+    own: Color = "gray" if images.ndim == 3 else "rgb"
     size, color = size or width, color or own
     if (size, size, color) == (height, width, own):
         return images

@@ -11,7 +11,7 @@ Sources: dmlc-core, recordio.h, for the records; mxnet.recordio for the headers;
 
 InsightFace puts key ranges beside the pictures: record 0 (flag 2: where the identities begin and end) and one for
 each identity (flag 2: where its pictures do). They hold no picture, and are passed over: labels say it all.
-A label from 2^24 on is refused: a float32 does not tell it from its neighbours.
+A label from 2^24 on is refused: a float32 does not tell it from its neighbors.
 """
 
 import mmap
