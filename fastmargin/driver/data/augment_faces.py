@@ -1,16 +1,16 @@
 """Augmentation of photographs, counter-based: a pure function of (seed, epoch, index) of each image.
 
-On uint8, in this order, by the stream of `driver.augment`, whose draws DRAWS names:
+On uint8, in this order. The random numbers are those of `driver.data.augment_glyphs`; DRAWS names them:
 
     mirror    half of the images
-    window    a square of 1 - CROP to 1 of the side, off the center by up to SHIFT of the side each way, takes the
-              place of the image; the nearest pixel counts, and the edge where the window leaves the image
-    color    each channel brighter or darker by up to CHANNEL levels
+    window    the image becomes its window of 1 - CROP to 1 of the side, off the center by up to SHIFT of the side each
+              way; pixels are the nearest ones, and outside of the image those of its edge
+    color     each channel brighter or darker by up to CHANNEL levels
     gray      GRAY of the images lose their color, 0.299 R + 0.587 G + 0.114 B in every channel
-    erase     ERASED of the images lose a rectangle of ERASE of the side each way to one random level
+    erase     ERASED of the images have a rectangle of ERASE of the side each way filled with one random level
 
 Mirror, color and gray are those of Doppelganger Mining (Smirnov et al. 2017, 4.2.3); erasing is that of Zhong et al.
-(arXiv 1708.04896) with sides drawn apart.
+(arXiv 1708.04896) with height and width drawn independently.
 """
 
 import numpy as np
@@ -69,13 +69,13 @@ def window(
 
 def lines(
     side: int,
-    scale: Tensor,  # [B] of the window
-    shift: Tensor,  # [B] of its center, in sides
+    scale: Tensor,  # [B] side of the window, as a share of the image's
+    shift: Tensor,  # [B] of its center, in the same unit
 ) -> Tensor:  # [B, side] int64
     """The row (or column) of the image that each row of the window takes."""
     center = (torch.arange(side) + 0.5) / side - 0.5
-    place = center * scale[:, None] + shift[:, None] + 0.5
-    return (place * side).floor().long().clamp_(0, side - 1)
+    source = center * scale[:, None] + shift[:, None] + 0.5
+    return (source * side).floor().long().clamp_(0, side - 1)
 
 
 def shift_channels(
@@ -112,7 +112,7 @@ def span(
     length: Tensor,  # [B] in (0, 1)
     start: Tensor,  # [B] in (0, 1)
 ) -> list[list[int]]:  # B pairs
-    """Where the erased part begins and ends."""
+    """First and end row (or column) of the erased part."""
     low, high = ERASE
     pixels = ((low + (high - low) * length) * side).round()
     first = (start * (side - pixels + 1)).floor()

@@ -109,7 +109,7 @@ def test_the_smallest_number_fits_and_one_less_does_not(p: Plan) -> None:
 
 
 def test_wire_of_a_rank() -> None:
-    """Of B rows in all (N - 1) / N: what distributed.py says; tests/test_simulate.py compares with tensors."""
+    """Of B rows in all (N - 1) / N: what fastmargin/distributed says; test_simulate.py compares with tensors."""
     sizes = plan.wire(replace(PLAN, topk=10))
     share = PLAN.rows * 63 / 64
     assert [*sizes.values()] == [share * n for n in (8, 2048, 8, 120, 12, 2048, 128)]
@@ -131,14 +131,14 @@ def test_time_is_that_of_the_slower() -> None:
     assert plan.seconds(p) == sum(phase.seconds for phase in parts.values()) and plan.bound(p) == "memory"
 
 
-def test_a_wave_that_the_cache_does_not_hold_crosses_the_memory() -> None:
+def test_a_class_chunk_that_the_cache_does_not_hold_goes_through_the_memory() -> None:
     p = replace(PLAN, gpus=8, classes=8_000_000, topk=0)  # 8,192 classes of 1,024 rows: 92 MB, in 50 MB
-    x, waves = 2 * 512 * 1024, -(-1_000_000 // 8192)
+    x, chunks = 2 * 512 * 1024, -(-1_000_000 // 8192)
     assert [phase.bytes for phase in plan.phases(p).values()][:4] == [
-        4 * 512 * 1e6 + waves * x + 8 * 1024 * 1e6,
-        4 * 512 * 1e6 + waves * x + 8 * 1024 * 1e6,
-        waves * 8 * (4 * x) + 2 * 1024 * 1e6,  # eight sums of dx
-        12 * 512 * 1e6 + waves * x + 2 * 1024 * 1e6,
+        4 * 512 * 1e6 + chunks * x + 8 * 1024 * 1e6,
+        4 * 512 * 1e6 + chunks * x + 8 * 1024 * 1e6,
+        chunks * 8 * (4 * x) + 2 * 1024 * 1e6,  # eight sums of dx
+        12 * 512 * 1e6 + chunks * x + 2 * 1024 * 1e6,
     ]
     few = plan.phases(replace(p, classes=32_000))  # 4,000 of a rank: 45 MB
     assert [few[name].bytes for name in ("forward z", "dx", "dw and update")] == [2048 * 4000, 0, 6144 * 4000]
@@ -174,8 +174,8 @@ def test_sampled_classes() -> None:
     assert tenth.used == 0.1 * tenth.held + 128 and whole.used == whole.held
     assert replace(PLAN, classes=64, sample_rate=0.5).used == 1, "no more than there are"
     assert plan.seconds(tenth) < 0.2 * plan.seconds(whole)
-    assert {"draw", "catch up"} == set(plan.phases(tenth)) - set(plan.phases(whole))
-    assert "catch up" not in plan.phases(replace(tenth, optimizer="adamw")), "rows that sit out are frozen"
+    assert {"draw", "lazy updates"} == set(plan.phases(tenth)) - set(plan.phases(whole))
+    assert "lazy updates" not in plan.phases(replace(tenth, optimizer="adamw")), "rows that sit out are frozen"
 
 
 # ------------------------------------------------------------------------------------------------- published figures
