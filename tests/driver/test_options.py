@@ -1,4 +1,4 @@
-"""Options of a run that do not fit, each said by name."""
+"""Options of a run that do not fit together: the message names each."""
 
 import math
 import re

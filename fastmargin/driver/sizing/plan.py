@@ -17,7 +17,7 @@ Memory of a rank, bytes (the weight and all sums are float32):
     rows        32 d b + d B (8 + e + 4 s)   own rows, eight arrays from features to x and back; gathered x, its
                                              operand, dx, and the partial sums of dx
     class chunk w (B (4 + e) + d (4 + e))    z and g, weights as operands, dw
-    lists       B (64 + 36 k)                labels, (rest, target) and gradients; top-k: local, packed, received
+    lists       B (64 + 36 k)                labels, parts and gradients; top-k: local, packed, received
     draw        5 c + 36 n + 24 min(c, 2^20) sampled classes: marks and last steps; indices, lazy updates; hashes
     backbone    as given
 
@@ -25,7 +25,7 @@ and in the memory of the host, for every rank, the mined table of 12 k C bytes (
 
 Communication: bytes a row that a rank sends, and receives, in a step (fastmargin/distributed), for B (N - 1) / N rows:
 
-    labels 8    rows 4 d    (rest, target) 8    lists 12 k    gradients back 12    dx 4 d    mined table 8 + 12 k
+    labels 8    rows 4 d    parts (rest, target) 8    lists 12 k    gradients back 12    dx 4 d    mined table 8 + 12 k
 
 Margins with statistics of the whole batch would add 8, mined classes that are sampled 8 k.
 

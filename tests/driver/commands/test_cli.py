@@ -1,4 +1,4 @@
-"""The command line: what it answers to a user's mistakes, and what it never imports."""
+"""The command line: its messages for a user's mistakes, and what it never imports."""
 
 import json
 import os
@@ -48,11 +48,11 @@ def test_help_names_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     assert "(type: bf16, fp16 or null, default: null)" in said
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
+@pytest.mark.parametrize(("text", "want"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
 def test_random_classes_are_a_share_or_a_number(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, wanted: float
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, want: float
 ) -> None:
-    """1 is the share, however it is written, and after it has been through the file of a run."""
+    """1 is a share however it is written, also when it is read back from the config of a run."""
     calls = []
     monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments[0]))
     assert cli.main(["train", "--sampler.random_classes", text]) == 0
@@ -60,10 +60,10 @@ def test_random_classes_are_a_share_or_a_number(
     for config in (
         calls[0],
         run_folder.read_config(tmp_path),
-        TrainConfig(sampler=SamplerConfig(random_classes=wanted)),
+        TrainConfig(sampler=SamplerConfig(random_classes=want)),
     ):
         drawn = config.sampler.share_or_number()
-        assert drawn == wanted and isinstance(drawn, float) == (wanted <= 1)
+        assert drawn == want and isinstance(drawn, float) == (want <= 1)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
 
 
 def test_out_folder_of_a_run_on_fewer_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line was the same; the steps are the images'."""
+    """The number of steps follows from the number of images, so it differs with the same command line."""
     run_folder.claim(str(tmp_path), settled(TrainConfig(), 30_000))
     with pytest.raises(ValueError, match=r"optim.steps 2344 there, 2422 here; .* the number of images .* has changed"):
         run_folder.claim(str(tmp_path), settled(TrainConfig(), 31_000))
@@ -237,7 +237,7 @@ def test_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_train_gets_the_configuration_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File over environment, command line over file; what is not given is the default."""
+    """A file overrides the environment, the command line overrides a file; the rest are defaults."""
     calls = []
     monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments[:2]))
     (tmp_path / "c.yaml").write_text("optim: {steps: 5, lr: 0.2}\nsampler: {counts: [3, 4]}\nout: elsewhere\n")
@@ -323,16 +323,16 @@ def test_plan_takes_train_s_spelling(capsys: pytest.CaptureFixture[str]) -> None
     assert "bf16 products" in said and "0.1 of the classes" in said
 
 
-# What a jsonargparse says whose wording we do not know
+# Messages of a jsonargparse whose wording is not known
 
 
 @pytest.mark.parametrize(
     "message",
     [
         "",
-        "Unrecognized arguments: --optim.stepz 3",  # 4.47
-        "Option 'train.out' is required but not provided or its value is None.",  # 4.47
-        "Validation failed: Subcommand 'train' does not accept nested key 'optim.stepz'",  # 4.40
+        "Unrecognized arguments: --optim.stepz 3",  # jsonargparse 4.47
+        "Option 'train.out' is required but not provided or its value is None.",  # jsonargparse 4.47
+        "Validation failed: Subcommand 'train' does not accept nested key 'optim.stepz'",  # jsonargparse 4.40
         "Subcommand 'grow' does not accept option 'optim.steps'",
         "Subcommand 'train' does not accept option",
         'Parser key "absent": Got value: 3',

@@ -1,4 +1,4 @@
-"""`fastmargin export`: what the files compute, what is said of formats that cannot be written."""
+"""`fastmargin export`: what the files compute, and the messages for formats that cannot be written."""
 
 import importlib.util
 import io
@@ -48,7 +48,7 @@ def run_of(config: TrainConfig, where: Path, factory: str | None = None) -> nn.M
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, str]:
-    """The files of the default network, the network, and what was said."""
+    """The files of the default network, the network, and the output."""
     where = tmp_path_factory.mktemp("export")
     network = run_of(SMALL, where / "run")
     said: list[str] = []
@@ -69,7 +69,7 @@ def test_weights_build_the_same_network(exported: tuple[Path, nn.Module, str]) -
 
 
 def test_what_it_takes_and_gives_is_said(exported: tuple[Path, nn.Module, str]) -> None:
-    """And holds: a photograph that is prepared as it says is the input of the run."""
+    """It is also true: a photograph prepared as it says equals the input of the run's network."""
     facts = json.loads((exported[0] / "backbone.json").read_bytes())
     assert facts["images"]["name"] == "images" and facts["images"]["shape"] == ["batch", 1, 16, 16]
     assert facts["images"]["channels"] == "gray" and export.describe_images(3, 112, 112)["channels"] == "RGB"
@@ -132,7 +132,7 @@ def test_without_onnx_it_says_what_to_install(
 
 
 def test_a_network_with_layers_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ARFA, whose k are buffers, maxout and parallel convolutions."""
+    """It has ARFA, whose k are buffers, maxout and parallel convolutions."""
     monkeypatch.setattr(export, "ONNX", ("absent",))  # one network is enough for the slow format
     network = run_of(replace(SMALL, model=ModelConfig("doppelganger")), tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "out", print)

@@ -157,7 +157,7 @@ def encoded(pixels: torch.Tensor, size: int, mode: str = "L") -> bytes:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> tuple[Path, torch.Tensor, np.ndarray]:
-    """A .bin of twelve pairs, some in color and twice the size; its pixels as they come back; which are genuine."""
+    """A .bin of twelve pairs, some in color and of twice the size; its pixels as decoded; which pairs are genuine."""
     images = identities().images[torch.randperm(240)[:24]]
     same = np.arange(12) % 2 == 0
     files = [encoded(p, 16, "RGB" if n % 3 else "L") for n, p in enumerate(images)]

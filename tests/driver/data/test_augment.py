@@ -1,4 +1,4 @@
-"""Augmentation of characters: purity, each step against brute force, ranges and moments."""
+"""Augmentation of characters: that it is a pure function, each step against brute force, ranges and moments."""
 
 import math
 
@@ -136,16 +136,16 @@ def test_warp_equals_brute_force() -> None:
     amounts[1] = torch.tensor([1.0, 1, 1, 1, 1])
     result = aug.warp(pictures, amounts)
     for picture, amount, got in zip(pictures, amounts, result, strict=True):
-        wanted = naive_warp(picture[0].double().numpy(), amount.double().numpy())
-        assert np.abs(got[0].numpy() - wanted).max() < 1e-5
+        want = naive_warp(picture[0].double().numpy(), amount.double().numpy())
+        assert np.abs(got[0].numpy() - want).max() < 1e-5
     assert (result[0] - pictures[0]).abs().max() < 1e-6
 
 
 def test_blur_is_the_binomial_filter() -> None:
     pictures = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(3))
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
-    wanted = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
-    assert (aug.blur(pictures) - wanted).abs().max() < 1e-6
+    want = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
+    assert (aug.blur(pictures) - want).abs().max() < 1e-6
 
 
 def test_uniform_and_gaussian_draws_have_their_moments() -> None:
@@ -160,6 +160,6 @@ def test_uniform_and_gaussian_draws_have_their_moments() -> None:
     assert abs(x.mean()) < 4 / math.sqrt(2 * n)
     assert abs(x.var() - 1) < 4 * math.sqrt(2 / (2 * n))
     assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / (2 * n))
-    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # across images
-    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # along one
-    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # of one word
+    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # between images
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # between neighboring pixels
+    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # between the two numbers of one word

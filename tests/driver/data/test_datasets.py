@@ -1,4 +1,4 @@
-"""Sources of identities: each format read back from files written here, its mistakes, and what is recognized."""
+"""Sources of identities: each format read back from files written here, its errors, and how a source is recognized."""
 
 import io
 import os
@@ -98,7 +98,7 @@ def test_folder(tmp_path: Path, lines: Lines) -> None:
     (tmp_path / "data/id03/0011.png").rename(tmp_path / "data/id03/zz.PNG")
     deep = tmp_path / "data/id01/video/7"
     deep.mkdir(parents=True)
-    (tmp_path / "data/id01/0004.png").rename(deep / "a.png")  # after its neighbors now
+    (tmp_path / "data/id01/0004.png").rename(deep / "a.png")  # now sorted after the others
     for path in ("id01/readme.txt", "id01/.hidden.png", ".git/a.png", "nobody/notes.md"):
         (tmp_path / "data" / path).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / path).write_bytes(b"no picture")
@@ -118,8 +118,8 @@ def test_folder_defaults_and_color(tmp_path: Path, lines: Lines) -> None:
         assert own.images.shape == ((4, 112, 112) if color == "gray" else (4, 112, 112, 3))
         assert own.input_shape[0] == (1 if color == "gray" else 3)
         other = "gray" if color == "rgb" else "rgb"
-        wanted = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
-        assert load_folder(wanted, lines.append).input_shape[0] == (3 if color == "gray" else 1)
+        want = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
+        assert load_folder(want, lines.append).input_shape[0] == (3 if color == "gray" else 1)
 
 
 def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:
@@ -137,7 +137,7 @@ def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:
 def test_idx(tmp_path: Path, lines: Lines, zipped: bool, kind: str) -> None:
     shown, labels = pictures(6, colored=False), np.array([7, 3, 3, 0, 7, 3], kind)
     write_idx(tmp_path / "t-images-idx3-ubyte", shown, zipped)
-    write_idx(tmp_path / "t-labels-idx1-ubyte.gz", labels, zipped=True)  # may be compressed or not by itself
+    write_idx(tmp_path / "t-labels-idx1-ubyte.gz", labels, zipped=True)  # compressed or not, whatever the images are
     found = load_idx(DataConfig(source=str(tmp_path / "t-images-idx3-ubyte")), lines.append)
     assert found.names == ["0", "3", "7"] and found.labels.tolist() == [2, 1, 1, 0, 2, 1]
     assert np.array_equal(all_images(found), shown)

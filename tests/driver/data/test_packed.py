@@ -1,4 +1,4 @@
-"""The packed file: what is written is read back, damage is named, unreadable pictures have a budget, keys change."""
+"""The packed file: it is read back as written, damage is reported, few pictures may be unreadable, keys change."""
 
 import os
 import struct
@@ -58,7 +58,7 @@ def test_what_is_packed_is_read_back(
 
 
 def test_images_are_called_by_their_files(root: Path) -> None:
-    """Those that were skipped before them, and the packing, notwithstanding."""
+    """Titles are right although pictures before them were skipped, and the files are packed."""
     (root / "id01/0004.png").write_bytes(b"no picture")
     files = sorted(str(path) for path in root.rglob("*.png"))
     del files[4]
@@ -164,7 +164,7 @@ def test_unreadable_pictures_are_skipped_and_logged(root: Path) -> None:
 
 
 def test_what_was_skipped_is_said_again(root: Path) -> None:
-    """When nothing is packed, too; the pictures are named only once."""
+    """Also when nothing has to be packed; the pictures are named only once."""
     (root / "id01/0004.png").write_bytes(b"no picture")
     load(root)
     lines: list[str] = []

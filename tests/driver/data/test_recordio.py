@@ -1,4 +1,4 @@
-"""InsightFace's RecordIO: read back from files written as dmlc-core and mxnet write them; what is refused."""
+"""InsightFace's RecordIO: read back from files written as dmlc-core and mxnet do; what is refused."""
 
 import struct
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_records_cut_at_the_magic_number_are_joined(tmp_path: Path, at: list[int
 
 
 def test_a_picture_with_the_magic_number_in_it(tmp_path: Path) -> None:
-    """Pillow passes over what follows the end of a PNG."""
+    """Pillow ignores what follows the end of a PNG."""
     tail = MAGIC * 3 + b"xyz"
     pad = b"\0" * (-len(image()) % 4)
     write_records(tmp_path / "a.rec", [(1, packed(image() + pad + tail, 0.0)), (2, packed(image(1), 1.0))])

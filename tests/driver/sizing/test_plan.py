@@ -1,4 +1,4 @@
-"""The plan: its formulas against measured memory, messages of a group and published figures; mistakes."""
+"""The plan: its formulas against measured memory and published figures; mistakes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ import ctypes, gc, json, sys, torch
 from pathlib import Path
 import fastmargin as fm
 
-torch.set_num_threads(2)  # as the plan has it
+torch.set_num_threads(2)  # as the plan assumes
 
 def status(field):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) * 1024
@@ -52,7 +52,7 @@ def steps(C, d, B, rate, optimizer, in_backward):
         update.zero_grad()
 
 for case in json.loads(sys.argv[1]):
-    steps(3000, 16, 16, *case[3:])  # what is allocated once does not count
+    steps(3000, 16, 16, *case[3:])  # so that one-time allocations do not count
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -64,7 +64,7 @@ for case in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_memory_of_a_step_is_as_measured() -> None:
-    """To a tenth, or 6 MB: one more or fewer of the arrays of all classes, 20 MB and more, would show."""
+    """To a tenth or 6 MB. An array over all classes has 20 MB or more: one too many or too few is noticed."""
     plans = [Plan(C, d, B, 1, device="cpu", compute_dtype="fp32", **options) for C, d, B, options in CASES]  # type: ignore[arg-type]
     given = [(p.classes, p.dim, p.batch, p.sample_rate, p.optimizer, p.in_backward) for p in plans]
     command = [sys.executable, "-c", PEAKS, json.dumps(given)]
@@ -148,7 +148,7 @@ def test_a_class_chunk_that_the_cache_does_not_hold_goes_through_the_memory() ->
     ("B", "d", "sums"), [(1024, 512, 8), (1, 1, 8), (1152, 512, 4), (4096, 512, 2), (8192, 512, 1), (65536, 512, 1)]
 )
 def test_sums_of_dx_are_a_power_of_two(B: int, d: int, sums: int) -> None:
-    """splits_of in csrc/cuda/nontarget_lse_glue.cpp."""
+    """As splits_of in csrc/cuda/nontarget_lse_glue.cpp has it."""
     p = Plan(10**6, d, B, 1)
     assert p.sums == sums and plan.memory(p)["rows"] == 32 * d * B + d * B * (10 + 4 * sums)
     assert replace(p, device="cpu").sums == 3
@@ -188,7 +188,7 @@ PUBLISHED = {  # MiB of a GPU by millions of classes: 8 V100, B = 1,024; all cla
 
 @pytest.mark.parametrize("rate", PUBLISHED)
 def test_partial_fc_grows_as_published(rate: float) -> None:
-    """speed_benchmark.md of arcface_torch; what a class adds, to a tenth. The backbone is in its figures."""
+    """speed_benchmark.md of arcface_torch: what memory a class adds, to a tenth; its figures include the backbone."""
     (low, least), *_, (high, most) = sorted(PUBLISHED[rate])
     first, last = (sum(plan.partial_fc(Plan(int(C * 1e6), 512, 128, 8, rate, "v100")).values()) for C in (low, high))
     assert last - first == pytest.approx((most - least) * 2**20, rel=0.1)
@@ -196,7 +196,7 @@ def test_partial_fc_grows_as_published(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", PUBLISHED)
 def test_what_was_published_fits(rate: float) -> None:
-    """Its largest, without the backbone: within what nvidia-smi shows of these GPUs, less a tenth."""
+    """The largest of them, without the backbone, within nine tenths of the memory that nvidia-smi shows."""
     C, used = max(PUBLISHED[rate])
     p = Plan(int(C * 1e6), 512, 128, 8, rate, "v100")
     assert used * 2**20 < p.on.memory < 32 * 2**30 and plan.fits(p.on, plan.partial_fc(p))

@@ -1,4 +1,4 @@
-"""IDX, the format of MNIST and its kin (LeCun, Cortes and Burges): images in one file, labels in another.
+"""IDX, the format of MNIST and similar sets (LeCun, Cortes and Burges): images in one file, labels in another.
 
     0, 0, type, dimensions     a byte each; type 8 is uint8, the others are in TYPES
     the size of each dimension, uint32 big endian; then the numbers, big endian, the last dimension fastest

@@ -15,7 +15,6 @@ size and color of the configuration, and the version of Pillow.
 import hashlib
 import json
 import math
-import os
 import struct
 import sys
 import zlib
@@ -37,6 +36,7 @@ from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities, dense
 from fastmargin.driver.data.sources.pixels import Color, decode, own_color
 from fastmargin.driver.log import Log
+from fastmargin.files import written
 
 VERSION = 2
 TRAILER = struct.Struct("<4sIQI")
@@ -114,12 +114,8 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
                 log(f"data: {missing} unreadable images were left out when {path} was packed")
             return identities(packed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with written(path) as draft:
         write(draft, encoded, size, config.color or first_color(encoded), log)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     log(f"data: packed {path}, {path.stat().st_size / 1e6:.1f} MB")
     return identities(Packed(path, encoded))
 
