@@ -21,7 +21,7 @@ from harness.measure import status
 from fastmargin.driver.sizing.plan import Plan, memory, seconds
 
 STEPS = 5
-CASES = [  # B, d, C, rate, bfloat16
+CASES = [  # B, d, C, rate, bf16
     (B, d, C, rate, half)
     for B, d, C in ((256, 512, 100_000), (256, 128, 1_000_000), (1024, 512, 20_000))
     for rate in (1.0, 0.1)
@@ -58,7 +58,7 @@ def main() -> None:
     for B, d, C, rate, half in CASES:
         child = [sys.executable, __file__, json.dumps([B, d, C, rate, half])]
         got = json.loads(subprocess.run(child, stdout=subprocess.PIPE, check=True).stdout)
-        dtype = "bfloat16" if half else "float32"
+        dtype = "bf16" if half else "fp32"
         p = Plan(C, d, B, 1, sample_rate=rate, device="cpu", compute_dtype=dtype, topk=0)
         cells = [f"{B:,}, {d}, {C:,}", "all" if rate == 1 else f"{rate:g}", dtype]
         cells += [f"{got['seconds']:.3f}", f"{seconds(p):.3f}"]

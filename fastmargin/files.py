@@ -61,8 +61,11 @@ def written(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+def sha256(content: Path | bytes) -> str:
+    """Of a file, which is read block by block, or of bytes."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -1,4 +1,5 @@
-"""What a training run is: frozen dataclasses, filled from file, environment and command line by `driver.cli`.
+"""The configuration of a training run: frozen dataclasses, filled from file, environment and command line by
+`driver.commands.cli`.
 
 Every default, its help text and its range live here and nowhere else. This module imports no torch, so that
 `fastmargin --help` stays quick.
@@ -15,19 +16,16 @@ from fastmargin.require import require
 
 GLYPHS = "glyphs"  # the source that needs no files
 
-
 # Options that may change when a run is resumed.
 FREE = ("data.workers", "data.cache", "tensorboard", "device", "log_every")
-
 
 # Options whose 0 means that the number of images decides: see `settled`.
 BY_IMAGES = ("optim.steps", "optim.batch_size")
 
+FEW = 5000  # a data set of fewer images gets smaller batches, and may have fewer steps
+EPOCHS = 20  # at least so many, where the number of images decides
 
-FEW, EPOCHS = 5000, 20  # images below which steps are smaller and fewer; times that each image is seen at least
-
-
-# What the glyph recipe was measured with; any other margin starts from its own defaults, the papers'.
+# The glyph recipe was measured with these; any other margin has the defaults of its paper.
 MEASURED = {"ArcFace": {"s": 30.0, "m": 0.4}}
 
 
@@ -39,8 +37,8 @@ def option(default: Any, help: str) -> Any:
 class DataConfig:
     """Identities and their images; whole identities are held out for evaluation.
 
-    A null is decided by the kind of the source: `driver.datasets` has the list. `fonts` and `faces` concern
-    glyphs alone.
+    What a null stands for depends on the kind of the source: `driver.data.sources` has the list. `fonts` and `faces`
+    are options of glyphs only.
     """
 
     source: str = option(
@@ -49,9 +47,9 @@ class DataConfig:
         "train.rec; an IDX file of images; Omniglot's zips, with commas between them; a safetensors file",
     )
     size: int | None = option(None, "pixels per side; null: photographs 112, characters 32, tensors as they are")
-    color: Literal["grey", "rgb"] | None = option(None, "null: the images' own")
+    color: Literal["gray", "rgb"] | None = option(None, "null: the images' own")
     augment: Literal["glyphs", "faces", "none"] | None = option(
-        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, colour, erasing; null: by source"
+        None, "glyphs: rotation, shift, blur, noise; faces: mirror, crop, shift, color, erasing; null: by source"
     )
     holdout: float = option(0.2, "share of the identities that training never sees")
     split_seed: int = option(0, "which identities are held out")
@@ -75,16 +73,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone. A factory of your own comes in through `train.train(..., model=...)`, never from here."""
+    """The backbone. A factory of your own is an argument of `train.train(..., model=...)`, never an option."""
 
     name: Literal[
         "cnn", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "sphereface20", "mobilefacenet", "doppelganger"
     ] = option("cnn", "network, see fastmargin.models")  # fmt: skip
     output: Literal["A", "B", "C", "D", "E"] | None = option(None, "last layers of an iresnet; null: E")
-    dropout: float | None = option(None, "share of features an iresnet's output E drops in training; null: 0.4")
+    dropout: float | None = option(None, "share of features that output E of an iresnet drops in training; null: 0.4")
 
     def arguments(self) -> dict[str, Any]:
-        """What the network's factory is given; what is absent keeps the factory's own default."""
+        """Arguments for the factory of the network; without an entry, the factory's own default holds."""
         given = (("output", self.output), ("dropout", self.dropout))
         return {name: value for name, value in given if value is not None}
 
@@ -96,7 +94,7 @@ class HeadConfig:
     margin: Literal[
         "Softmax", "NormFace", "L2Softmax", "SphereFace", "CosFace", "AMSoftmax",
         "ArcFace", "AdaFace", "MagFace", "ElasticFace",
-    ] = option("ArcFace", "margin of the target")  # fmt: skip
+    ] = option("ArcFace", "margin of the target logit")  # fmt: skip
     s: float | None = option(None, "scale; null: 30 for ArcFace, else the margin's own default")
     m: float | None = option(
         None,
@@ -110,46 +108,46 @@ class HeadConfig:
     backend: Literal["native", "stream", "reference"] | None = option(None, "null: the fastest that can run")
     sample_rate: float = option(1.0, "share of the classes drawn for each step, beside the batch's own and mined ones")
     compute_dtype: Literal["bf16", "fp16"] | None = option(
-        None, "what rows and weights are rounded to for products over all classes; null: float32"
+        None, "type to which features and weights are rounded for the products over all classes; null: float32"
     )
 
     def __post_init__(self) -> None:
         require(self.ramp is None or 0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
         require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "a share above 0, at most 1")
-        require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs one")
+        require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs it")
 
     def arguments(self) -> dict[str, float]:
-        """What the margin's constructor is given; what is absent keeps the margin's own default."""
+        """Arguments for the constructor of the margin; without an entry, the margin's own default holds."""
         given = {name: value for name, value in (("s", self.s), ("m", self.m)) if value is not None}
         return {**MEASURED.get(self.margin, {}), **given}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser, the course of its learning rate, and what a step is made of: see `driver.optimizers`."""
+    """The optimizer, its learning rate schedule, and what makes up a step: see `driver.training.optimizers`."""
 
-    name: Literal["sgd", "adamw"] = option("sgd", "optimiser of all weights; adamw wants an lr of about 1e-3")
+    name: Literal["sgd", "adamw"] = option("sgd", "optimizer of all weights; adamw needs an lr of about 1e-3")
     steps: int = option(
-        0, "optimiser steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
+        0, "optimizer steps of the whole run; 0: 20 epochs, but at least 1,600, below 5,000 images at least 800"
     )
     batch_size: int = option(0, "images per step, of all processes together; 0: 256, below 5,000 images 64")
     accumulation: int = option(
-        1, "parts of a step's images that go through network and head one by one, to save memory"
+        1, "parts into which a batch is cut; network and head take one after another, to save memory"
     )
     lr: float = option(0.1, "learning rate at the end of the warm-up")
-    head_lr: float = option(1.0, "learning rate of what the head learns, in units of lr")
+    head_lr: float = option(1.0, "learning rate of the head's parameters, as a multiple of lr")
     warmup: int | None = option(None, "steps of linear warm-up; null: 100, but at most a quarter of the steps")
     schedule: Literal["cosine", "steps", "constant"] = option("cosine", "learning rate after the warm-up")
     final_lr: float = option(0.01, "cosine: share of lr left at its end")
     cycle: int | None = option(None, "cosine: steps to its first restart (SGDR); null: none, it ends with the run")
-    cycle_factor: int = option(1, "cosine: length of a cycle, in units of the one before")
-    milestones: tuple[int, ...] = option((), "steps: after so many steps of the run the learning rate falls")
-    milestone_factor: float = option(0.1, "steps: what it is multiplied by at each")
+    cycle_factor: int = option(1, "cosine: length of a cycle, as a multiple of the one before")
+    milestones: tuple[int, ...] = option((), "steps: numbers of steps after which the learning rate falls")
+    milestone_factor: float = option(0.1, "steps: factor of the learning rate at each")
     momentum: float = option(0.9, "sgd: momentum")
-    nesterov: bool = option(True, "sgd: Nesterov's look ahead")
+    nesterov: bool = option(True, "sgd: Nesterov momentum")
     betas: tuple[float, float] = option((0.9, 0.999), "adamw: decay of the averages of gradient and squared gradient")
     weight_decay: float = option(5e-4, "on every parameter: convolutions, norms and class weights alike")
-    clip: float | None = option(None, "longest gradient of all weights together, in the 2-norm; null: any")
+    clip: float | None = option(None, "largest 2-norm of the gradient of all weights together; null: no clipping")
     precision: Literal["bf16", "fp16"] | None = option(
         None, "autocast of the network, fp16 with a scaled loss; the head and the weights stay float32; null: float32"
     )
@@ -170,16 +168,16 @@ class OptimConfig:
         warm = self.warm_up()
         require(warm >= 0, "optim.warmup", warm, "0 or more steps")
         short = self.steps == 0 or warm < self.steps
-        require(short, "optim.warmup", warm, f"less than the {self.steps} steps, or the rate never gets to optim.lr")
+        require(short, "optim.warmup", warm, f"less than the {self.steps} steps, or the rate never reaches optim.lr")
         require(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "a share from 0 to 1")
         cosine, steps = self.schedule == "cosine", self.schedule == "steps"
-        require(self.cycle is None or cosine, "optim.cycle", self.cycle, "null: the cosine alone has cycles")
+        require(self.cycle is None or cosine, "optim.cycle", self.cycle, "null: only the cosine has cycles")
         require(self.cycle is None or self.cycle >= 1, "optim.cycle", self.cycle, "at least 1 step")
         require(self.cycle_factor >= 1, "optim.cycle_factor", self.cycle_factor, "at least 1")
         rising = milestones == tuple(sorted(set(milestones))) and all(m >= 1 for m in milestones)
         require(rising, "optim.milestones", milestones, "numbers of steps from 1, in rising order")
-        wanted = "one or more" if steps else "none: the schedule 'steps' alone has them"
-        require(bool(milestones) == steps, "optim.milestones", milestones, wanted)
+        want = "one or more" if steps else "none: only the schedule 'steps' has them"
+        require(bool(milestones) == steps, "optim.milestones", milestones, want)
         require(0 < self.milestone_factor <= 1, "optim.milestone_factor", self.milestone_factor, "above 0, at most 1")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0, below 1")
         ahead = not self.nesterov or self.momentum > 0 or self.name == "adamw"
@@ -190,20 +188,24 @@ class OptimConfig:
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "between 0 and 1, both excluded")
 
     def warm_up(self) -> int:
-        """Steps of it, once the number of steps is known."""
+        """The number of warm-up steps, once the number of steps is known."""
         return min(100, self.steps // 4) if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which images make a batch. The last three options concern the doppelganger sampler alone."""
+    """Which images make a batch. The last three options are of the doppelganger sampler only."""
 
-    name: Literal["uniform", "doppelganger"] = option("uniform", "images, or classes with look-alikes")
-    random_classes: float = option(
-        1 / 3, "classes of a batch drawn at random, not mined: a share of them, up to 1, or from 2 on how many"
+    name: Literal["uniform", "doppelganger"] = option(
+        "uniform", "uniform: images; doppelganger: classes with their look-alikes"
     )
-    counts: tuple[int, int] = option((2, 8), "fewest and most images of a class in a batch, but for its last two")
-    lag: int = option(8, "batches drawn ahead of the table")
+    random_classes: float = option(
+        1 / 3, "classes of a batch that are drawn at random, not mined: a share up to 1, or a number from 2 on"
+    )
+    counts: tuple[int, int] = option(
+        (2, 8), "fewest and most images of a class in a batch; its last two may have fewer or more"
+    )
+    lag: int = option(8, "a batch is drawn from the table as it was so many steps before")
 
     def __post_init__(self) -> None:
         low, high = self.counts
@@ -214,13 +216,16 @@ class SamplerConfig:
         require(self.lag >= 1, "sampler.lag", self.lag, "at least 1")
 
     def share_or_number(self) -> float | int:
-        """`random_classes` as the sampler takes it. 1 is the share here, as 1.0 is; a small share makes one chain."""
+        """`random_classes` as the sampler takes it: a float is a share, an int a number. Here 1 and 1.0 are the share.
+
+        For one random class, the sampler's int 1, give a small share.
+        """
         return float(self.random_classes) if self.random_classes <= 1 else int(self.random_classes)
 
 
 @dataclass(frozen=True)
 class TermConfig:
-    """A term of the loss beside the head's; `driver.terms` has the names and the options."""
+    """A term of the loss beside the head's; `driver.training.terms` has the names and the options."""
 
     weight: float = option(1.0, "factor of the term")
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the term"})
@@ -245,11 +250,11 @@ class TrainConfig:
         None, "folder of another run, or of a checkpoint of it, whose weights training starts from"
     )
     dim: int = option(128, "features of the embedding")
-    seed: int = option(0, "weights, order of the images, augmentation, and whatever a step draws")
+    seed: int = option(0, "of the weights, the order of the images, augmentation, and all that a step draws at random")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")
     log_every: int = option(20, "steps between two records")
     save_every: int = option(400, "steps between two checkpoints")
-    tensorboard: bool = option(False, "write the records as TensorBoard's scalars too, into RUN/tensorboard")
+    tensorboard: bool = option(False, "write the records as TensorBoard scalars, too, into RUN/tensorboard")
 
     def __post_init__(self) -> None:
         for name, term in self.terms.items():
@@ -257,11 +262,15 @@ class TrainConfig:
             require(isinstance(term.options, Mapping), f"terms.{name}.options", term.options, "arguments by name")
             moved = name == "minimum_margin" and term.options.get("route") == "centers"
             plain = self.optim.accumulation == 1 and self.optim.precision != "fp16"
-            wanted = "another: its centres step by themselves, without optim.accumulation and the scale of fp16"
-            require(plain or not moved, f"terms.{name}.options.route", "centers", wanted)
+            want = (
+                "another: its centers have their own step, which knows no optim.accumulation and no loss scale (fp16)"
+            )
+            require(plain or not moved, f"terms.{name}.options.route", "centers", want)
             means = name in ("center", "git") and term.options.get("reduction", "mean") == "mean"
-            wanted = f"1 beside the term {name}: parts hold other pairs than the whole, and their sums are no sum"
-            require(means or self.optim.accumulation == 1, "optim.accumulation", self.optim.accumulation, wanted)
+            want = (
+                f"1 beside the term {name}: over the parts of a batch it adds up to something else than over the whole"
+            )
+            require(means or self.optim.accumulation == 1, "optim.accumulation", self.optim.accumulation, want)
         require(self.dim >= 1, "dim", self.dim, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1 step")
@@ -272,11 +281,15 @@ class TrainConfig:
 class CleanConfig:
     """What `fastmargin clean` lists."""
 
-    source: str | None = option(None, "data to clean, as train's data.source; null: the run's own, held out or not")
-    against: str | None = option(None, "other data, as a test set, whose identities should not be among these")
-    below: float | None = option(None, "images with a smaller cosine to their identity's centre are listed for removal")
-    above: float = option(0.45, "pairs of identities are listed from this cosine of their centres on")
-    limit: int = option(20, "lines of each list that are printed")
+    source: str | None = option(
+        None, "data to clean, as train's data.source; null: all data of the run, held out or not"
+    )
+    against: str | None = option(None, "other data, such as a test set, whose identities should not be among these")
+    below: float | None = option(
+        None, "images with a smaller cosine to the center of their identity are listed for removal"
+    )
+    above: float = option(0.45, "pairs of identities whose centers have this cosine or more are listed")
+    limit: int = option(20, "lines of each list to print")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu")
 
     def __post_init__(self) -> None:
@@ -305,20 +318,20 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         return tuple(given) if isinstance(given, list) else given
 
     for name, given in values.items():
-        admitted = choices(hints[name])
-        require(not admitted or given in admitted, name, given, f"one of {admitted}")
+        allowed = choices(hints[name])
+        require(not allowed or given in allowed, name, given, f"one of {allowed}")
     return kind(**{name: value(name, given) for name, given in values.items()})
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """What a Literal admits, or a Literal or None; nothing for other types."""
+    """The values of a Literal, or of a Literal or None; none for other types."""
     literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
     none = (None,) if literals and type(None) in get_args(hint) else ()
     return tuple(choice for literal in literals for choice in get_args(literal)) + none
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted option names and their values, in order, as JSON knows them (a tuple is a list)."""
+    """Dotted option names and their values, in order, as JSON has them (a tuple is a list)."""
     flat: dict[str, Any] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -332,7 +345,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settled(config: TrainConfig, images: int) -> TrainConfig:
-    """The configuration with what the number of images to train on decides."""
+    """The configuration with batch size and steps filled in where the number of training images decides them."""
     few = images < FEW
     size = config.optim.batch_size or (64 if few else 256)
     steps = config.optim.steps or max(800 if few else 1600, math.ceil(EPOCHS * images / size))
@@ -340,7 +353,7 @@ def settled(config: TrainConfig, images: int) -> TrainConfig:
 
 
 def differing(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """Dotted names of the options in which two configurations differ and their results may."""
+    """Dotted names of the options that differ between two configurations and may change the result."""
     other = flatten(theirs)
     return [
         name

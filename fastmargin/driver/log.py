@@ -1,4 +1,4 @@
-"""What a command says, a line at a time. No torch here."""
+"""How a command prints, a line at a time. No torch here."""
 
 import sys
 from collections.abc import Callable
@@ -7,6 +7,6 @@ Log = Callable[[str], None]
 
 
 def log(text: str) -> None:
-    """Prints at once, whatever is in a name: what the terminal cannot show is escaped."""
+    """Prints without buffering; characters that the terminal's encoding lacks, as in file names, are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -1,4 +1,4 @@
-"""Options of a run that do not fit, each said by name."""
+"""Options of a run that do not fit together: the message names each."""
 
 import math
 import re
@@ -76,7 +76,7 @@ def test_a_share_of_the_classes(rate: float) -> None:
 
 
 @pytest.mark.parametrize("optim", [{"precision": "fp16"}, {"accumulation": 2}])
-def test_centres_that_step_by_themselves_take_no_scaled_gradient(optim: dict[str, Any]) -> None:
+def test_centers_that_step_by_themselves_take_no_scaled_gradient(optim: dict[str, Any]) -> None:
     centers = {"minimum_margin": TermConfig(options={"route": "centers"})}
     with pytest.raises(ValueError, match=r"terms.minimum_margin.options.route is 'centers'; want another"):
         replace(configured(**optim), terms=centers)

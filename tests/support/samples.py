@@ -16,7 +16,7 @@ MAGIC = struct.pack("<I", 0xCED7230A)
 
 
 def pictures(count: int, side: int = 20, colored: bool = True, seed: int = 0) -> np.ndarray:  # [count, side, side(, 3)]
-    """Smooth, and each different."""
+    """Smooth pictures, each different."""
     shape = (count, 4, 4, 3) if colored else (count, 4, 4)
     coarse = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(one).resize((side, side))) for one in coarse])
@@ -29,7 +29,7 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
 
 
 def write_folder(root: Path, pixels: np.ndarray, each: int, kind: str = "PNG") -> list[str]:
-    """`each` of the pictures to an identity; its names."""
+    """Writes `each` of the pictures to the folder of an identity; returns the names."""
     for number, picture in enumerate(pixels):
         folder = root / f"id{number // each:02}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def write_idx(path: Path, numbers: np.ndarray, zipped: bool = False) -> None:
 
 
 def write_omniglot(path: Path, drawings: dict[str, np.ndarray]) -> None:  # {ALPHABET/characterNN: [n, side, side] bool}
-    """Ink is True; saved as the original is, one bit a pixel, black on white."""
+    """Ink is True; saved like the original, one bit a pixel, black on white."""
     with ZipFile(path, "w") as file:
         file.writestr("images_small/", b"")
         for number, (name, pixels) in enumerate(drawings.items()):
@@ -58,7 +58,7 @@ def write_tensors(path: Path, images: np.ndarray, labels: np.ndarray, names: Seq
     save_file({"images": images, "labels": labels}, path, metadata)
 
 
-# RecordIO, as dmlc-core's writer and mxnet.recordio.pack put it down
+# RecordIO, as dmlc-core's writer and mxnet.recordio.pack write it
 
 
 def packed(data: bytes, label: float | Sequence[float]) -> bytes:
@@ -70,7 +70,7 @@ def packed(data: bytes, label: float | Sequence[float]) -> bytes:
 
 
 def record(data: bytes) -> bytes:
-    """Cut wherever the magic number stands at a multiple of four bytes, and there it is left out."""
+    """Split where the data have the magic number at a multiple of four bytes; it is left out there."""
     cuts = [at for at in range(0, len(data) // 4 * 4, 4) if data[at : at + 4] == MAGIC]
     parts = [data[a:b] for a, b in zip([0, *(cut + 4 for cut in cuts)], [*cuts, len(data)], strict=True)]
     flags = [0] if len(parts) == 1 else [1, *[2] * (len(parts) - 2), 3]
@@ -81,7 +81,7 @@ def record(data: bytes) -> bytes:
 
 
 def write_records(path: Path, data: Iterable[tuple[int, bytes]]) -> None:
-    """(key, data) each, to PATH and its index."""
+    """Writes records (key, data) to PATH and its index."""
     offset, lines = 0, []
     with path.open("wb") as file:
         for key, one in data:
@@ -91,7 +91,7 @@ def write_records(path: Path, data: Iterable[tuple[int, bytes]]) -> None:
 
 
 def write_insightface(path: Path, pixels: np.ndarray, labels: Sequence[int], kind: str = "PNG") -> None:
-    """Record 0 says where the identities' records are, they say where their pictures are: both hold no picture."""
+    """Record 0 says where the identities' records are, and those say where their pictures are; neither holds one."""
     count, identities = len(labels), sorted(set(labels))
     last = count + 1 + len(identities)
     data = [(0, packed(b"", [count + 1, last]))]

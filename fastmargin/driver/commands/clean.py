@@ -1,17 +1,17 @@
-"""Cleaning a data set with the network of a run: images far from their identity, identities close to one another.
+"""Clean a data set with the network of a run: find images far from their identity and identities close to another.
 
     e_i = f(image_i) / ||f(image_i)||,    c_k = s / ||s||, s = sum of e_i over the images of identity k
 
     images.csv     the images of each identity by <e_i, c_k>, worst first (ArcFace, arXiv 1801.07698v1, 3.1.1: those too
-                   far from the feature centre of their identity go, those about the threshold are looked at)
-    remove.txt     the images with a cosine below a threshold, one a line, worst first of all
-    pairs.csv      the pairs of identities whose centres have at least a given cosine: one person under two names?
-    overlap.csv    the same of these identities and those of another data set, such as a test set, whose people should
+                   far from the feature center of their identity are removed, those near the threshold checked by hand)
+    remove.txt     the images with a cosine below a threshold, one a line, the worst of all identities first
+    pairs.csv      the pairs of identities whose centers have at least a given cosine: one person under two names?
+    overlap.csv    the same for these identities and those of another data set, such as a test set, whose people should
                    not be trained on (ArcFace 3.4: cosine above 0.45; AM-Softmax 4.2)
 
-An image counts in its own centre: of n images one that is like no other still has about 1 / n, and two images always
-have the same cosine. Identities that the run held out are cleaned like the others. Images are embedded identity by
-identity: memory is that of all centres and of a block of images, or of the largest identity.
+An image is part of its own center: among n images, one unlike all others still has a cosine of about 1 / n, and the two
+images of an identity of two have the same. Identities that the run held out are cleaned like the others. Images are
+embedded identity by identity: memory holds all centers, and one block of images or the largest identity.
 """
 
 import sys
@@ -33,10 +33,10 @@ from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import Backbone, adapted, embed_images, load, load_backbone
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
-BLOCK = 4096  # images embedded, and centres compared, at a time
-NEAREST = 8  # centres looked for around each, and twice as many while all of them are close
-SHARES = (0.01, 0.05, 0.5)  # of the images, whose cosines help to choose --below
-MOST = 1_000_000  # pairs of identities, more than anybody looks at
+BLOCK = 4096  # images embedded, and centers compared, at a time
+NEAREST = 8  # nearest centers searched for each; twice as many, again and again, while all of them are close
+SHARES = (0.01, 0.05, 0.5)  # quantiles of the images' cosines that are printed: they help to choose --below
+MOST = 1_000_000  # pairs of identities: nobody looks at more
 
 IMAGES = ("name", "images", "rank", "cosine", "image")
 PAIRS = ("name", "images", "other", "other_images", "cosine")
@@ -44,25 +44,25 @@ PAIRS = ("name", "images", "other", "other_images", "cosine")
 
 class DataSet(NamedTuple):
     identities: Identities
-    names: Sequence[str]  # [C] as they are printed
-    sizes: Tensor  # [C] int64, images of each
-    centres: Tensor  # [C, d] unit
-    cosines: Tensor  # [N] of each image with the centre of its identity
+    names: Sequence[str]  # [C] as printed
+    sizes: Tensor  # [C] int64, number of images
+    centers: Tensor  # [C, d] unit
+    cosines: Tensor  # [N] of an image and the center of its identity
 
 
 class Close(NamedTuple):
-    """Pairs of a row and a centre, the highest cosine first."""
+    """Pairs of a row and a center, in order of falling cosine."""
 
     row: Tensor  # [n] int64
-    centre: Tensor  # [n] int64
+    center: Tensor  # [n] int64
     cosine: Tensor  # [n]
 
 
 def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | None = None) -> None:
-    """Writes the lists above into a new or empty folder and prints the first lines of each.
+    """Writes the lists named above into a new or empty folder and prints the first lines of each.
 
     model: as for `train.train`. ValueError for a folder that holds no run or no checkpoint, an `out` that is not
-    empty, data that are none, and more than MOST pairs, or MOST / 2 within one set.
+    empty, a source that is no data, and more than MOST pairs between two sets or MOST / 2 within one.
     """
     run_folder.check_unused(out)
     backbone = load_backbone(where, log, model, options.device)
@@ -72,39 +72,42 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
     given, *others = (describe(backbone, source, identities) for source, identities in loaded)
     out.mkdir(parents=True, exist_ok=True)
     rank_images(given, out, options, log)
-    pairs = close(given.centres, given.centres, torch.arange(len(given.sizes)), options.above)
-    once = pairs.row < pairs.centre
+    pairs = close(given.centers, given.centers, torch.arange(len(given.sizes)), options.above)
+    once = pairs.row < pairs.center
     list_pairs("pairs", Close(*(part[once] for part in pairs)), given, given, out, options, log)
     for other in others:
-        pairs = close(given.centres, other.centres, torch.full_like(given.sizes, -1), options.above)
+        pairs = close(given.centers, other.centers, torch.full_like(given.sizes, -1), options.above)
         list_pairs("overlap", pairs, given, other, out, options, log)
     log(f"lists: {out}")
 
 
 def describe(backbone: Backbone, source: str, identities: Identities) -> DataSet:
     names = list(map(contact_sheet.caption, identities.names)) if source == GLYPHS else identities.names
-    centres, cosines = centred(backbone.network, identities, backbone.config.dim)
-    return DataSet(identities, names, identities.labels.bincount(), centres, cosines)
+    centers, cosines = find_centers(backbone.network, identities, backbone.config.dim)
+    return DataSet(identities, names, identities.labels.bincount(), centers, cosines)
 
 
-def centred(network: nn.Module, identities: Identities, dim: int) -> tuple[Tensor, Tensor]:  # [C, d], [N]
-    """The centre of each identity and the cosine of each image with it. ValueError if an embedding is not finite."""
+def find_centers(network: nn.Module, identities: Identities, dim: int) -> tuple[Tensor, Tensor]:  # [C, d], [N]
+    """The center of each identity, and the cosine of each image and the center of its own.
+
+    ValueError if an embedding is not finite.
+    """
     labels = identities.labels
-    centres, cosines = torch.empty(identities.num_classes, dim), torch.empty(len(labels))
+    centers, cosines = torch.empty(identities.num_classes, dim), torch.empty(len(labels))
     with tqdm(total=len(labels), unit="image", disable=not sys.stderr.isatty()) as bar:
         for rows in whole_identities(labels):
             x = F.normalize(embed_images(network, identities.images[rows]))
             if not x.isfinite().all():
                 raise ValueError("the network gives embeddings that are not finite")
-            own, place = labels[rows].unique(return_inverse=True)
-            centres[own] = F.normalize(x.new_zeros(len(own), dim).index_add_(0, place, x))
-            cosines[rows] = (x * centres[labels[rows]]).sum(1)
+            own, inverse = labels[rows].unique(return_inverse=True)
+            centers[own] = F.normalize(x.new_zeros(len(own), dim).index_add_(0, inverse, x))
+            cosines[rows] = (x * centers[labels[rows]]).sum(1)
             bar.update(len(rows))
-    return centres, cosines
+    return centers, cosines
 
 
 def whole_identities(labels: Tensor) -> list[np.ndarray]:  # [N] -> [n] int64 each
-    """All images, about BLOCK at a time, those of an identity together."""
+    """The numbers of all images in blocks of about BLOCK; no identity is split."""
     ends = labels.bincount().cumsum(0)
     cuts = ends[:-1][((ends - 1) // BLOCK).diff() > 0]
     return np.split(labels.argsort(stable=True).numpy(), cuts.tolist())
@@ -112,24 +115,24 @@ def whole_identities(labels: Tensor) -> list[np.ndarray]:  # [N] -> [n] int64 ea
 
 def close(
     rows: Tensor,  # [R, d] unit
-    centres: Tensor,  # [C, d] unit
-    itself: Tensor,  # [R] int64, the centre that is the row's own, -1: none
+    centers: Tensor,  # [C, d] unit
+    itself: Tensor,  # [R] int64, the center that the row is itself; -1: it is none of them
     above: float,
 ) -> Close:
-    """All pairs of a row and another centre with a cosine of `above` or more, in both orders. No array of R x C.
+    """All pairs of a row and a center other than itself with a cosine of `above` or more. No R x C array is made.
 
-    ValueError for more than MOST.
+    Where rows and centers are the same, every pair is there in both orders. ValueError for more than MOST pairs.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     todo, k, count = torch.arange(len(rows)), NEAREST, 0
     while len(todo):
         crowded = []
         for part in todo.split(BLOCK):
-            _, _, cosine, centre = nontarget_lse(rows[part], centres, itself[part], topk=k)
-            ends = cosine[:, -1] < above  # the list holds all that are close
-            row, place = ((cosine >= above) & ends[:, None]).nonzero(as_tuple=True)
-            found.append((part[row], centre[row, place], cosine[row, place]))
-            crowded.append(part[~ends])
+            _, _, cosine, center = nontarget_lse(rows[part], centers, itself[part], topk=k)
+            complete = cosine[:, -1] < above  # the k nearest hold all that are close
+            row, rank = ((cosine >= above) & complete[:, None]).nonzero(as_tuple=True)
+            found.append((part[row], center[row, rank], cosine[row, rank]))
+            crowded.append(part[~complete])
             count += len(row)
         todo = torch.cat(crowded)
         if count + k * len(todo) > MOST:
@@ -137,19 +140,19 @@ def close(
                 f"above is {above}, and more than {MOST // 2} pairs of identities are; want a higher cosine"
             )
         k *= 2
-    row, centre, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
+    row, center, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = cosine.argsort(descending=True, stable=True)
-    return Close(row[order], centre[order], cosine[order])
+    return Close(row[order], center[order], cosine[order])
 
 
 def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> None:
-    """images.csv and, with a threshold, remove.txt."""
+    """Writes images.csv and, with a threshold, remove.txt."""
     worst = given.cosines.argsort(stable=True)
     labels, title = given.identities.labels, given.identities.title
     run_folder.write_csv(out / "images.csv", IMAGES, image_rows(given, worst[labels[worst].argsort(stable=True)]))
     quantiles = zip(SHARES, np.quantile(given.cosines.numpy(), SHARES), strict=True)
     log(
-        f"{len(labels)} images of {len(given.sizes)} identities: cosine with the centre of the identity below "
+        f"{len(labels)} images of {len(given.sizes)} identities: cosine to the center of the identity below "
         f"{', '.join(f'{cosine:.3f} for {share:.0%}' for share, cosine in quantiles)}; the worst:"
     )
     for row in worst[: options.limit].tolist():
@@ -169,19 +172,19 @@ def image_rows(
     given: DataSet,
     order: Tensor,  # [N] images, those of an identity together, worst first
 ) -> Iterator[tuple[object, ...]]:
-    """IMAGES of each."""
+    """The columns IMAGES of each image."""
     labels = given.identities.labels[order]
     rank = torch.arange(len(order)) - (given.sizes.cumsum(0) - given.sizes)[labels] + 1
     columns = (labels, given.sizes[labels], rank, given.cosines[order], order)
-    for label, size, place, cosine, row in zip(*(column.numpy() for column in columns), strict=True):
-        yield given.identities.names[label], size, place, f"{cosine:.6f}", given.identities.title(row)
+    for label, size, nth, cosine, row in zip(*(column.numpy() for column in columns), strict=True):
+        yield given.identities.names[label], size, nth, f"{cosine:.6f}", given.identities.title(row)
 
 
 def list_pairs(
     stem: str, pairs: Close, given: DataSet, other: DataSet, out: Path, options: CleanConfig, log: Log
 ) -> None:
-    """A CSV of the pairs, and its first lines."""
-    columns = (pairs.row, given.sizes[pairs.row], pairs.centre, other.sizes[pairs.centre], pairs.cosine)
+    """Writes a CSV of the pairs and prints its first lines."""
+    columns = (pairs.row, given.sizes[pairs.row], pairs.center, other.sizes[pairs.center], pairs.cosine)
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
     ours, theirs = given.identities.names, other.identities.names
     named = ((ours[one], size, theirs[two], its, f"{cosine:.6f}") for one, size, two, its, cosine in rows)

@@ -1,11 +1,11 @@
 """The command line: train, evaluate, embed, export, doppelgangers, clean, plan, simulate, info.
 
-Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the
-command line; the later wins. A key that is no option is an error. A mistake of the user's (ValueError,
-OSError) ends in one line on stderr and exit code 2; any other exception is ours and keeps its traceback.
-SIGINT and SIGTERM let `train` save a checkpoint and end with exit code 130 and 143: see `driver.signals`.
-torchrun may run `train` and `evaluate RUN` in many processes: see `driver.processes`. What all of them have to say is
-said once. torch is imported by the commands, not here.
+Options come from the environment (FASTMARGIN_TRAIN__OPTIM__STEPS), from `--config FILE` and from the command line; the
+later one wins. An unknown key is an error. A mistake of the user (ValueError, OSError) ends in one line on stderr and
+exit code 2; any other exception is a bug and keeps its traceback. SIGINT and SIGTERM let `train` save a checkpoint and
+end with exit code 130 and 143: see `driver.training.signals`. torchrun may start `train` and `evaluate RUN` in many
+processes: see `driver.training.processes`. What every process would say is printed once. torch is imported by the
+commands, not here.
 """
 
 import os
@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile
 
 from fastmargin import __version__
 from fastmargin.driver.commands import scale
-from fastmargin.driver.commands.parser import Parser, new_parser, usual
+from fastmargin.driver.commands.parser import Parser, new_parser
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict
 from fastmargin.driver.log import log
 from fastmargin.driver.training import run_folder
@@ -33,14 +33,14 @@ DEVICE = "cpu, cuda, cuda:1, ...; null: cuda where there is a GPU, else cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 2 for a mistake of the user's, 130 for an interrupt.
+    """Runs one command and returns the exit code: 0, 2 for a mistake of the user, 130 for an interrupt.
 
-    SystemExit with 130 or 143 where training was stopped by a signal.
+    Raises SystemExit with 130 or 143 if a signal stopped the training.
     """
     try:
-        given = build_parser().parse_args(usual(sys.argv[1:] if arguments is None else arguments))
+        given = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         if given.command not in ("train", "evaluate"):
-            alone(given.command)
+            require_one_process(given.command)
         COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
         if said := only_once(" ".join(str(mistake).split())):
@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def processes() -> int:
-    """How many torchrun has started."""
+    """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def only_once(text: str) -> str | None:
-    """What this process should print of what others may say, too; None for nothing."""
+    """The text that this process should print; None if another process prints the same."""
     if processes() == 1:
         return text
     from fastmargin.driver.training import processes as ours
@@ -66,14 +66,14 @@ def only_once(text: str) -> str | None:
     return ours.only_once(text)
 
 
-def alone(command: str) -> None:
-    """ValueError under torchrun."""
+def require_one_process(command: str) -> None:
+    """ValueError if torchrun started several."""
     if processes() > 1:
-        raise ValueError(f"{command} is for one process, not {processes()}: torchrun runs train and evaluate RUN")
+        raise ValueError(f"{command} runs in one process, not {processes()}: torchrun is for train and evaluate RUN")
 
 
 def build_parser() -> Parser:
-    parser = new_parser(prog="fastmargin", description=f"Train and evaluate margin-softmax recognisers. {ENVIRONMENT}")
+    parser = new_parser(prog="fastmargin", description=f"Train and evaluate margin-softmax recognizers. {ENVIRONMENT}")
     parser.add_argument("--version", action="version", version=f"fastmargin {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser(), help="train, evaluate on unseen identities, report")
@@ -81,14 +81,14 @@ def build_parser() -> Parser:
     commands.add_subcommand("embed", embed_parser(), help="write the embeddings of a data set by a run's network")
     commands.add_subcommand("export", export_parser(), help="write a run's network as safetensors, .pt2 and ONNX")
     commands.add_subcommand("doppelgangers", doppelgangers_parser(), help="list the look-alikes a run has mined")
-    commands.add_subcommand("clean", clean_parser(), help="list images and identities of a data set to look at")
+    commands.add_subcommand("clean", clean_parser(), help="list suspicious images and identities of a data set")
     planning = new_parser(
-        description="Memory, wire and time of a head of any size: estimates by formula.",
-        epilog="Example: fastmargin plan --classes 1e8 --gpus 64 --sample-rate 0.1",
+        description="Memory, communication and time of a head of any size, estimated by formula.",
+        epilog="Example: fastmargin plan --classes 1e8 --gpus 64 --sample_rate 0.1",
     )
     commands.add_subcommand("plan", scale.plan_options(planning), help="size a head before renting machines for it")
     simulating = new_parser(
-        description="The shards of N ranks, one after another, against one process.",
+        description="Compute the shards of N ranks one after another, and compare them with one process.",
         epilog="Example: fastmargin simulate --ranks 64 --classes 1000 --dim 16",
     )
     commands.add_subcommand("simulate", scale.simulate_options(simulating), help="check the arithmetic of N ranks")
@@ -102,8 +102,8 @@ def build_parser() -> Parser:
 def train_parser() -> Parser:
     parser = new_parser(
         description="Train on glyphs or images of your own, evaluate on identities never seen, report. SIGINT and "
-        "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once. Many "
-        "processes, each with a part of the classes and of every batch: torchrun --nproc-per-node N -m fastmargin "
+        "SIGTERM save a checkpoint first and end it with exit code 130 and 143; a second SIGINT stops at once. To use "
+        "N processes, each with a part of the classes and of every batch: torchrun --nproc-per-node N -m fastmargin "
         f"train ... {ENVIRONMENT}",
         usage="fastmargin train [options]",
         epilog="Example: fastmargin train --data.source synthetic:40x8 --data.size 16 --optim.steps 4 --out run",
@@ -117,7 +117,7 @@ def train_parser() -> Parser:
 
 def evaluate_parser() -> Parser:
     parser = new_parser(
-        description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report anew; "
+        description="Evaluate the last checkpoint of a run on the identities it held out, and draw its report again; "
         "or on a verification set; or evaluate stored embeddings.",
         epilog="Example: fastmargin evaluate run",
     )
@@ -128,14 +128,14 @@ def evaluate_parser() -> Parser:
         "--pairs",
         type=str | None,
         help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt, "
-        "whose `name n` is the n-th row of the label of that name (names in the metadata; without, a label as text)",
+        "whose `name n` is the n-th row of the label of that name (names in the metadata; without them, the number)",
     )
     parser.add_argument(
         "--mirror",
         type=Literal["mean", "sum", "concat"] | None,
-        help="how the embeddings of an image of a .bin and of its mirror image become one; null: no mirror image",
+        help="for a .bin: how the embeddings of an image and its mirror image are combined; null: no mirror image",
     )
-    parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: they are only printed")
+    parser.add_argument("--out", type=str | None, help="JSON file for the numbers; null: only print them")
     parser.add_argument("--device", type=str | None, help=DEVICE)
     return parser
 
@@ -143,7 +143,7 @@ def evaluate_parser() -> Parser:
 def embed_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, into a safetensors file: embeddings [N, d], "
-        "not normalised, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
+        "not normalized, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
         epilog="Example: fastmargin embed run synthetic:10x4 --out embedded.safetensors",
     )
     parser.add_argument("run", type=str, help=RUN)
@@ -151,11 +151,9 @@ def embed_parser() -> Parser:
         "source",
         type=str | None,
         nargs="?",
-        help="data to embed, as train's data.source; null: the run's own, held out or not",
+        help="data to embed, as train's data.source; null: all data of the run, held out or not",
     )
-    parser.add_argument(
-        "--out", type=str, required=True, help="safetensors file to write; one that is there is replaced"
-    )
+    parser.add_argument("--out", type=str, required=True, help="safetensors file to write; an existing one is replaced")
     parser.add_argument("--device", type=str | None, help=DEVICE)
     return parser
 
@@ -174,21 +172,21 @@ def export_parser() -> Parser:
 def doppelgangers_parser() -> Parser:
     parser = new_parser(
         description="The nearest wrong classes that a run has mined, as of its last checkpoint: print the most similar "
-        "pairs (scores are cosines; logits for a plain layer) and the classes on the most lists; write all lists as "
+        "pairs (scores are cosines; logits for a plain layer) and the classes on most lists; write all lists as "
         "doppelgangers.csv, and the contact sheet doppelgangers.png.",
         epilog="Example: fastmargin doppelgangers run --limit 5 --out look-alikes",
     )
     parser.add_argument("run", type=str, help=RUN)
-    parser.add_argument("--limit", type=int, default=20, help="pairs, and classes, that are printed")
+    parser.add_argument("--limit", type=int, default=20, help="number of pairs, and of classes, to print")
     parser.add_argument("--out", type=str | None, help="folder to write into; null: the run's report")
     return parser
 
 
 def clean_parser() -> Parser:
     parser = new_parser(
-        description="Embed a data set with the last checkpoint of a run, and list what to look at: images.csv, the "
-        "images of each identity by the cosine with its centre (the mean of its unit embeddings), worst first; "
-        "pairs.csv, identities with close centres; with --below remove.txt, with --against overlap.csv. No image is "
+        description="Embed a data set with the last checkpoint of a run, and list what needs a look: images.csv, the "
+        "images of each identity by the cosine with its center (the mean of its unit embeddings), worst first; "
+        "pairs.csv, identities with close centers; with --below remove.txt, with --against overlap.csv. No image is "
         "touched.",
         epilog="Example: fastmargin clean run --below 0.3 --against synthetic:10x4 --out cleaning",
     )
@@ -206,7 +204,7 @@ def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
         if is_dataclass(hints[entry.name]):
             yield from options(hints[entry.name], f"{prefix}{entry.name}.")
         else:
-            default = {} if entry.default is MISSING else entry.default  # only a mapping is made by a factory
+            default = {} if entry.default is MISSING else entry.default  # a mapping has a default_factory
             yield prefix + entry.name, hints[entry.name], default, entry.metadata["help"]
 
 
@@ -230,11 +228,11 @@ def evaluate(given: Any) -> None:
     if not stored:
         run_folder.read_config(what)
     require(
-        given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null but for a run's --pairs"
+        given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null without a run and --pairs"
     )
     require(given.out is None or given.pairs or stored, "out", given.out, "null: a run's numbers go to its folder")
     if stored or given.pairs:
-        alone("evaluate of stored embeddings, or with --pairs,")
+        require_one_process("evaluate of stored embeddings, or with --pairs,")
     from fastmargin.driver.commands import evaluate as evaluation
     from fastmargin.driver.commands import verify
 

@@ -1,7 +1,7 @@
 """What a run has mined: the most similar pairs of classes, the most confusable classes, and all lists as a CSV.
 
-A score is the largest that a row of the class had with the other class, when last it was in a batch: a cosine, or for a
-plain layer a logit (Smirnov et al., Doppelganger Mining for Face Representation Learning, ICCVW 2017, 3.2).
+A score is the largest that a row of the class had with the other class when the class was last in a batch: a cosine, or
+a logit for a plain layer (Smirnov et al., Doppelganger Mining for Face Representation Learning, ICCVW 2017, 3.2).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ COLUMNS = ("class", "name", "rank", "other", "other_name", "score")
 def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     """Prints `limit` pairs and classes of a run's newest checkpoint; writes STEM.csv and a contact sheet, STEM.png.
 
-    out: folder for both; None: the run's report. ValueError for a folder that holds no run or no checkpoint, and for
-    images other than those the run is trained on.
+    out: folder for both; None: the report folder of the run. ValueError for a folder that holds no run or no
+    checkpoint, and for images other than those that the run was trained on.
     """
     config = run_folder.read_config(where)
     saved = newest(where, config, log)
@@ -34,8 +34,8 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     check_images(saved, train)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
     table.load_state_dict(part_of(saved.tensors, "table"))
-    if under_way := part_of(saved.tensors, "mined"):  # of a run on a GPU
-        table.update(**under_way)
+    if pending := part_of(saved.tensors, "mined"):  # on a GPU the last update is still to be made
+        table.update(**pending)
     glyphs = config.data.source == GLYPHS
     names = list(map(contact_sheet.caption, train.names)) if glyphs else train.names
     log(f"most similar pairs, the larger score of the two:\n{pairs_of(table, names, limit)}")
@@ -49,7 +49,7 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
 
 
 def pairs_of(table: DoppelgangerTable, names: Sequence[str], limit: int) -> str:
-    """A line for each pair; one is mutual where each is on the other's list."""
+    """A line for each pair; it is mutual where each class is on the other's list."""
     lines = []
     for one, other, score in contact_sheet.mined_pairs(table.classes, table.scores, limit):
         mutual = one in table.classes[other] and other in table.classes[one]
@@ -58,15 +58,15 @@ def pairs_of(table: DoppelgangerTable, names: Sequence[str], limit: int) -> str:
 
 
 def most_listed(table: DoppelgangerTable, names: Sequence[str], limit: int) -> str:
-    """A line for each class that is on a list, those on the most first."""
+    """A line for each class that is on a list, in order of falling number of lists."""
     lists = table.listed()
     order = lists.argsort(descending=True, stable=True)[:limit].tolist()
     return "\n".join(f"{lists[label]:8}  {names[label]}" for label in order if lists[label])
 
 
 def rows_of(table: DoppelgangerTable, names: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """COLUMNS of every place that is filled, in order of class and rank; the best of a list has rank 1."""
+    """COLUMNS of every filled entry of the table, in order of class and rank; the best of a list has rank 1."""
     filled = (table.classes >= 0).nonzero()
     others, scores = table.classes[table.classes >= 0], table.scores[table.classes >= 0]
-    for (label, place), other, score in zip(filled.tolist(), others.tolist(), scores.tolist(), strict=True):
-        yield label, names[label], place + 1, other, names[other], f"{score:.6f}"
+    for (label, rank), other, score in zip(filled.tolist(), others.tolist(), scores.tolist(), strict=True):
+        yield label, names[label], rank + 1, other, names[other], f"{score:.6f}"

@@ -1,12 +1,12 @@
-"""The embeddings of a data set by the network of a run, as `fastmargin evaluate` reads them. A safetensors file:
+"""Write the embeddings of a data set by the network of a run, for `fastmargin evaluate`. A safetensors file:
 
-    embeddings   float32 [N, d], as the network makes them: not normalised, compared by cosine
+    embeddings   float32 [N, d], as the network makes them: not normalized, compared by cosine
     labels       int64 [N], 0..C-1
-    titles       uint8, a JSON list in UTF-8: what each image is called, the path of its file where it has one
-    names        in the metadata, a JSON list: what each label is called
+    titles       uint8, a JSON list in UTF-8: a title of each image, the path of its file where it has one
+    names        in the metadata, a JSON list: the name of each label
 
-Rows are in the order of the source, that of a folder by name and then by path: the n-th row of a label is image n of
-its name in a list of pairs, where every image could be read.
+Rows are in the order of the source; a folder is ordered by name, then by path. So, if every image could be read, the
+n-th row of a label is what a list of pairs calls image n of that name.
 """
 
 import json
@@ -27,10 +27,10 @@ def embed(
 ) -> None:
     """Writes the embeddings of all images of a source by the newest checkpoint of a run.
 
-    Images that lie in files are read block by block: memory holds the embeddings.
-    source: as for training; None: the run's own, held out or not. model: as for `train.train`; device: None is a GPU
-    where there is one. ValueError for a folder that holds no run or no checkpoint, data that are none, embeddings that
-    are not finite; OSError for an `out` that cannot be written.
+    Images in files are read block by block: only the embeddings stay in memory.
+    source: as for training; None: all data of the run, held out or not. model: as for `train.train`; device: None is a
+    GPU where there is one. ValueError for a folder that holds no run or no checkpoint, a source that is no data,
+    embeddings that are not finite; OSError for an `out` that cannot be written.
     """
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out is {out}; want the name of a file, in a folder that is there")
@@ -47,7 +47,7 @@ def embed(
 def save(
     out: Path,
     embeddings: Tensor,  # [N, d]
-    identities: Identities,  # of N images
+    identities: Identities,  # with N images
 ) -> None:
     titles = json.dumps([identities.title(number) for number in range(len(embeddings))]).encode()
     tensors = {

@@ -1,4 +1,4 @@
-"""fastmargin evaluate RUN: identities never trained on, beside their raw pixels; the report and metrics.json."""
+"""fastmargin evaluate RUN: the network on identities held out, compared with raw pixels; report and metrics.json."""
 
 import math
 import platform
@@ -22,12 +22,14 @@ from fastmargin.driver.training.run import Run, build
 from fastmargin.driver.training.state import resume
 from fastmargin.evaluation import cosine_scores, evaluate_embeddings, roc
 
-RAW_SIDE = 32  # pixels a side of the images that are compared as they are
+RAW_SIDE = 32  # pixels a side, at most, of the raw images that are compared
 
 
 def evaluate(where: Path, log: Log, model: str | None = None, device: str | None = None) -> None:
-    """Evaluates the last checkpoint of a run; model as for `train`; device: None is a GPU where there is
-    one. ValueError if there is no checkpoint."""
+    """Evaluates the last checkpoint of a run. model: as for `train.train`; device: None is a GPU where there is one.
+
+    ValueError if there is no checkpoint.
+    """
     config = run_folder.read_config(where)
     with processes.process_group() as ours:
         log = ours.log(log)
@@ -37,13 +39,10 @@ def evaluate(where: Path, log: Log, model: str | None = None, device: str | None
         finish(run, where, log)
 
 
-# Evaluation
-
-
 def finish(run: Run, where: Path, log: Log) -> None:
-    """Evaluates beside raw pixels, draws the report, then writes metrics.json, the sign that all is done.
+    """Evaluates network and raw pixels, draws the report, then writes metrics.json, which marks the run as finished.
 
-    Of several processes each embeds its share of the images, and the first one does the rest.
+    Each process embeds its share of the images, and the first one does the rest.
     """
     begin = time.perf_counter()
     run.table_feed.flush()
@@ -58,7 +57,7 @@ def describe(
     run: Run,
     where: Path,
     embeddings: Tensor,  # [N, d] of the images held out
-    begin: float,  # of the evaluation, by the clock
+    begin: float,  # time.perf_counter() when the evaluation began
     log: Log,
 ) -> None:
     images, labels = run.test.images, run.test.labels
@@ -66,7 +65,7 @@ def describe(
     seed = run.config.data.split_seed
     results = {name: evaluate_embeddings(x, labels, seed) for name, x in compared.items()}
     run.cosines = {stage: scores.cpu() for stage, scores in run.cosines.items()}
-    run.head.margin.cpu()  # it is drawn, too
+    run.head.margin.cpu()  # the report plots it
     curves = {name: roc(*cosine_scores(x, labels)) for name, x in compared.items()}
     metrics = {
         "step": run.step,
@@ -86,14 +85,14 @@ def describe(
 
 
 def resolvable(result: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: what could not be measured is null."""
+    """JSON has no NaN: a value that could not be measured becomes None."""
     return {name: None if math.isnan(value) else value for name, value in result.items()}
 
 
 class RawPixels(nn.Module):
-    """Images as they are, averaged over tiles down to RAW_SIDE pixels a side.
+    """A baseline without a network: the pixels, averaged over tiles down to RAW_SIDE a side, are the embedding.
 
-    A black one, which has no direction, is taken for a white one.
+    A black image, which has no direction, counts as a white one.
     """
 
     def forward(

@@ -1,13 +1,13 @@
-"""The network of a run for use elsewhere, without its head: weights, a torch.export program, ONNX.
+"""Write the network of a run, without its head, for use elsewhere: weights, a torch.export program, ONNX.
 
     backbone.safetensors   the weights, for `fastmargin.models.build_model`
     backbone.pt2           torch.export: torch.export.load(...).module() needs torch alone
     backbone.onnx          images [batch, C, H, W] -> embeddings [batch, dim]
-    backbone.json          how to build it, what it takes (colours in the order red, green, blue, see `images_taken`)
-                           and gives, and how far each file is from the run's network
+    backbone.json          how to build it, its input (colors in the order red, green, blue, see `describe_images`) and
+                           output, and the largest difference of each file from the run's network
 
-All take any batch, and compute as in evaluation. Each file is read back and run on the same images as the run's
-network, batches of 5 and of 1.
+All take a batch of any size, and compute as in evaluation mode. Each file is read back and compared with the run's
+network on the same images, in batches of 5 and of 1.
 """
 
 import copy
@@ -24,14 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmargin import __version__
+from fastmargin.driver.log import Log
 from fastmargin.driver.training import run_folder
-from fastmargin.driver.training.backbone import Log, load_backbone
+from fastmargin.driver.training.backbone import load_backbone
 from fastmargin.files import written
 
 STEM = "backbone"
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "images", "embeddings"  # names in ONNX
-TOLERANCE = 1e-3  # of the largest number of an embedding: what is further off is another network
+TOLERANCE = 1e-3  # of the largest number of an embedding: a file that differs by more is not the same network
 
 Network = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [B, d]
 
@@ -39,8 +40,8 @@ Network = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [B, d]
 def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
     """Writes the network of the newest checkpoint of a run into a new or empty folder, in every format.
 
-    ONNX is left out, and said to be, where its packages are missing. model: as for `train.train`. ValueError
-    for a folder that holds no run, no checkpoint, or something already; RuntimeError if a file computes
+    Without the packages of ONNX that format is left out, and the log says so. model: as for `train.train`. ValueError
+    for a folder without a run or a checkpoint, and for an `out` that is not empty; RuntimeError if a file computes
     something else than the run's network.
     """
     config, network, shape, step = load_backbone(where, log, model)
@@ -62,12 +63,12 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
         out / f"{STEM}.json",
         {
             "model": {**asdict(config.model), "name": model or config.model.name},
-            "images": images_taken(*shape),
+            "images": describe_images(*shape),
             "embeddings": {
                 "name": OUTPUT,
                 "shape": ["batch", config.dim],
                 "dtype": "float32",
-                "normalised": False,
+                "normalized": False,
                 "compare": "cosine",
             },
             "step": step,
@@ -77,19 +78,19 @@ def export(where: Path, out: Path, log: Log, model: str | None = None) -> None:
     )
 
 
-def images_taken(channels: int, height: int, width: int) -> dict[str, object]:
-    """How an image becomes the network's input, as `datasets.pixels.fit` and `augment.to_float` make it.
+def describe_images(channels: int, height: int, width: int) -> dict[str, object]:
+    """How an image becomes the network's input: what `sources.pixels.fit` and `augment_glyphs.to_float` do.
 
-    Glyphs and Omniglot's drawings are bright on black; images that were numbers come as they are.
+    Glyphs and Omniglot's drawings are bright on black; images from tensors are not converted.
     """
-    steps = ["turned upright by its EXIF orientation", "to 8-bit grey" if channels == 1 else "to 8-bit RGB"]
+    steps = ["turned upright by its EXIF orientation", "to 8-bit gray" if channels == 1 else "to 8-bit RGB"]
     if height == width:
         steps.append(f"cropped in the middle to a square, resized to {width} x {height}, bicubic (PIL.ImageOps.fit)")
     return {
         "name": INPUT,
         "shape": ["batch", channels, height, width],
         "dtype": "float32",
-        "channels": "grey" if channels == 1 else "RGB",
+        "channels": "gray" if channels == 1 else "RGB",
         "prepare": steps,
         "scale": "intensity / 255",
     }
@@ -130,7 +131,7 @@ def write_onnx(file: Path, network: nn.Module, images: Tensor) -> Network:
 
 
 def difference(written: Network, network: nn.Module, images: Tensor) -> float:
-    """The largest difference of a number of an embedding; infinite for another shape or for NaN."""
+    """The largest difference between two numbers of the embeddings; infinite for another shape or NaN."""
     largest = 0.0
     for batch in (images, images[:1]):
         got, expected = written(batch), network(batch)
@@ -148,7 +149,7 @@ def check(file: Path, far: float, embeddings: Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch's exporters warn of what is not there (torchvision) and of layouts that they do keep (channels_last)."""
+    """Hides two harmless warnings of torch's exporters: no torchvision, and channels_last, which they do keep."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

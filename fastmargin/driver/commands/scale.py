@@ -1,4 +1,4 @@
-"""The commands plan and simulate: their options, and how their answers read. torch is imported by simulate alone."""
+"""The commands plan and simulate: their options and the text that they print. Only simulate imports torch."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 
 def count(name: str, text: str) -> int:
-    """Of 1000000, 1_000_000, 1e6 or 1M. ValueError for what is no whole number."""
+    """The number that 1000000, 1_000_000, 1e6 or 1M stands for. ValueError if it is no whole number."""
     digits, factor = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1.0)
     try:
         number = float(digits) * factor
         whole = int(number)
     except (ValueError, OverflowError):  # no number; nan or infinity
-        whole, number = 0, 0.5
+        whole, number = 0, 0.5  # differ, so that they are refused below
     require(whole == number, name, text, "a whole number, such as 1000000, 1e6 or 1M")
     return whole
 
@@ -32,23 +32,23 @@ def plan_options(parser: Any) -> Any:
     add("--dim", type=str, default="512", help="width of the embeddings")
     add("--batch", type=str, default="128", help="rows of each GPU")
     add("--gpus", type=str, default="8", help="ranks, one GPU each")
-    add("--sample-rate", type=float, default=1.0, help="share of the classes drawn in a step (PartialFC)")
-    add("--device", type=str, default="h200", help=f"{', '.join(DEVICES)}; only cpu's figures are measured ones")
-    add("--optimizer", type=plan.Optimizer, default="sgd", help="sgd has momentum")
-    add("--in-backward", type=bool, default=True, help="step in the backward pass: no gradient is stored")
-    add("--compute-dtype", type=ComputeDtype | None, help="operands of the products; null: the device's 16-bit type")
-    add("--topk", type=str, default="1", help="mined classes of a row, and of a class in the table; 0: no table")
-    add("--backbone-gb", type=float, default=0.0, help="GB of a GPU that the backbone, its state and activations need")
+    add("--sample_rate", type=float, default=1.0, help="share of the classes drawn in a step (PartialFC)")
+    add("--device", type=str, default="h200", help=f"{', '.join(DEVICES)}; only the figures of cpu are measured")
+    add("--optimizer", type=plan.Optimizer, default="sgd", help="sgd is with momentum")
+    add("--in_backward", type=bool, default=True, help="update in the backward pass: no gradient is stored")
+    add("--compute_dtype", type=ComputeDtype | None, help="operands of the products; null: the device's 16-bit type")
+    add("--topk", type=str, default="1", help="mined classes per row, and per class in the table; 0: no table")
+    add("--backbone_gb", type=float, default=0.0, help="GB of each GPU for the backbone, its state and activations")
     return parser
 
 
 def simulate_options(parser: Any) -> Any:
     add = parser.add_argument
-    add("--ranks", type=str, required=True, help="N, one after another")
-    add("--classes", type=str, default="10000", help="C; there may be fewer than ranks")
+    add("--ranks", type=str, required=True, help="N; they are computed one after another")
+    add("--classes", type=str, default="10000", help="C; may be fewer than the ranks")
     add("--dim", type=str, default="64", help="width of the embeddings")
     add("--batch", type=str, default="1", help="rows of each rank")
-    add("--topk", type=str, default="5", help="mined classes of a row, 1 or more")
+    add("--topk", type=str, default="5", help="mined classes per row, 1 or more")
     return parser
 
 
@@ -63,7 +63,7 @@ def run_plan(given: Any, log: Log) -> None:
 
 
 def run_simulate(given: Any, log: Log) -> None:
-    """ValueError for sizes below 1; RuntimeError where the ranks and one process disagree."""
+    """ValueError for sizes below 1; RuntimeError if the results of the ranks and of one process differ."""
     sizes = sized(given, ("ranks", "classes", "dim", "batch", "topk"))
     for name, size in sizes.items():
         require(size >= 1, name, size, "1 or more")
@@ -87,7 +87,7 @@ def listing(title: str, lines: dict[str, str]) -> list[str]:
 
 
 def setting(p: Plan) -> str:
-    """One line that says what the figures are of."""
+    """The settings in one line."""
     classes = "all classes" if p.sample_rate == 1 else f"{p.sample_rate:g} of the classes"
     update = "in backward" if p.in_backward else "after backward"
     return (
@@ -99,7 +99,7 @@ def setting(p: Plan) -> str:
 def verdict(p: Plan, sizes: dict[str, float], fewest: int | None) -> str:
     used, room = gigabytes(sum(sizes.values())), "fits" if plan.fits(p.on, sizes) else "does not fit"
     least = f"the fewest are {fewest:,}" if fewest else f"no number of GPUs up to {plan.MOST_GPUS:,} is enough"
-    return f"{used} of {gigabytes(p.on.memory)} GB, {SPARE:.0%} of which is kept free: {room}; {least}"
+    return f"{used} of {gigabytes(p.on.memory)} GB, {SPARE:.0%} of which are kept free: {room}; {least}"
 
 
 def report(p: Plan) -> str:
@@ -129,7 +129,7 @@ def report(p: Plan) -> str:
 
 
 def table(plans: list[Plan]) -> str:
-    """In Markdown, a line for each number of classes."""
+    """A table in Markdown, a line for each number of classes."""
     first = plans[0]
     lines = [
         f"Estimates by formula, not measured: {first.gpus:,} ranks, {setting(first)}",

@@ -21,15 +21,15 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     """Trains in a new folder, or resumes in `out`; evaluates, reports, and returns the folder of the run.
 
     model: import path "package.module:factory" of a network of your own, see `fastmargin.models.build_model`;
-    None: config.model. It is given from Python alone, also to resume or to evaluate.
-    Under torchrun, or where torch.distributed runs already, all processes call this with the same arguments and train
-    together; the first one alone logs and writes.
+    None: config.model. It can be given only from Python, and has to be given again to resume or to evaluate.
+    Under torchrun, or if torch.distributed is initialized already, all processes call this with the same arguments and
+    train together; only the first one logs and writes.
     ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
     damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is training in the folder.
     `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
     """
     if config.tensorboard:
-        tensorboard.summary_writer()  # or a mistake, before any work
+        tensorboard.summary_writer()  # fails here, before any work, where TensorBoard is not installed
     with processes.process_group() as ours, ExitStack() as held:
         log = ours.log(log)
         run = build(config, log, model, ours)
@@ -50,13 +50,13 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
 
 
 def described(run: Run) -> str:
-    """The margin with its numbers, those that defaults have filled in and a schedule will reach."""
+    """The margin with its numbers: those of the defaults too, and m as it is at the end of its schedule."""
     grows = f", m from 0 within {run.schedule.steps} steps" if isinstance(run.schedule, MarginRamp) else ""
     return f"{build_margin(run.config.head)}{grows}"
 
 
 def claim(out: str | None, config: TrainConfig, held: ExitStack) -> Path:
-    """Makes the folder of the run, and holds its lock."""
+    """Makes the folder of the run and takes its lock."""
     where = run_folder.claim(out, config)
     held.enter_context(locked(where))
     return where

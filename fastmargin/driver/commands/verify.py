@@ -1,8 +1,8 @@
-"""Evaluation of what no run holds: stored embeddings, and verification sets of image pairs.
+"""Evaluation without the held-out data of a run: stored embeddings, and verification sets of image pairs.
 
-Stored embeddings are a safetensors file with `embeddings` [N, d] and integer `labels` [N]; its metadata may
-hold `names`, a JSON list with the name of each label, else a label's name is its own text. A pair list, LFW's
-pairs.txt, names the n-th image of a name: the n-th row of that label. `fastmargin embed` writes such a file.
+Stored embeddings are a safetensors file with `embeddings` [N, d] and integer `labels` [N], as `fastmargin embed` writes
+it; its metadata may hold `names`, a JSON list with the name of each label, else a label's name is its number as text. A
+pair list in the format of LFW's pairs.txt names the n-th image of a name: the n-th row of that label.
 """
 
 import json
@@ -22,13 +22,13 @@ from fastmargin.driver.reports import report
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import embed_images, load_backbone
 
-LARGEST = 40_000  # images whose pairs, 0.8 billion, are still held at once: 3 GB
+LARGEST = 40_000  # images: the scores of all their pairs, 0.8 billion, take 3 GB
 
 
 def evaluate_stored(path: Path, pairs: str | None, out: str | None, log: Log) -> None:
-    """Embeddings of a file: over all their pairs, or over those of a pair list.
+    """Evaluates the embeddings of a file over all their pairs, or over those of a pair list.
 
-    ValueError for a file that is not as described above, a list of images it does not hold, too many images.
+    ValueError for a file that is not as described above, a pair list with images that are not in it, too many images.
     """
     embeddings, labels, names = read_embeddings(path)
     if pairs is None:
@@ -52,14 +52,14 @@ def evaluate_set(
     model: str | None = None,
     device: str | None = None,
 ) -> None:
-    """A run's network on a verification set of InsightFace; images of another size are resized.
+    """Evaluates a run's network on a verification set of InsightFace; images of another size are resized.
 
-    mirror: see `fastmargin.evaluation.mirrored`; model: as for `train.train`; device: None is a GPU where
-    there is one. ValueError for a file that is no such set, an image that cannot be read.
+    mirror: see `fastmargin.evaluation.mirrored`; model: as for `train.train`; device: None is a GPU where there is one.
+    ValueError for a file that is no such set, an image that cannot be read.
     """
     _, network, (channels, size, _), _ = load_backbone(where, log, model, device)
     images, same = evaluation.read_bin(pairs)
-    color: Color = "grey" if channels == 1 else "rgb"
+    color: Color = "gray" if channels == 1 else "rgb"
     pixels = torch.stack([pixels_of(image, number, size, color) for number, image in enumerate(images)])
     features = describe(network, pixels, mirror)
     results = evaluation.evaluate_pairs(features[::2], features[1::2], same)
@@ -102,7 +102,7 @@ def describe(
 def tell(
     heading: str, column: str, results: Mapping[str, float], titles: Mapping[str, str], out: str | None, log: Log
 ) -> None:
-    """Prints the numbers, and writes them where they are wanted."""
+    """Prints the numbers, and writes them to `out` if it is given."""
     numbers = resolvable(results)
     log(report.lines(heading, {column: numbers}, titles))
     if titles is report.PAIRS:

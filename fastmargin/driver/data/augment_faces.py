@@ -1,16 +1,16 @@
 """Augmentation of photographs, counter-based: a pure function of (seed, epoch, index) of each image.
 
-On uint8, in this order, by the stream of `driver.augment`, whose draws DRAWS names:
+On uint8, in this order. The random numbers are those of `driver.data.augment_glyphs`; DRAWS names them:
 
     mirror    half of the images
-    window    a square of 1 - CROP to 1 of the side, off the centre by up to SHIFT of the side each way, takes the
-              place of the image; the nearest pixel counts, and the edge where the window leaves the image
-    colour    each channel brighter or darker by up to CHANNEL levels
-    grey      GREY of the images lose their colour, 0.299 R + 0.587 G + 0.114 B in every channel
-    erase     ERASED of the images lose a rectangle of ERASE of the side each way to one random level
+    window    the image becomes its window of 1 - CROP to 1 of the side, off the center by up to SHIFT of the side each
+              way; pixels are the nearest ones, and outside of the image those of its edge
+    color     each channel brighter or darker by up to CHANNEL levels
+    gray      GRAY of the images lose their color, 0.299 R + 0.587 G + 0.114 B in every channel
+    erase     ERASED of the images have a rectangle of ERASE of the side each way filled with one random level
 
-Mirror, colour and grey are those of Doppelganger Mining (Smirnov et al. 2017, 4.2.3); erasing is that of Zhong et al.
-(arXiv 1708.04896) with sides drawn apart.
+Mirror, color and gray are those of Doppelganger Mining (Smirnov et al. 2017, 4.2.3); erasing is that of Zhong et al.
+(arXiv 1708.04896) with height and width drawn independently.
 """
 
 import numpy as np
@@ -25,12 +25,12 @@ MIRROR = 0.5  # share of images
 CROP = 0.1
 SHIFT = 0.05
 CHANNEL = 10  # levels of 255
-GREY = 0.1  # share of images
+GRAY = 0.1  # share of images
 ERASED = 0.25  # share of images
 ERASE = (0.1, 0.4)
 LUMA = (19595, 38470, 7471)  # of R, G, B, in units of 2^-16: Pillow's
 DRAWS = (
-    "mirror", "scale", "right", "down", "red", "green", "blue", "grey",
+    "mirror", "scale", "right", "down", "red", "green", "blue", "gray",
     "erase", "width", "height", "left", "top", "level",
 )  # fmt: skip
 
@@ -41,13 +41,13 @@ def augment_faces(
     epoch: ArrayLike,  # [B] int64
     seed: int,
 ) -> Tensor:  # [B, 1, H, W] or [B, 3, H, W] float32
-    """Mirrored, shifted, cropped, coloured and erased images; the same (seed, epoch, index) always gives the same."""
+    """Mirrored, shifted, cropped, colored and erased images; the same (seed, epoch, index) always gives the same."""
     start = hash64(AUGMENT, seed, epoch, index)  # [B]
     draws = torch.from_numpy(uniform(stream(start, 0, len(DRAWS)) >> np.uint64(32)))  # [B, DRAWS]
     draw = dict(zip(DRAWS, draws.T, strict=True))  # [B] each, in (0, 1)
     result = window(images, draw)
     result = shift_channels(result, draws[:, 4:7])
-    lose_color(result, draw["grey"] < GREY)
+    lose_color(result, draw["gray"] < GRAY)
     erase(result, draw)
     return to_float(result)
 
@@ -69,18 +69,18 @@ def window(
 
 def lines(
     side: int,
-    scale: Tensor,  # [B] of the window
-    shift: Tensor,  # [B] of its centre, in sides
+    scale: Tensor,  # [B] side of the window, as a share of the image's
+    shift: Tensor,  # [B] of its center, in the same unit
 ) -> Tensor:  # [B, side] int64
     """The row (or column) of the image that each row of the window takes."""
-    centre = (torch.arange(side) + 0.5) / side - 0.5
-    place = centre * scale[:, None] + shift[:, None] + 0.5
-    return (place * side).floor().long().clamp_(0, side - 1)
+    center = (torch.arange(side) + 0.5) / side - 0.5
+    source = center * scale[:, None] + shift[:, None] + 0.5
+    return (source * side).floor().long().clamp_(0, side - 1)
 
 
 def shift_channels(
     images: Tensor,  # [B, H, W] or [B, H, W, 3] uint8
-    draws: Tensor,  # [B, 3]; grey images take the first
+    draws: Tensor,  # [B, 3]; gray images take the first
 ) -> Tensor:  # the same
     levels = (draws * (2 * CHANNEL + 1)).floor().short() - CHANNEL
     levels = levels[:, None, None, :] if images.ndim == 4 else levels[:, :1, None]
@@ -112,7 +112,7 @@ def span(
     length: Tensor,  # [B] in (0, 1)
     start: Tensor,  # [B] in (0, 1)
 ) -> list[list[int]]:  # B pairs
-    """Where the erased part begins and ends."""
+    """First and end row (or column) of the erased part."""
     low, high = ERASE
     pixels = ((low + (high - low) * length) * side).round()
     first = (start * (side - pixels + 1)).floor()

@@ -1,16 +1,16 @@
 """Augmentation of characters, counter-based: a pure function of (seed, epoch, index) of each image.
 
-Image i in epoch e owns the splitmix64 stream that starts at hash(seed, e, i): draw j is mix64(start + j G),
-with G the golden ratio of 2^64. Eight draws choose the warp, the blur and the noise level; the others are
-the noise, two pixels each by the rule of Box and Muller (1958). So an image depends on no other image of
-its batch, on no worker and on no thread.
+Image i in epoch e has its own splitmix64 stream, which starts at hash(seed, e, i): draw j is mix64(start + j G),
+with G = 2^64 / golden ratio. Eight draws choose the warp, the blur and the noise level; the others are the
+noise, two pixels each by the rule of Box and Muller (1958). So an image does not depend on the other images
+of its batch, on the worker or on the thread.
 
-The pixel of the result at u, in [-1, 1]^2 from the centre, is taken from A u + t of the original:
+The pixel of the result at u, in [-1, 1]^2 from the center, is taken from A u + t of the original:
 
     A = scale [[cos a, -sin a], [sin a, cos a]] [[1, shear], [0, 1]]
 
-No mirror: b and d are two identities. `to_float` and `augment` divide intensities by 255 and do not shift
-them: the background is 0, and so is the padding of a convolution. Noise may leave [0, 1].
+No mirror: b and d are two identities. `to_float` and `augment` divide intensities by 255 and subtract no mean:
+the background is 0, as the padding of a convolution is. Noise may go beyond [0, 1].
 """
 
 import math
@@ -27,16 +27,16 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ROTATION = math.radians(8)
 SCALE = 0.1
 SHEAR = 0.12
-SHIFT = 0.12  # of half the width
-BLURRED = 0.5  # share of images
+SHIFT = 0.12  # in units of half the width
+BLURRED = 0.5  # share of the images
 NOISE = 0.08  # largest standard deviation
-PARAMETERS = 8  # draws before the noise
+PARAMETERS = 8  # draws of an image before those of its noise
 
 
 def to_float(
     images: Tensor,  # [B, H, W] or [B, H, W, 3] uint8
 ) -> Tensor:  # [B, 1, H, W] or [B, 3, H, W] float32
-    """Intensities in [0, 1], 0 is background."""
+    """Intensities in [0, 1]; 0 is background."""
     channels_first = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return channels_first.float().div_(255)
 
@@ -70,7 +70,7 @@ def stream(
 def uniform(
     words: NDArray[np.uint64],  # any shape, 32 random bits each
 ) -> NDArray[np.float32]:  # the same, in (0, 1)
-    """The middles of 2^23 equal intervals: all are float32 numbers, none is 0 or 1."""
+    """Midpoints of 2^23 equal intervals: each is a float32 number, none is 0 or 1."""
     return ((words >> words.dtype.type(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
 
 
@@ -87,7 +87,7 @@ def warp(
     images: Tensor,  # [B, c, H, W] float32
     amounts: Tensor,  # [B, 5] in (-1, 1): rotation, scale, shear, shift right, shift down
 ) -> Tensor:  # [B, c, H, W]
-    """Rotate, scale, shear and shift each image about its centre, bilinearly; black comes in from outside."""
+    """Rotate, scale, shear and shift each image about its center, bilinearly; outside of it is black."""
     limits = torch.tensor([ROTATION, SCALE, SHEAR, SHIFT, SHIFT])
     angle, scale, shear, right, down = (amounts * limits).T[:, :, None, None]  # [B, 1, 1] each
     height, width = images.shape[-2:]
@@ -102,7 +102,7 @@ def warp(
 def blur(
     images: Tensor,  # [B, c, H, W]
 ) -> Tensor:  # [B, c, H, W]
-    """The 3 x 3 binomial filter (1 2 1)/4 in both directions, black outside."""
+    """The 3 x 3 binomial filter (1 2 1)/4 in both directions; outside of the image is black."""
     padded = pad(images, (1, 1, 1, 1))
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16

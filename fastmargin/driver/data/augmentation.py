@@ -1,4 +1,4 @@
-"""Which augmentation a configuration asks for."""
+"""The sets of augmentations by name, and which of them a configuration has."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,12 @@ from torch import Tensor
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.augment_faces import augment_faces
 from fastmargin.driver.data.augment_glyphs import augment, to_float
-from fastmargin.driver.data.sources import KINDS, recognise
+from fastmargin.driver.data.sources import KINDS, recognize
 
 Indices = NDArray[np.int64]
-
-
-Augment = Callable[[Tensor, Indices, Indices, int], Tensor]
-
+Augment = Callable[
+    [Tensor, Indices, Indices, int], Tensor
+]  # (images, index, epoch, seed): see `augment_glyphs.augment`
 
 AUGMENTS: dict[str, Augment] = {
     "none": lambda images, index, epoch, seed: to_float(images),
@@ -25,5 +24,5 @@ AUGMENTS: dict[str, Augment] = {
 
 
 def augmentation(config: DataConfig) -> str:
-    """The set that is asked for, or the one that suits the kind of the source."""
-    return config.augment or KINDS[recognise(config.source)].augment
+    """The name in AUGMENTS: that of the configuration, or the default for the kind of its source."""
+    return config.augment or KINDS[recognize(config.source)].augment

@@ -1,4 +1,4 @@
-"""Labelled images by identity, and how whole identities are split."""
+"""Labeled images by identity, and their split into whole identities to train on and to hold out."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fastmargin.driver.data.order import Permutation
 
-EACH = 10  # images that an identity may always bring to an evaluation
+EACH = 10  # images of an identity that an evaluation takes at least, if it has so many
 
 
 class Stored(Protocol):
-    """N images that are read or made when they are asked for, from any thread."""
+    """N images that are read or made when they are indexed, by any thread."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, W), or (N, H, W, 3) in colour."""
+        """(N, H, W), or (N, H, W, 3) in color."""
 
     def __len__(self) -> int: ...
 
@@ -33,15 +33,15 @@ class Stored(Protocol):
         ...
 
     def checksums(self) -> NDArray[np.uint32]:  # [N]
-        """A number for each image that tells it from another."""
+        """A number for each image that differs where the images do."""
 
     def title(self, number: int) -> str:
-        """What to call an image: the path of its file, where it has one."""
+        """A name of an image for messages: the path of its file, where it has one."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some of the stored images."""
+    """A selection of the stored images."""
 
     images: Stored
     rows: NDArray[np.int64]  # [n]
@@ -68,7 +68,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Identities:
-    """Labelled images; identity c has images `labels == c` and is called `names[c]`."""
+    """Labeled images; identity c has images `labels == c` and is called `names[c]`."""
 
     images: Tensor | Stored  # [N, H, W] or [N, H, W, 3] uint8, 0 is background
     labels: Tensor  # [N] int64, dense: 0..C-1
@@ -86,7 +86,7 @@ class Identities:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, labels and images (or their checksums): the same data, and in the same order."""
+        """SHA-256 of names, labels and images (or their checksums): equal for the same data in the same order."""
         images = self.images
         digest = hashlib.sha256("\n".join(self.names).encode())
         digest.update(self.labels.numpy().tobytes())
@@ -94,14 +94,14 @@ class Identities:
         return digest.hexdigest()
 
     def title(self, number: int) -> str:
-        """What to call an image: the path of its file, or its number where images are no files."""
+        """A name of an image for messages: the path of its file, or its number where images are no files."""
         return f"image {number}" if isinstance(self.images, Tensor) else self.images.title(number)
 
     def take(
         self,
         rows: NDArray[np.int64],  # [n] different images, in any order
     ) -> "Identities":
-        """These images alone, of the identities that have any of them, with dense labels in the same order."""
+        """Only these images and their identities; labels are numbered anew from 0, in the same order."""
         kept, labels = torch.unique(self.labels[rows], return_inverse=True)
         images = self.images[rows] if isinstance(self.images, Tensor) else Chosen(self.images, rows)
         return Identities(images, labels, [self.names[label] for label in kept.tolist()])
@@ -109,50 +109,50 @@ class Identities:
     def split(self, holdout: float, seed: int, key: Callable[[str], object] = str) -> tuple["Identities", "Identities"]:
         """(train, test): whole identities, about a share `holdout` of them in test.
 
-        An identity's side depends on the seed and the key of its name alone: the split survives new identities
-        and images. Where chance would leave test without a pair to compare, the first two identities that have
-        two images go there, unless holdout is 0. ValueError unless 0 <= holdout < 1.
+        On which side an identity is depends only on the seed and the key of its name: it stays there when identities
+        and images are added. The first two identities with two images or more, in the order of the hash, are always
+        in test, which so has a pair to compare, unless holdout is 0. ValueError unless 0 <= holdout < 1.
         """
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout is a share of the identities, 0 <= holdout < 1; got {holdout}")
-        place = np.array([fraction(key(name), seed) for name in self.names])  # [C]
-        test = place < holdout
+        hashes = np.array([fraction(key(name), seed) for name in self.names])  # [C]
+        test = hashes < holdout
         if holdout > 0:
             paired = np.flatnonzero(np.bincount(self.labels, minlength=self.num_classes) > 1)
-            test[paired[place[paired].argsort()[:2]]] = True
+            test[paired[hashes[paired].argsort()[:2]]] = True
         test = test[self.labels.numpy()]
         return self.take(np.flatnonzero(~test)), self.take(np.flatnonzero(test))
 
     def comparable(self, limit: int, seed: int) -> "Identities":
-        """What an evaluation is made of: identities with two images or more, and at most `limit` images.
+        """The images of an evaluation: those of identities with two images or more, `limit` images at most.
 
-        Should they have more, each identity brings max(EACH, limit / identities) of its images, evenly spread
-        over them, and identities are taken in an order drawn by the seed as long as they fit.
+        If there are more, an identity has at most max(EACH, limit / identities) images, spread evenly over its own, and
+        identities are taken in an order drawn from the seed until the limit is reached.
         """
         if not self.names:
             return self
         labels = self.labels.numpy()
         sizes = np.bincount(labels)
-        given = np.where(sizes > 1, sizes, 0)  # [C] images that each one brings
-        if given.sum() > limit:
-            given = np.minimum(given, max(EACH, limit // (sizes > 1).sum()))
+        taken = np.where(sizes > 1, sizes, 0)  # [C] number of images of each
+        if taken.sum() > limit:
+            taken = np.minimum(taken, max(EACH, limit // (sizes > 1).sum()))
         order = Permutation(len(sizes), seed, 0)(np.arange(len(sizes)))
-        given[order[given[order].cumsum() > limit]] = 0
+        taken[order[taken[order].cumsum() > limit]] = 0
         rows = labels.argsort(kind="stable")
-        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[labels[rows]]  # of an image in its identity
-        of = labels[rows]
-        return self.take(np.sort(rows[rank * given[of] % sizes[of] < given[of]]))
+        identity = labels[rows]
+        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[identity]  # of an image in its identity
+        return self.take(np.sort(rows[rank * taken[identity] % sizes[identity] < taken[identity]]))
 
 
 def fraction(key: object, seed: int) -> float:
-    """md5("seed:key") as a fraction of 1."""
+    """md5("seed:key") as a number in [0, 1)."""
     digest = hashlib.md5(f"{seed}:{key}".encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def dense(
     labels: ArrayLike,  # [N] integers of any kind
-) -> tuple[Tensor, NDArray[np.int64]]:  # [N] 0..C-1, [C] what each was
-    """Labels without gaps, in the same order."""
+) -> tuple[Tensor, NDArray[np.int64]]:  # [N] 0..C-1, [C] the old label of each
+    """Labels numbered anew without gaps, in the same order."""
     values, labels = np.unique(np.asarray(labels).astype(np.int64), return_inverse=True)
     return torch.from_numpy(labels), values

@@ -1,11 +1,11 @@
-"""Identities, their split, and the order in which images are visited.
+"""The order in which images are visited, and the hash behind all random numbers of the data.
 
 The order is counter-based, a pure function of (seed, step): its state is two integers, and a run resumes
 exactly, with any number of workers.
 
 - Hash: the splitmix64 generator (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-  generators"), folded over the words of a key. The first word names the use, so that no two uses share a
-  stream.
+  generators"), applied to one word of a key after another. The first word names the use, so that no two uses
+  share a stream.
 - Permutation of 0..n-1: four Feistel rounds (Luby and Rackoff 1988) on the smallest even number of bits
   that holds n - 1, with cycle walking (Black and Rogaway 2002): a value outside 0..n-1 goes through again.
 - Batches: sample p = step * batch + i of the run is image permutation(p mod n) of epoch p div n.
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ORDER, AUGMENT, SYNTHETIC = 1, 2, 3  # first words of a key
-
 
 ROUNDS = 4
 
@@ -36,8 +35,8 @@ def mix64(
 
 
 def hash64(*words: ArrayLike) -> NDArray[np.uint64]:
-    """Hash of a key, word by word: integers or integer arrays that broadcast; [1] if all are integers."""
-    state = np.zeros(1, np.uint64)  # not a scalar: arrays wrap silently
+    """Hash of a key whose words are integers, or integer arrays that broadcast; [1] if all are integers."""
+    state = np.zeros(1, np.uint64)  # no scalar: only arrays overflow without a warning
     for word in words:
         state = mix64(state ^ np.asarray(word).astype(np.uint64))
     return state
@@ -50,7 +49,7 @@ class Permutation:
         if n < 1:
             raise ValueError(f"a permutation needs at least one item, got n = {n}")
         self.n = n
-        self.bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # of a half
+        self.bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # of each half of a Feistel block
         self.keys = hash64(ORDER, seed, epoch, np.arange(ROUNDS))  # [ROUNDS]
 
     def __call__(
@@ -75,7 +74,7 @@ class Permutation:
 
 @dataclass(frozen=True)
 class UniformBatches:
-    """Every image once per epoch, in equal batches that run on over the end of an epoch; none is dropped."""
+    """Every image once per epoch, in batches of one size: a batch may end one epoch and begin the next."""
 
     n: int
     batch_size: int
@@ -85,7 +84,7 @@ class UniformBatches:
         if self.n < 1 or self.batch_size < 1:
             raise ValueError(f"n and batch_size are at least 1, got {self.n} and {self.batch_size}")
 
-    def _samples(self, step: int) -> NDArray[np.int64]:  # [batch] samples of the run
+    def _samples(self, step: int) -> NDArray[np.int64]:  # [batch] numbers of samples, counted from the start of the run
         return step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
 
     def epochs(self, step: int) -> NDArray[np.int64]:  # [batch]
@@ -96,6 +95,6 @@ class UniformBatches:
         """The images of the batch, each in 0..n-1."""
         index, epochs = self._samples(step) % self.n, self.epochs(step)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            index[now] = Permutation(self.n, self.seed, int(epoch))(index[now])
+            same = epochs == epoch
+            index[same] = Permutation(self.n, self.seed, int(epoch))(index[same])
         return index

@@ -281,7 +281,7 @@ def repeat(where: Path, run: Run, versions: Mapping[str, str]) -> list[str]:
     }
     shown = [page.paragraph(f"{aim}:") + page.command(words) for aim, words in aims.items()]
     if run.factory is not None:
-        shown = [page.paragraph(f"From Python: fastmargin.driver.engine, with model={run.factory!r}.")]
+        shown = [page.paragraph(f"From Python: fastmargin.driver.commands.train, with model={run.factory!r}.")]
     return [*shown, page.table(list(versions.items()))]
 
 

@@ -1,12 +1,12 @@
-"""The shards of N ranks, computed one after another on one machine: do they make one head, and what would they send?
+"""The shards of N ranks, computed one after another on one machine: do they equal one head, and what would they send?
 
 Every rank scores all rows against its own classes. What it would send is merged by the functions that a group uses
-(merging.py), the loss is computed from that, and its gradient goes back through every rank: its own dw, and a part of
-dx, which are added in the order of the ranks. All of it is compared with a MarginHead that has all classes, by
-||difference|| / ||whole||. That is the arithmetic, in any number of ranks; nothing is sent, so the collectives
-themselves (distributed.py) are proved by the tests' groups of processes alone. The last quarter of the classes are
-copies of the first, so that the lists hold ties across shards. Letters: B rows of all ranks, b of each, C classes, d
-features, N ranks, k mined classes.
+(distributed/merge.py), the loss is computed from that, and its gradient goes back through every rank, which gives its
+own dw and a part of dx; the parts are added in the order of the ranks. All of it is compared with a MarginHead that has
+all classes, by ||difference|| / ||whole||. This checks the arithmetic for any number of ranks. Nothing is sent, so the
+collectives (distributed/functions.py) are checked only by the tests with groups of processes. The last quarter of the
+classes are copies of the first, so that the lists hold ties across shards. Letters: B rows of all ranks, b of each, C
+classes, d features, N ranks, k mined classes.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from fastmargin.head.margin_head import MarginHead
 from fastmargin.margins.angular import ArcFace
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
-LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6}  # of tests/test_distributed.py too
+LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6}  # as in tests/distributed
 
 
 class Result(NamedTuple):
-    """Of a batch of all ranks, as the objective's: the average of the ranks' losses."""
+    """Losses, mined lists and gradients of the batch of all ranks; the objective is the average of their losses."""
 
     loss: Tensor  # [B]
     scores: Tensor  # [B, k]
@@ -64,7 +64,7 @@ def local(
     classes: Layout,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [B], [B, k], [B, k] class ids
-    """A rank's part, of its classes alone."""
+    """The outputs of one rank, over its own classes."""
     rest, target, values, found = nontarget_lse(x, w, classes.local_index(y), topk=k)
     return rest, target, values, torch.where(found < 0, -1, found + classes.start)
 
@@ -74,7 +74,7 @@ def ranks_in_turn(
     f: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
-) -> tuple[Result, dict[str, float]]:  # and the bytes that the first rank would send, by collective
+) -> tuple[Result, dict[str, float]]:  # with the bytes that the first rank would send, by collective
     N, margin = p.gpus, ArcFace()
     shards = [chunks(p.classes, dist.ProcessGroup(rank, N)) for rank in range(N)]  # type: ignore[call-arg]
     f = f.clone().requires_grad_()
@@ -138,7 +138,7 @@ def messages(
     dx: Tensor,  # [B, d]
     result: Result,
 ) -> dict[str, float]:
-    """Bytes that the first rank sends: its rows to all others, or to each other its rows."""
+    """Bytes that the first rank sends: its own rows to all others, or to each other rank the rows of that rank."""
     b = p.batch
 
     def to_all(*rows: Tensor) -> float:  # [B, ...] each
@@ -157,7 +157,7 @@ def messages(
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||; infinities have to agree, else it is infinite."""
+    """||got - want|| / ||want||; infinite if infinities stand in different places, or for NaN."""
     if not torch.equal(got.isinf(), want.isinf()) or got.isnan().any():
         return torch.inf
     got, want = (t.double().nan_to_num(0, 0, 0) for t in (got, want))
@@ -171,10 +171,10 @@ def misnamed(
     w: Tensor,  # [C, d]
     y: Tensor,  # [B]
 ) -> tuple[int, int]:
-    """TableFeed classes that differ: how many, and how many of them no tie excuses.
+    """The number of mined classes that differ, and of those among them that a tie does not explain.
 
-    Copies of a class have logits that may differ in their last bit by where they lie in a product. A class that stands
-    in another's place has to have that place's score, once in its row, and not to be the row's own.
+    Copies of a class may have logits that differ in the last bit, since they lie elsewhere in a product. So a class may
+    replace another in a list if it has the same score, is in the list once, and is not the row's own class.
     """
     apart = ranks.classes != whole.classes
     rows, named = apart.nonzero()[:, 0], ranks.classes[apart]
@@ -185,9 +185,9 @@ def misnamed(
 
 
 def compare(p: Plan, dtype: torch.dtype) -> tuple[dict[str, float], int, dict[str, float]]:
-    """Distances of the ranks' results from one process's, ties in other order, and the bytes sent.
+    """Distances of the ranks' results from those of one process, the number of ties in another order, the bytes sent.
 
-    RuntimeError where a distance is beyond its limit, or a mined class is another one's.
+    RuntimeError if a distance is above its limit, or if a mined class differs without a tie.
     """
     given = problem(p, dtype)
     whole = one_process(p, *given)
@@ -195,7 +195,7 @@ def compare(p: Plan, dtype: torch.dtype) -> tuple[dict[str, float], int, dict[st
     distances = {name: distance(getattr(ranks, name), getattr(whole, name)) for name in ("loss", "scores", "df", "dw")}
     wrong = {name: far for name, far in distances.items() if not far <= LIMITS[dtype]}
     if wrong:
-        raise RuntimeError(f"{p.gpus} ranks and one process are apart in {dtype} by {wrong}, over {LIMITS[dtype]}")
+        raise RuntimeError(f"{p.gpus} ranks and one process are {wrong} apart in {dtype}, above {LIMITS[dtype]}")
     apart, others = misnamed(ranks, whole, *given)
     if others:
         raise RuntimeError(f"{others} mined classes of {p.gpus} ranks in {dtype} are not those of one process")
@@ -203,9 +203,9 @@ def compare(p: Plan, dtype: torch.dtype) -> tuple[dict[str, float], int, dict[st
 
 
 def report(p: Plan, log: Callable[[str], None]) -> None:
-    """Compares in float64 and float32, and the messages of float32 with what `plan` counts by formula.
+    """Compares in float64 and float32, and the size of the float32 messages with the formula of `plan`.
 
-    RuntimeError as `compare`, and where a message has another size.
+    RuntimeError as in `compare`, and if a message has another size.
     """
     log(
         f"{p.gpus:,} ranks with {p.held:,} of {p.classes:,} classes each at most, {p.batch:,} rows each, d = {p.dim}, "
@@ -213,11 +213,11 @@ def report(p: Plan, log: Callable[[str], None]) -> None:
     )
     for dtype in LIMITS:
         distances, ties, sent = compare(p, dtype)
-        said = ", ".join(f"{name} {far:.1e}" for name, far in distances.items())
-        but = f" but for {ties} ties" if ties else ""
-        log(f"  {str(dtype).removeprefix('torch.')}: {said}; the mined classes are the same{but}")
+        listed = ", ".join(f"{name} {far:.1e}" for name, far in distances.items())
+        but = f" except for {ties} ties" if ties else ""
+        log(f"  {str(dtype).removeprefix('torch.')}: {listed}; the mined classes are the same{but}")
     if sent != wire(p):
         raise RuntimeError(f"messages of {sent} bytes: plan counts {wire(p)}")
-    log("bytes that a rank sends in a step (float32), counted from its tensors, as plan counts them by formula:")
+    log("bytes that a rank sends in a step (float32), counted from its tensors; plan's formulas give the same:")
     for name, size in sent.items():
         log(f"  {name:28}{size:>16,.0f}")

@@ -85,7 +85,7 @@ def adapted(backbone: Backbone, source: str | None) -> DataConfig:
     if source is None:
         return backbone.config.data
     channels, height, _ = backbone.input_shape
-    color: Color = "grey" if channels == 1 else "rgb"
+    color: Color = "gray" if channels == 1 else "rgb"
     return replace(backbone.config.data, source=source, size=height, color=color, fonts=None)
 
 

@@ -1,9 +1,9 @@
 """The training run: loop, train_step; at its end, evaluation on identities never trained on.
 
-n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `driver.run`. (With sampled classes
+n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `run`. (With sampled classes
 and SGD a checkpoint brings late rows up to date, which rounds them: only a stop at a step of `save_every` is exact.)
-How a step moves the weights is in `driver.optimizers`, how a signal stops a run in `driver.signals`, what N processes
-tell each other in `driver.processes`: on as many, a stop changes no bit; on another number, sums are rounded otherwise.
+How a step moves the weights is in `optimizers`, how a signal stops a run in `signals`, what N processes
+tell each other in `processes`: on as many, a stop changes no bit; on another number, sums are rounded otherwise.
 """
 
 import math
@@ -162,7 +162,7 @@ def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
     lr, margin          learning rate; m, null where the margin has not one number
     confusable_batches, confusable_classes, list_turnover: since the record before, see `mining.MiningStatistics`
     images_per_second   since the record before
-    seconds             of a step, by part: `driver.stopwatch`
+    seconds             of a step, by part: `stopwatch`
     machine             what it ran on
     """
     run.head.check()

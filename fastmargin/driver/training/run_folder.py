@@ -5,7 +5,7 @@
                    checkpoint: the later line of a step counts, and a line torn by a kill is passed over
     checkpoints/   see `fastmargin.checkpoint`
     report/        index.html, and the pictures in it as PNG
-    tensorboard/   the records again, for whoever asks: see `driver.tensorboard`
+    tensorboard/   the records again, for whoever asks: see `tensorboard`
     metrics.json   written when a run has been evaluated, last of all
     lock           held by the process that trains, see `fastmargin.files`
 

@@ -31,7 +31,7 @@ def undefined(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
 
 
 def people(seed: int = 0) -> np.ndarray:  # [PEOPLE * EACH, SIDE, SIDE] uint8
-    """Each a pattern with noise. Person 5 is person 2 again, and the third image of person 0 is of person 3."""
+    """Each person is a pattern with noise. Person 5 is person 2 again; the third image of person 0 shows person 3."""
     generator = np.random.default_rng(seed)
     patterns = generator.integers(0, 200, (PEOPLE, SIDE, SIDE)) * (generator.random((PEOPLE, SIDE, SIDE)) < 0.2)
     patterns[5] = patterns[2]
@@ -40,12 +40,12 @@ def people(seed: int = 0) -> np.ndarray:  # [PEOPLE * EACH, SIDE, SIDE] uint8
     return (shown + generator.integers(0, 50, shown.shape)).astype(np.uint8)
 
 
-def truth(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [C, d] centres, [N] cosines, float64
+def truth(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [C, d] centers, [N] cosines, float64
     rows = images.reshape(len(images), -1) / 255
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    centres = rows.reshape(-1, EACH, rows.shape[1]).sum(1)
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    return centres, (rows * centres.repeat(EACH, axis=0)).sum(1)
+    centers = rows.reshape(-1, EACH, rows.shape[1]).sum(1)
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    return centers, (rows * centers.repeat(EACH, axis=0)).sum(1)
 
 
 def run_of(where: Path, source: Path, factory: str = MODEL, shape: tuple[int, int, int] = (1, SIDE, SIDE)) -> Path:
@@ -67,8 +67,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def all_pairs(rows: np.ndarray, centres: np.ndarray, above: float) -> set[tuple[int, int]]:
-    return set(zip(*(part.tolist() for part in np.nonzero(rows @ centres.T >= above)), strict=True))
+def all_pairs(rows: np.ndarray, centers: np.ndarray, above: float) -> set[tuple[int, int]]:
+    return set(zip(*(part.tolist() for part in np.nonzero(rows @ centers.T >= above)), strict=True))
 
 
 @pytest.mark.parametrize("block", [5, 4096])
@@ -138,23 +138,23 @@ def test_another_source_is_read_as_the_network_wants_it(run: Path) -> None:
 @pytest.mark.parametrize("block", [7, 4096])
 @pytest.mark.parametrize("above", [-1.0, 0.0, 0.3, 0.6, 1.0])
 def test_close_finds_every_pair(monkeypatch: pytest.MonkeyPatch, nearest: int, block: int, above: float) -> None:
-    """Also around a centre with more close ones than are looked for at first."""
+    """Also where more centers are close to one than the first search looks for."""
     monkeypatch.setattr(clean, "NEAREST", nearest)
     monkeypatch.setattr(clean, "BLOCK", block)
     x = torch.randn(41, 8, dtype=torch.float64)
     x[10:25] = x[3] + 0.3 * torch.randn(15, 8, dtype=torch.float64)
     unit = torch.nn.functional.normalize(x)
-    rows, centres = unit[:20], unit
+    rows, centers = unit[:20], unit
     for itself, own in ((torch.arange(20), True), (torch.full((20,), -1), False)):
-        found = clean.close(rows.float(), centres.float(), itself, above + 1e-7 * (above < 0))
-        expected = all_pairs(rows.numpy(), centres.numpy(), above)
+        found = clean.close(rows.float(), centers.float(), itself, above + 1e-7 * (above < 0))
+        expected = all_pairs(rows.numpy(), centers.numpy(), above)
         expected = {(i, j) for i, j in expected if not (own and i == j)}
-        got = list(zip(found.row.tolist(), found.centre.tolist(), strict=True))
-        if above < 1:  # there rounding decides
+        got = list(zip(found.row.tolist(), found.center.tolist(), strict=True))
+        if above < 1:  # at 1 it depends on rounding
             assert set(got) == expected and len(got) == len(expected)
         assert own or above == 1 or {(i, i) for i in range(20)} <= set(got)
         assert (found.cosine.diff() <= 0).all()
-        exact = (rows[found.row] * centres[found.centre]).sum(1)
+        exact = (rows[found.row] * centers[found.center]).sum(1)
         torch.testing.assert_close(found.cosine.double(), exact, rtol=0, atol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_too_many_pairs_are_refused_while_they_are_few(monkeypatch: pytest.Monke
 
 
 def test_identities_with_one_image_and_with_none_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two images always have the same cosine, one is its own centre; what is no file has a number."""
+    """Two images have the same cosine, a single one is its own center; images without a file are named by number."""
     images = np.zeros((3, 16, 16), np.uint8)
     images[0, 0, 0] = images[1, 0, 1] = images[2, 0, 2] = 255
     write_tensors(tmp_path / "data.safetensors", images, np.array([0, 0, 1]))

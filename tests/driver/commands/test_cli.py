@@ -1,17 +1,20 @@
-"""The command line: what it answers to a user's mistakes, and what it never imports."""
+"""The command line: its messages for a user's mistakes, and what it never imports."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from emulation import ROOT
+from jsonargparse import ArgumentParser
 
 from fastmargin.driver.commands import cli, train
+from fastmargin.driver.commands.parser import Parser
 from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig, settled
 from fastmargin.driver.training import run_folder
 
@@ -45,11 +48,11 @@ def test_help_names_every_option_with_its_text(capsys: pytest.CaptureFixture[str
     assert "(type: bf16, fp16 or null, default: null)" in said
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
+@pytest.mark.parametrize(("text", "want"), [("0.25", 0.25), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("9", 9), ("9.0", 9)])
 def test_random_classes_are_a_share_or_a_number(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, wanted: float
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, want: float
 ) -> None:
-    """1 is the share, however it is written, and after it has been through the file of a run."""
+    """1 is a share however it is written, also when it is read back from the config of a run."""
     calls = []
     monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments[0]))
     assert cli.main(["train", "--sampler.random_classes", text]) == 0
@@ -57,10 +60,10 @@ def test_random_classes_are_a_share_or_a_number(
     for config in (
         calls[0],
         run_folder.read_config(tmp_path),
-        TrainConfig(sampler=SamplerConfig(random_classes=wanted)),
+        TrainConfig(sampler=SamplerConfig(random_classes=want)),
     ):
         drawn = config.sampler.share_or_number()
-        assert drawn == wanted and isinstance(drawn, float) == (wanted <= 1)
+        assert drawn == want and isinstance(drawn, float) == (want <= 1)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -90,8 +93,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--optim.lr", ".inf"], ["optim.lr is inf"]),
         (["train", "--data.holdout", "1"], ["data.holdout is 1.0", "between 0 and 1"]),
         (["train", "--data.size", "8"], ["data.size is 8", "at least 16"]),
-        (["train", "--data.color", "blue"], ["data.color", "blue", "grey"]),
-        (["train", "--data.color", "rgb"], ["data.color is 'rgb'", "grey"]),
+        (["train", "--data.color", "blue"], ["data.color", "blue", "gray"]),
+        (["train", "--data.color", "rgb"], ["data.color is 'rgb'", "gray"]),
         (["train", "--data.augment", "true"], ["data.augment", "glyphs"]),
         (["train", "--data.workers", "-1"], ["data.workers is -1"]),
         (["train", "--data.source", "synthetic:3x2", "--data.fonts", "x"], ["data.fonts is 'x'", "glyphs alone"]),
@@ -185,7 +188,7 @@ def test_out_folder_of_another_run_names_what_differs(tmp_path: Path, capsys: py
 
 
 def test_out_folder_of_a_run_on_fewer_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line was the same; the steps are the images'."""
+    """The number of steps follows from the number of images, so it differs with the same command line."""
     run_folder.claim(str(tmp_path), settled(TrainConfig(), 30_000))
     with pytest.raises(ValueError, match=r"optim.steps 2344 there, 2422 here; .* the number of images .* has changed"):
         run_folder.claim(str(tmp_path), settled(TrainConfig(), 31_000))
@@ -213,7 +216,7 @@ def test_advice_for_train_is_for_train_alone(tmp_path: Path, capsys: pytest.Capt
         '{"dim": 0}',
     ],
 )
-def test_a_spoilt_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_a_spoiled_config_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / run_folder.CONFIG).write_text(text)
     assert run_folder.CONFIG in mistake(capsys, "evaluate", str(tmp_path))
     assert "antigravity" not in sys.modules, "a configuration imports nothing"
@@ -234,7 +237,7 @@ def test_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_train_gets_the_configuration_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File over environment, command line over file; what is not given is the default."""
+    """A file overrides the environment, the command line overrides a file; the rest are defaults."""
     calls = []
     monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments[:2]))
     (tmp_path / "c.yaml").write_text("optim: {steps: 5, lr: 0.2}\nsampler: {counts: [3, 4]}\nout: elsewhere\n")
@@ -286,29 +289,93 @@ def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "usual"),
+    ("given", "meant"),
     [
-        ("plan --sample_rate 0.1 --compute_dtype bf16", "plan --sample-rate 0.1 --compute-dtype bfloat16"),
-        ("plan --backbone_gb=3 --compute-dtype=fp16", "plan --backbone-gb=3 --compute-dtype=float16"),
-        ("train --optim.precision bfloat16 --out bfloat16", "train --optim.precision bf16 --out bfloat16"),
-        (
-            "train --head.compute_dtype=float16 --head.sample_rate 1",
-            "train --head.compute_dtype=fp16 --head.sample_rate 1",
-        ),
-        ("--version", "--version"),
-        ("", ""),
+        (["plan", "--sample-rate", "0.1"], "--sample_rate"),
+        (["plan", "--in-backward=false"], "--in_backward"),
+        (["plan", "--compute-dtype", "bf16"], "--compute_dtype"),
+        (["plan", "--backbone-gb", "3"], "--backbone_gb"),
+        (["train", "--head.sample-rate", "0.1"], "--head.sample_rate"),
+        (["train", "--log-every", "5"], "--log_every"),
     ],
 )
-def test_either_spelling(arguments: str, usual: str) -> None:
-    assert cli.usual(arguments.split()) == usual.split()
+def test_options_have_underscores(capsys: pytest.CaptureFixture[str], given: list[str], meant: str) -> None:
+    arguments = [*given, *(["--classes", "1e6"] if given[0] == "plan" else [])]
+    said = mistake(capsys, *arguments)
+    assert said == f"fastmargin: unrecognized arguments: {' '.join(given[1:])}; did you mean {meant}?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--classes", "1e6", "--compute_dtype", "bfloat16"], "is 'bfloat16'; want bf16, fp16, fp32 or null"),
+        (["train", "--head.compute_dtype", "bfloat16"], "is 'bfloat16'; want bf16, fp16 or null"),
+        (["train", "--optim.precision", "float16"], "is 'float16'; want bf16, fp16 or null"),
+    ],
+)
+def test_types_have_short_names(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert words in mistake(capsys, *arguments)
 
 
 def test_plan_takes_train_s_spelling(capsys: pytest.CaptureFixture[str]) -> None:
-    said = []
-    for words in ("--sample_rate 0.1 --compute_dtype bf16", "--sample-rate 0.1 --compute-dtype bfloat16"):
-        assert cli.main(["plan", "--classes", "1e6", *words.split()]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and "bfloat16 products" in said[0]
+    assert cli.main(["plan", "--classes", "1e6", "--sample_rate", "0.1", "--compute_dtype", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "bf16 products" in said and "0.1 of the classes" in said
+
+
+# Messages of a jsonargparse whose wording is not known
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "Unrecognized arguments: --optim.stepz 3",  # jsonargparse 4.47
+        "Option 'train.out' is required but not provided or its value is None.",  # jsonargparse 4.47
+        "Validation failed: Subcommand 'train' does not accept nested key 'optim.stepz'",  # jsonargparse 4.40
+        "Subcommand 'grow' does not accept option 'optim.steps'",
+        "Subcommand 'train' does not accept option",
+        'Parser key "absent": Got value: 3',
+        'Parser key "":',
+        "argument --absent: expected one argument",
+        "argument train: expected one argument",
+        "the following arguments are required: classes",
+        "the following arguments are required: --classes, plan.gpus",
+    ],
+)
+@pytest.mark.parametrize("build", [cli.build_parser, cli.train_parser])
+def test_an_unknown_message_stays_as_it_is(build: Callable[[], Parser], message: str) -> None:
+    assert build().reworded(message) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--optim.steps", "many"], "many"),
+        (["train", "--optim.stepz", "3"], "--optim.stepz 3"),
+        (["train", "--tensorboard"], "--tensorboard"),
+        (["train", "--terms.center.wieght", "1"], "wieght"),
+        (["train", "--config", "c.yaml"], "optim.stepz"),
+        (["plan", "--gpus", "4"], "classes"),
+        (["evaluate"], "run"),
+        (["grow"], "grow"),
+        ([], "train"),
+    ],
+)
+def test_a_newer_jsonargparse_speaks_in_its_own_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("optim: {stepz: 3}\n")
+    ours, theirs = Parser.reworded, ArgumentParser.error
+    monkeypatch.setattr(Parser, "reworded", lambda self, message: ours(self, f"Mistake: {message}"))
+    monkeypatch.setattr(ArgumentParser, "error", lambda self, message, ex=None: theirs(self, f"Error. {message}", ex))
+    said = mistake(capsys, *arguments)
+    assert said.startswith("fastmargin: Error. Mistake: ") and words in said and "; want" not in said
 
 
 def test_without_the_extras_it_says_what_to_install(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fastmargin doppelgangers`: what it prints and writes of a table that was put down by hand."""
+"""`fastmargin doppelgangers`: what it prints and writes for a table written by hand."""
 
 import csv
 from pathlib import Path
@@ -37,7 +37,7 @@ def save(where: Path, train: Identities, config: TrainConfig) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Of photographs of 5 people or so; a sixth or so is held out."""
+    """A run on photographs of about 5 people; about one more is held out."""
     write_folder(tmp_path / "people", pictures(21), each=3)
     data = DataConfig(source=str(tmp_path / "people"), size=16, cache=str(tmp_path / "cache"))
     config = TrainConfig(data=data, head=HeadConfig(topk=K))
@@ -70,7 +70,7 @@ def test_what_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_written(run: Path, tmp_path: Path) -> None:
-    """Into the report, or elsewhere; and again over what is there."""
+    """Into the report folder or elsewhere; a second time over the same files."""
     for out in (None, tmp_path / "elsewhere", None):
         doppelgangers.doppelgangers(run, out, 1, print)
     names = names_of(run)

@@ -22,7 +22,7 @@ MODEL = "test_clean:pixels"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Its network gives the pixels of an image."""
+    """A run whose network returns the pixels of an image."""
     write_folder(tmp_path / "people", pictures(COUNT, SIDE, colored=False), EACH)
     return run_of(tmp_path, tmp_path / "people")
 
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
 @pytest.mark.parametrize("block", [5, 512])
 @pytest.mark.parametrize("given", [None, "others"])
 def test_every_image_by_its_title(run: Path, monkeypatch: pytest.MonkeyPatch, block: int, given: str | None) -> None:
-    """Also those that the run held out; another source in the size and colour of the run's."""
+    """Also of identities held out; another source is read in the size and color of the run's."""
     monkeypatch.setattr(backbone, "EMBED", block)
     root, out = run.parent / (given or "people"), run.parent / "x.safetensors"
     shown = pictures(COUNT, SIDE, colored=False, seed=int(given is not None))

@@ -1,4 +1,4 @@
-"""`fastmargin export`: what the files compute, what is said of formats that cannot be written."""
+"""`fastmargin export`: what the files compute, and the messages for formats that cannot be written."""
 
 import importlib.util
 import io
@@ -29,6 +29,12 @@ SMALL = TrainConfig(optim=OptimConfig(steps=1600), data=DataConfig(size=16), dim
 WITH_ONNX = all(importlib.util.find_spec(package) for package in export.ONNX)
 
 
+def linear(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
+    """A network of a user's own: `test_export:linear`."""
+    height, width = size
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, dim))
+
+
 def run_of(config: TrainConfig, where: Path, factory: str | None = None) -> nn.Module:
     """A run whose checkpoint holds a network with running statistics of its own; returns the network."""
     run_folder.claim(str(where), config)
@@ -42,7 +48,7 @@ def run_of(config: TrainConfig, where: Path, factory: str | None = None) -> nn.M
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, str]:
-    """The files of the default network, the network, and what was said."""
+    """The files of the default network, the network, and the output."""
     where = tmp_path_factory.mktemp("export")
     network = run_of(SMALL, where / "run")
     said: list[str] = []
@@ -63,12 +69,12 @@ def test_weights_build_the_same_network(exported: tuple[Path, nn.Module, str]) -
 
 
 def test_what_it_takes_and_gives_is_said(exported: tuple[Path, nn.Module, str]) -> None:
-    """And holds: a photograph that is prepared as it says is the input of the run."""
+    """It is also true: a photograph prepared as it says equals the input of the run's network."""
     facts = json.loads((exported[0] / "backbone.json").read_bytes())
     assert facts["images"]["name"] == "images" and facts["images"]["shape"] == ["batch", 1, 16, 16]
-    assert facts["images"]["channels"] == "grey" and export.images_taken(3, 112, 112)["channels"] == "RGB"
+    assert facts["images"]["channels"] == "gray" and export.describe_images(3, 112, 112)["channels"] == "RGB"
     assert facts["embeddings"] == {
-        "name": "embeddings", "shape": ["batch", 8], "dtype": "float32", "normalised": False, "compare": "cosine"
+        "name": "embeddings", "shape": ["batch", 8], "dtype": "float32", "normalized": False, "compare": "cosine"
     }  # fmt: skip
     assert not torch.allclose(exported[1](torch.rand(3, 1, 16, 16)).norm(dim=1), torch.ones(3))
     assert facts["versions"]["fastmargin"]
@@ -126,7 +132,7 @@ def test_without_onnx_it_says_what_to_install(
 
 
 def test_a_network_with_layers_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ARFA, whose k are buffers, maxout and parallel convolutions."""
+    """It has ARFA, whose k are buffers, maxout and parallel convolutions."""
     monkeypatch.setattr(export, "ONNX", ("absent",))  # one network is enough for the slow format
     network = run_of(replace(SMALL, model=ModelConfig("doppelganger")), tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "out", print)
@@ -190,8 +196,8 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
 
 def test_a_network_of_ones_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ONNX", ("absent",))
-    run_of(SMALL, tmp_path / "run", "test_driver:pixels")
-    with pytest.raises(ValueError, match="the run's network is test_driver:pixels; here it is cnn"):
+    run_of(SMALL, tmp_path / "run", "test_export:linear")
+    with pytest.raises(ValueError, match="the run's network is test_export:linear; here it is cnn"):
         export.export(tmp_path / "run", tmp_path / "out", print)
-    export.export(tmp_path / "run", tmp_path / "out", print, model="test_driver:pixels")
-    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "test_driver:pixels"
+    export.export(tmp_path / "run", tmp_path / "out", print, model="test_export:linear")
+    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "test_export:linear"

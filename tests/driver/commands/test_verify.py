@@ -157,7 +157,7 @@ def encoded(pixels: torch.Tensor, size: int, mode: str = "L") -> bytes:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> tuple[Path, torch.Tensor, np.ndarray]:
-    """A .bin of twelve pairs, some in colour and twice the size; its pixels as they come back; which are genuine."""
+    """A .bin of twelve pairs, some in color and of twice the size; its pixels as decoded; which pairs are genuine."""
     images = identities().images[torch.randperm(240)[:24]]
     same = np.arange(12) % 2 == 0
     files = [encoded(p, 16, "RGB" if n % 3 else "L") for n, p in enumerate(images)]
@@ -184,10 +184,10 @@ def test_a_verification_set(
 
 def test_images_of_another_size_are_resized() -> None:
     pixels = identities().images[0]
-    twice = verify.pixels_of(encoded(pixels, 32, "RGB"), 0, 16, "grey")
+    twice = verify.pixels_of(encoded(pixels, 32, "RGB"), 0, 16, "gray")
     assert twice.shape == (16, 16) and twice.dtype == torch.uint8
     assert (twice.float() - pixels.float()).abs().mean() < (pixels.float() - pixels.float().mean()).abs().mean() / 2
-    assert torch.equal(verify.pixels_of(encoded(pixels, 16), 0, 16, "grey"), pixels)
+    assert torch.equal(verify.pixels_of(encoded(pixels, 16), 0, 16, "gray"), pixels)
 
 
 def test_mistakes_with_verification_sets(

@@ -1,4 +1,4 @@
-"""Augmentation of characters: purity, each step against brute force, ranges and moments."""
+"""Augmentation of characters: that it is a pure function, each step against brute force, ranges and moments."""
 
 import math
 
@@ -14,7 +14,7 @@ from fastmargin.driver.data.order import hash64
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """Blobs of grey on black, 32 x 32, different everywhere."""
+    """Blobs of gray on black, 32 x 32, different everywhere."""
     generator = torch.Generator().manual_seed(0)
     inner = torch.randint(0, 256, (64, 24, 24), dtype=torch.uint8, generator=generator)
     return torch.nn.functional.pad(inner, (4, 4, 4, 4))
@@ -40,15 +40,15 @@ def test_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
     assert torch.equal(augment(images[shuffled], INDEX[shuffled], EPOCH[shuffled], 0), together[shuffled])
 
 
-def test_coloured_images_are_warped_as_grey_ones(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+def test_colored_images_are_warped_as_gray_ones(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     monkeypatch.setattr(aug, "NOISE", 0.0)
     colored = torch.stack([images, images.flip(1), images.flip(2)], dim=-1)
     assert torch.equal(to_float(colored)[:, 1], to_float(images.flip(1))[:, 0])
     result = augment(colored, INDEX, EPOCH, 0)
     assert result.shape == (64, 3, 32, 32)
     for channel in range(3):
-        grey = augment(colored[..., channel], INDEX, EPOCH, 0)
-        torch.testing.assert_close(result[:, channel : channel + 1], grey, rtol=0, atol=1e-6)
+        gray = augment(colored[..., channel], INDEX, EPOCH, 0)
+        torch.testing.assert_close(result[:, channel : channel + 1], gray, rtol=0, atol=1e-6)
     monkeypatch.undo()
     noise = augment(colored, INDEX, EPOCH, 0) - result
     assert (
@@ -99,9 +99,9 @@ def test_half_of_the_images_are_blurred(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(aug, "warp", lambda images, amounts: images)
     point = torch.zeros(400, 5, 5, dtype=torch.uint8)
     point[:, 2, 2] = 255
-    centre = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
-    assert set(centre.tolist()) == {0.25, 1.0}
-    assert abs((centre < 1).sum().item() - 200) < 4 * 10
+    center = augment(point, np.arange(400), np.zeros(400, int), 0)[:, 0, 2, 2]
+    assert set(center.tolist()) == {0.25, 1.0}
+    assert abs((center < 1).sum().item() - 200) < 4 * 10
 
 
 def test_empty_batch_and_odd_pixel_count() -> None:
@@ -136,16 +136,16 @@ def test_warp_equals_brute_force() -> None:
     amounts[1] = torch.tensor([1.0, 1, 1, 1, 1])
     result = aug.warp(pictures, amounts)
     for picture, amount, got in zip(pictures, amounts, result, strict=True):
-        wanted = naive_warp(picture[0].double().numpy(), amount.double().numpy())
-        assert np.abs(got[0].numpy() - wanted).max() < 1e-5
+        want = naive_warp(picture[0].double().numpy(), amount.double().numpy())
+        assert np.abs(got[0].numpy() - want).max() < 1e-5
     assert (result[0] - pictures[0]).abs().max() < 1e-6
 
 
 def test_blur_is_the_binomial_filter() -> None:
     pictures = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(3))
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
-    wanted = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
-    assert (aug.blur(pictures) - wanted).abs().max() < 1e-6
+    want = torch.nn.functional.conv2d(pictures, (line[:, None] * line)[None, None], padding=1)
+    assert (aug.blur(pictures) - want).abs().max() < 1e-6
 
 
 def test_uniform_and_gaussian_draws_have_their_moments() -> None:
@@ -160,6 +160,6 @@ def test_uniform_and_gaussian_draws_have_their_moments() -> None:
     assert abs(x.mean()) < 4 / math.sqrt(2 * n)
     assert abs(x.var() - 1) < 4 * math.sqrt(2 / (2 * n))
     assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / (2 * n))
-    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # across images
-    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # along one
-    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # of one word
+    assert np.abs(np.corrcoef(x[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(800)  # between images
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(2 * n)  # between neighboring pixels
+    assert abs((x[:, :400] * x[:, 400:]).mean()) < 4 / math.sqrt(n)  # between the two numbers of one word

@@ -1,4 +1,4 @@
-"""Augmentation of photographs: purity, each step against brute force, shares and ranges."""
+"""Augmentation of photographs: that it is a pure function, each step against brute force, shares and ranges."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,18 @@ from fastmargin.driver.data.augment_glyphs import to_float
 
 COUNT = 48
 INDEX, EPOCH = np.arange(COUNT) * 7, np.arange(COUNT) % 3
-STEPS = ("MIRROR", "CROP", "SHIFT", "CHANNEL", "GREY", "ERASED")
+STEPS = ("MIRROR", "CROP", "SHIFT", "CHANNEL", "GRAY", "ERASED")
 
 
-@pytest.fixture(params=["grey", "colour"])
+@pytest.fixture(params=["gray", "color"])
 def images(request: pytest.FixtureRequest) -> Tensor:
-    shape = (COUNT, 23, 31) if request.param == "grey" else (COUNT, 23, 31, 3)
+    shape = (COUNT, 23, 31) if request.param == "gray" else (COUNT, 23, 31, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch):
-    """Switches all steps off but one, whose limit may be given."""
+    """Switches off all steps except one, and may set the limit of that."""
 
     def switch(*kept: str, **limits: float) -> None:
         for name in STEPS:
@@ -96,12 +96,12 @@ def test_window_equals_brute_force(images: Tensor) -> None:
     for i in range(8):
         scale = 1 - faces.CROP * draw["scale"][i].item()
         right, down = (faces.SHIFT * (2 * draw[name][i].item() - 1) for name in ("right", "down"))
-        wanted = naive_window(images[i].numpy(), bool(draw["mirror"][i] < faces.MIRROR), scale, right, down)
-        assert np.array_equal(result[i].numpy(), wanted)
+        want = naive_window(images[i].numpy(), bool(draw["mirror"][i] < faces.MIRROR), scale, right, down)
+        assert np.array_equal(result[i].numpy(), want)
 
 
 def test_window_moves_both_ways_and_crops(only) -> None:
-    """On a ramp of rows the smallest and the largest value tell where the window lies."""
+    """In an image whose rows are a ramp, the smallest and the largest value show where the window lies."""
     only("CROP", "SHIFT")
     ramp = torch.arange(200, dtype=torch.uint8)[:, None].expand(200, 8)
     shown = levels(augment_faces(ramp.expand(300, 200, 8), np.arange(300), np.zeros(300, int), 0)).astype(int)
@@ -123,19 +123,19 @@ def test_channels_shift_apart_by_up_to_ten_levels(only) -> None:
     for level, lowest, highest in ((0, 0, 10), (255, 245, 255)):
         edge = levels(augment_faces(torch.full_like(middle, level), np.arange(600), np.zeros(600, int), 0))
         assert edge.min() == lowest and edge.max() == highest  # saturated, not wrapped
-    grey = levels(augment_faces(middle[..., 0], np.arange(600), np.zeros(600, int), 0)).astype(int) - 128
-    assert np.array_equal(grey, result[..., 0])
+    gray = levels(augment_faces(middle[..., 0], np.arange(600), np.zeros(600, int), 0)).astype(int) - 128
+    assert np.array_equal(gray, result[..., 0])
 
 
-def test_a_tenth_loses_its_colour_as_pillow_would(only) -> None:
-    only("GREY")
+def test_a_tenth_loses_its_color_as_pillow_would(only) -> None:
+    only("GRAY")
     colored = torch.randint(0, 256, (1500, 3, 4, 3), dtype=torch.uint8)
     result = levels(augment_faces(colored, np.arange(1500), np.zeros(1500, int), 0))
     lost = (result == result[..., :1]).all((1, 2, 3))
     assert abs(lost.sum() - 150) < 4 * np.sqrt(1500 * 0.09)
     assert np.array_equal(result[~lost], colored.numpy()[~lost])
-    wanted = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in colored.numpy()[lost]])
-    assert np.array_equal(result[lost][..., 0], wanted)
+    want = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in colored.numpy()[lost]])
+    assert np.array_equal(result[lost][..., 0], want)
 
 
 def test_a_quarter_loses_a_rectangle(only) -> None:

@@ -1,4 +1,4 @@
-"""Identities, their split and what is compared of them; data order: bijections, purity and distributions."""
+"""Identities, their split and the images to compare; data order: a bijection, a pure function, its distribution."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ from fastmargin.driver.data.sources.glyphs import first_code_point
 
 
 def toy_identities(names: list[str], each: int = 3) -> Identities:
-    """`each` images per identity, every pixel its image's number."""
+    """`each` images per identity; every pixel is the number of its image."""
     count = each * len(names)
     images = torch.arange(count, dtype=torch.uint8)[:, None, None].expand(count, 4, 4)
     return Identities(images.clone(), torch.arange(len(names)).repeat_interleave(each), names)
@@ -86,7 +86,7 @@ def test_two_identities_that_can_be_compared_are_always_held_out() -> None:
 
 
 class Remembered:
-    """Stored images that remember what was read; image i is all i."""
+    """Stored images that record what was read; all pixels of image i are i."""
 
     def __init__(self, count: int) -> None:
         self.shape, self.read = (count, 4, 4), []
@@ -109,12 +109,12 @@ def test_stored_images_are_split_without_being_read() -> None:
     names = [chr(code) for code in range(65, 91)]
     memory, images = toy_identities(names), Remembered(78)
     stored = Identities(images, memory.labels, names)
-    for part, wanted in zip(stored.split(0.4, 1), memory.split(0.4, 1), strict=True):
+    for part, want in zip(stored.split(0.4, 1), memory.split(0.4, 1), strict=True):
         again = part.take(np.arange(len(part.labels))[::2])
-        assert part.names == wanted.names and torch.equal(part.labels, wanted.labels)
-        assert part.images.shape == wanted.images.shape and len(again.images) == len(again.labels)
+        assert part.names == want.names and torch.equal(part.labels, want.labels)
+        assert part.images.shape == want.images.shape and len(again.images) == len(again.labels)
         assert images.read == []
-        assert torch.equal(again.images[np.array([1, 0])], wanted.images[[2, 0]])
+        assert torch.equal(again.images[np.array([1, 0])], want.images[[2, 0]])
         images.read.clear()
 
 
@@ -149,8 +149,8 @@ def test_identities_of_one_image_are_not_compared() -> None:
     data = uneven([3, 1, 2, 1, 5])
     kept = data.comparable(1000, 0)
     assert kept.names == ["id0", "id2", "id4"] and torch.bincount(kept.labels).tolist() == [3, 2, 5]
-    wanted = [i for i, label in enumerate(data.labels.tolist()) if label in (0, 2, 4)]
-    assert torch.equal(kept.images, data.images[wanted])
+    want = [i for i, label in enumerate(data.labels.tolist()) if label in (0, 2, 4)]
+    assert torch.equal(kept.images, data.images[want])
     assert uneven([1, 1]).comparable(10, 0).names == [] and uneven([]).comparable(10, 0).names == []
     whole = uneven([4, 2])
     assert torch.equal(whole.comparable(6, 0).images, whole.images)
@@ -222,7 +222,7 @@ def test_every_item_is_first_equally_often(n: int) -> None:
     assert chi2 < {2: 10.8, 3: 13.8, 7: 22.5}[n]  # one in a thousand
 
 
-def test_neighbours_are_scattered() -> None:
+def test_neighbors_are_scattered() -> None:
     order = Permutation(4096, 0, 0)(np.arange(4096)).astype(float)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 4 / math.sqrt(4096)
 

@@ -1,4 +1,4 @@
-"""Sources of identities: each format read back from files written here, its mistakes, and what is recognised."""
+"""Sources of identities: each format read back from files written here, its errors, and how a source is recognized."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from samples import (
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data import sources
 from fastmargin.driver.data.identities import Identities
-from fastmargin.driver.data.sources import load_data, pixels, recognise
+from fastmargin.driver.data.sources import load_data, pixels, recognize
 from fastmargin.driver.data.sources.folder import load_folder
 from fastmargin.driver.data.sources.idx import load_idx
 from fastmargin.driver.data.sources.omniglot import load_omniglot
@@ -45,12 +45,12 @@ def lines() -> Lines:
 
 
 def test_a_picture_of_the_right_size_keeps_its_pixels() -> None:
-    (colored,), (grey,) = pictures(1), pictures(1, colored=False)
+    (colored,), (gray,) = pictures(1), pictures(1, colored=False)
     assert np.array_equal(pixels.decode(encoded(colored), 20, "rgb"), colored)
-    assert np.array_equal(pixels.decode(encoded(grey), 20, "grey"), grey)
-    assert np.array_equal(pixels.decode(encoded(grey), 20, "rgb"), np.repeat(grey[..., None], 3, 2))
+    assert np.array_equal(pixels.decode(encoded(gray), 20, "gray"), gray)
+    assert np.array_equal(pixels.decode(encoded(gray), 20, "rgb"), np.repeat(gray[..., None], 3, 2))
     luma = (colored @ np.array([0.299, 0.587, 0.114])).round()
-    assert np.abs(pixels.decode(encoded(colored), 20, "grey") - luma).max() <= 1
+    assert np.abs(pixels.decode(encoded(colored), 20, "gray") - luma).max() <= 1
 
 
 def test_the_middle_square_is_taken_and_all_pixels_count() -> None:
@@ -58,7 +58,7 @@ def test_the_middle_square_is_taken_and_all_pixels_count() -> None:
     wide[:, 10:20] = np.arange(10)[:, None, None] * 20
     assert np.array_equal(pixels.decode(encoded(wide), 10, "rgb"), wide[:, 10:20])
     board = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255
-    assert np.abs(pixels.decode(encoded(board), 16, "grey")[2:-2, 2:-2].astype(int) - 127).max() <= 2
+    assert np.abs(pixels.decode(encoded(board), 16, "gray")[2:-2, 2:-2].astype(int) - 127).max() <= 2
 
 
 def test_a_photograph_is_turned_upright() -> None:
@@ -72,11 +72,11 @@ def test_a_photograph_is_turned_upright() -> None:
 def test_modes() -> None:
     deep = np.full((20, 20), 1000, np.uint16)
     with pytest.raises(ValueError, match=r"mode I;16; want 8 bits"):
-        pixels.decode(encoded(deep), 20, "grey")
+        pixels.decode(encoded(deep), 20, "gray")
     (picture,) = pictures(1)
     with_alpha = np.dstack([picture, np.full((20, 20), 7, np.uint8)])
     assert np.array_equal(pixels.decode(encoded(with_alpha), 20, "rgb"), picture)
-    for mode, color in {"1": "grey", "L": "grey", "LA": "grey", "P": "rgb", "RGB": "rgb", "RGBA": "rgb"}.items():
+    for mode, color in {"1": "gray", "L": "gray", "LA": "gray", "P": "rgb", "RGB": "rgb", "RGBA": "rgb"}.items():
         buffer = io.BytesIO()
         Image.fromarray(picture).convert(mode).save(buffer, "PNG")
         assert pixels.own_color(buffer.getvalue()) == color
@@ -98,7 +98,7 @@ def test_folder(tmp_path: Path, lines: Lines) -> None:
     (tmp_path / "data/id03/0011.png").rename(tmp_path / "data/id03/zz.PNG")
     deep = tmp_path / "data/id01/video/7"
     deep.mkdir(parents=True)
-    (tmp_path / "data/id01/0004.png").rename(deep / "a.png")  # after its neighbours now
+    (tmp_path / "data/id01/0004.png").rename(deep / "a.png")  # now sorted after the others
     for path in ("id01/readme.txt", "id01/.hidden.png", ".git/a.png", "nobody/notes.md"):
         (tmp_path / "data" / path).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / path).write_bytes(b"no picture")
@@ -110,16 +110,16 @@ def test_folder(tmp_path: Path, lines: Lines) -> None:
     assert "1 images that lie in" in lines[0] and "12 images of 4 identities at 20 x 20, rgb" in lines[1]
 
 
-def test_folder_defaults_and_colour(tmp_path: Path, lines: Lines) -> None:
-    write_folder(tmp_path / "grey", pictures(4, colored=False), each=2)
+def test_folder_defaults_and_color(tmp_path: Path, lines: Lines) -> None:
+    write_folder(tmp_path / "gray", pictures(4, colored=False), each=2)
     write_folder(tmp_path / "rgb", pictures(4), each=2, kind="JPEG")
-    for color in ("grey", "rgb"):
+    for color in ("gray", "rgb"):
         own = load_folder(DataConfig(source=str(tmp_path / color), cache=str(tmp_path)), lines.append)
-        assert own.images.shape == ((4, 112, 112) if color == "grey" else (4, 112, 112, 3))
-        assert own.input_shape[0] == (1 if color == "grey" else 3)
-        other = "grey" if color == "rgb" else "rgb"
-        wanted = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
-        assert load_folder(wanted, lines.append).input_shape[0] == (3 if color == "grey" else 1)
+        assert own.images.shape == ((4, 112, 112) if color == "gray" else (4, 112, 112, 3))
+        assert own.input_shape[0] == (1 if color == "gray" else 3)
+        other = "gray" if color == "rgb" else "rgb"
+        want = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
+        assert load_folder(want, lines.append).input_shape[0] == (3 if color == "gray" else 1)
 
 
 def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:
@@ -137,7 +137,7 @@ def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:
 def test_idx(tmp_path: Path, lines: Lines, zipped: bool, kind: str) -> None:
     shown, labels = pictures(6, colored=False), np.array([7, 3, 3, 0, 7, 3], kind)
     write_idx(tmp_path / "t-images-idx3-ubyte", shown, zipped)
-    write_idx(tmp_path / "t-labels-idx1-ubyte.gz", labels, zipped=True)  # may be compressed or not by itself
+    write_idx(tmp_path / "t-labels-idx1-ubyte.gz", labels, zipped=True)  # compressed or not, whatever the images are
     found = load_idx(DataConfig(source=str(tmp_path / "t-images-idx3-ubyte")), lines.append)
     assert found.names == ["0", "3", "7"] and found.labels.tolist() == [2, 1, 1, 0, 2, 1]
     assert np.array_equal(all_images(found), shown)
@@ -209,9 +209,9 @@ def test_mistakes_in_zips(tmp_path: Path, lines: Lines) -> None:
 # Tensors
 
 
-@pytest.mark.parametrize("layout", ["grey", "last", "first"])
+@pytest.mark.parametrize("layout", ["gray", "last", "first"])
 def test_tensors(tmp_path: Path, lines: Lines, layout: str) -> None:
-    shown = pictures(5, colored=layout != "grey")
+    shown = pictures(5, colored=layout != "gray")
     stored = np.ascontiguousarray(shown.transpose(0, 3, 1, 2)) if layout == "first" else shown
     write_tensors(tmp_path / "a", stored, np.array([5, 2, 5, 0, 2]))
     found = load_tensors(DataConfig(source=str(tmp_path / "a")), lines.append)
@@ -222,17 +222,17 @@ def test_tensors(tmp_path: Path, lines: Lines, layout: str) -> None:
 
 
 def test_mistakes_in_tensors(tmp_path: Path, lines: Lines) -> None:
-    grey, labels = pictures(2, colored=False), np.array([0, 1])
+    gray, labels = pictures(2, colored=False), np.array([0, 1])
     for arguments, reason in [
-        ((grey.astype(np.float32), labels), r"images are torch.float32 \[2, 20, 20\]; want uint8"),
-        ((grey[..., None], labels), r"\[2, 20, 20, 1\]; want"),
-        ((grey[:0], labels[:0]), r"\[0, 20, 20\]; want"),
-        ((grey, np.array([0, 1, 2])), r"labels are torch.int64 \[3\]; want int64 \[2\]"),
-        ((grey, np.array([0.0, 1.0])), r"labels are torch.float64"),
-        ((grey, np.array([0, -1])), r"label 1 is -1; want 0 or more"),
-        ((grey, labels, ["a"]), r"no name for each label up to 1"),
-        ((grey, labels, ["a", "a"]), r"two labels have one name"),
-        ((np.ascontiguousarray(grey[:, :16]), labels), r"16 x 20; want squares, or data.size"),
+        ((gray.astype(np.float32), labels), r"images are torch.float32 \[2, 20, 20\]; want uint8"),
+        ((gray[..., None], labels), r"\[2, 20, 20, 1\]; want"),
+        ((gray[:0], labels[:0]), r"\[0, 20, 20\]; want"),
+        ((gray, np.array([0, 1, 2])), r"labels are torch.int64 \[3\]; want int64 \[2\]"),
+        ((gray, np.array([0.0, 1.0])), r"labels are torch.float64"),
+        ((gray, np.array([0, -1])), r"label 1 is -1; want 0 or more"),
+        ((gray, labels, ["a"]), r"no name for each label up to 1"),
+        ((gray, labels, ["a", "a"]), r"two labels have one name"),
+        ((np.ascontiguousarray(gray[:, :16]), labels), r"16 x 20; want squares, or data.size"),
     ]:
         write_tensors(tmp_path / "a", *arguments)
         with pytest.raises(ValueError, match=reason):
@@ -258,8 +258,8 @@ def test_synthetic_images_are_functions_of_their_number(lines: Lines) -> None:
     within, between = apart[[0, 0, 1], [1, 2, 2]], apart[:3, 3:5]
     assert 0 < within.min() and within.max() < between.min()
     assert (images[:, 0, 0] == images[:, 2, 2]).all() and (images[:, 0, 0] != images[:, 0, 3]).any()
-    grey = load_synthetic(DataConfig(source="synthetic:3x2", color="grey"), lines.append)
-    assert grey.images.shape == (6, 112, 112) and len(set(grey.images.checksums().tolist())) == 6
+    gray = load_synthetic(DataConfig(source="synthetic:3x2", color="gray"), lines.append)
+    assert gray.images.shape == (6, 112, 112) and len(set(gray.images.checksums().tolist())) == 6
 
 
 @pytest.mark.parametrize("source", ["synthetic:", "synthetic:3", "synthetic:0x2", "synthetic:3x0", "synthetic:3x2x1"])
@@ -271,7 +271,7 @@ def test_synthetic_wants_two_numbers(lines: Lines, source: str) -> None:
 # Which is which
 
 
-def test_sources_are_recognised_by_what_they_are(tmp_path: Path) -> None:
+def test_sources_are_recognized_by_what_they_are(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", pictures(2), each=1)
     (tmp_path / "faces").mkdir()
     write_insightface(tmp_path / "faces/train.rec", pictures(2), [0, 1])
@@ -291,7 +291,7 @@ def test_sources_are_recognised_by_what_they_are(tmp_path: Path) -> None:
         "idx": "idx",
         "gz": "idx",
     }
-    found = {name: recognise(name if name in ("glyphs", "synthetic:3x2") else f"{tmp_path}/{name}") for name in kinds}
+    found = {name: recognize(name if name in ("glyphs", "synthetic:3x2") else f"{tmp_path}/{name}") for name in kinds}
     assert found == kinds and set(kinds.values()) == set(sources.KINDS)
 
 
@@ -304,7 +304,7 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         (f"{tmp_path}/tensors,{tmp_path}/tensors", "want Omniglot's zips alone"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            recognise(source)
+            recognize(source)
 
 
 # All together

@@ -1,4 +1,4 @@
-"""Glyph identities: the rules against brute force, what they give on real fonts, and the cache."""
+"""Glyph identities: the rules against brute force, their result on real fonts, and the cache."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_unwanted_characters_are_absent(everything: Identities) -> None:
     assert set("AZaz09+∑€") <= characters
 
 
-def test_ink_is_white_centred_and_scaled_per_em(everything: Identities) -> None:
+def test_ink_is_white_centered_and_scaled_per_em(everything: Identities) -> None:
     ink = everything.images > 0
     for side in (ink.any(1), ink.any(2)):  # [N, 32] columns, rows
         first, last = side.int().argmax(1), 31 - side.flip(1).int().argmax(1)
@@ -117,7 +117,7 @@ def test_no_copies_inside_and_no_equal_images_across_identities(everything: Iden
 
 
 def toy_glyphs(seed: int, characters: int = 24, faces: int = 5) -> Glyphs:
-    """Nine-pixel drawings near few prototypes, so that twins, copies and equal images abound."""
+    """Nine-pixel drawings near a few prototypes, so that there are many twins, copies and equal images."""
     rng = np.random.default_rng(seed)
     prototypes = rng.integers(0, 200, (characters // 3, 9))
     drawn = [(c, f) for f in range(faces) for c in range(characters) if rng.random() < 0.8]
@@ -147,7 +147,7 @@ def naive_roots(g: Glyphs) -> dict[int, int]:
 
 
 def noise(one: int, face: int, image: np.ndarray, rows: list[tuple[int, int, np.ndarray]]) -> bool:
-    """Whether another identity has the image too."""
+    """Whether another identity has the image, too."""
     others = [row for row in rows if row[0] != one]
     return any(np.array_equal(image, q) or (face == f and cosine(image, q) >= 0.995) for _, f, q in others)
 
@@ -175,12 +175,12 @@ def naive_clean(g: Glyphs, least: int) -> list[tuple[str, list[bytes]]]:
 def test_merging_and_cleaning_equal_brute_force(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glyphs, "BLOCK", 7)
     toy = toy_glyphs(seed)
-    wanted = naive_clean(toy, 2)
+    want = naive_clean(toy, 2)
     got = glyphs.clean(toy, 2, 3)
-    assert 1 < len(wanted) < 24 and max(len(name) for name, _ in wanted) > 1
-    assert got.names == [name for name, _ in wanted]
-    assert [p.numpy().tobytes() for p in got.images] == [p for _, images in wanted for p in images]
-    assert got.labels.tolist() == [label for label, (_, images) in enumerate(wanted) for _ in images]
+    assert 1 < len(want) < 24 and max(len(name) for name, _ in want) > 1
+    assert got.names == [name for name, _ in want]
+    assert [p.numpy().tobytes() for p in got.images] == [p for _, images in want for p in images]
+    assert got.labels.tolist() == [label for label, (_, images) in enumerate(want) for _ in images]
 
 
 @pytest.mark.parametrize(("shared", "agree", "merged"), [(4, 2, True), (4, 1, False), (5, 2, False), (5, 3, True)])
@@ -195,9 +195,9 @@ def test_fonts_that_draw_no_text_are_left_out() -> None:
     stems = {path.stem for path in find_fonts(None)}
     assert {"DejaVuSans", "STIXGeneral", "cmr10"} <= stems
     assert not any(stem.startswith(("STIXNonUni", "STIXSiz", "LastResort")) for stem in stems)
-    assert glyphs.wanted(ord("A"), "cmr10") and glyphs.wanted(ord("é"), "cmunrm")
-    assert not glyphs.wanted(0xA1, "cmr10") and not glyphs.wanted(ord("{"), "cmr10")
-    assert not glyphs.wanted(ord("A"), "cmsy10") and not glyphs.wanted(ord("A"), "cmmi10")
+    assert glyphs.usable(ord("A"), "cmr10") and glyphs.usable(ord("é"), "cmunrm")
+    assert not glyphs.usable(0xA1, "cmr10") and not glyphs.usable(ord("{"), "cmr10")
+    assert not glyphs.usable(ord("A"), "cmsy10") and not glyphs.usable(ord("A"), "cmmi10")
 
 
 # Font files

@@ -1,4 +1,4 @@
-"""The packed file: what is written is read back, damage is named, unreadable pictures have a budget, keys change."""
+"""The packed file: it is read back as written, damage is reported, few pictures may be unreadable, keys change."""
 
 import os
 import struct
@@ -58,7 +58,7 @@ def test_what_is_packed_is_read_back(
 
 
 def test_images_are_called_by_their_files(root: Path) -> None:
-    """Those that were skipped before them, and the packing, notwithstanding."""
+    """Titles are right although pictures before them were skipped, and the files are packed."""
     (root / "id01/0004.png").write_bytes(b"no picture")
     files = sorted(str(path) for path in root.rglob("*.png"))
     del files[4]
@@ -85,7 +85,7 @@ def test_the_key_follows_the_files_and_the_options(root: Path) -> None:
 
     load(root)
     load(root, size=16)
-    load(root, color="grey")
+    load(root, color="gray")
     assert files() == 3
     os.utime(root / "id00/0000.png", ns=(1, 1))
     load(root)
@@ -164,7 +164,7 @@ def test_unreadable_pictures_are_skipped_and_logged(root: Path) -> None:
 
 
 def test_what_was_skipped_is_said_again(root: Path) -> None:
-    """When nothing is packed, too; the pictures are named only once."""
+    """Also when nothing has to be packed; the pictures are named only once."""
     (root / "id01/0004.png").write_bytes(b"no picture")
     load(root)
     lines: list[str] = []

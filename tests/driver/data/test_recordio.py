@@ -1,4 +1,4 @@
-"""InsightFace's RecordIO: read back from files written as dmlc-core and mxnet write them; what is refused."""
+"""InsightFace's RecordIO: read back from files written as dmlc-core and mxnet do; what is refused."""
 
 import struct
 from pathlib import Path
@@ -30,11 +30,11 @@ def test_images_and_labels_without_the_header_records(tmp_path: Path, given: str
     assert np.array_equal(images, shown) and dense == [1, 1, 0, 2, 2, 2, 1] and names == ["0", "4", "9"]
 
 
-def test_jpegs_default_size_and_grey(tmp_path: Path) -> None:
+def test_jpegs_default_size_and_gray(tmp_path: Path) -> None:
     write_insightface(tmp_path / "train.rec", pictures(3, side=112), [0, 1, 1], kind="JPEG")
     config = DataConfig(source=str(tmp_path), cache=str(tmp_path))
     assert load_recordio(config, print).images.shape == (3, 112, 112, 3)
-    assert load(tmp_path / "train.rec", [], color="grey")[0].shape == (3, 20, 20)
+    assert load(tmp_path / "train.rec", [], color="gray")[0].shape == (3, 20, 20)
 
 
 def test_records_in_any_order_with_and_without_further_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_records_cut_at_the_magic_number_are_joined(tmp_path: Path, at: list[int
 
 
 def test_a_picture_with_the_magic_number_in_it(tmp_path: Path) -> None:
-    """Pillow passes over what follows the end of a PNG."""
+    """Pillow ignores what follows the end of a PNG."""
     tail = MAGIC * 3 + b"xyz"
     pad = b"\0" * (-len(image()) % 4)
     write_records(tmp_path / "a.rec", [(1, packed(image() + pad + tail, 0.0)), (2, packed(image(1), 1.0))])
@@ -123,15 +123,15 @@ def test_a_file_cut_short_and_parts_that_are_missing(tmp_path: Path) -> None:
         RecordIO(path).read(1)
     data = packed(MAGIC * 2 + image(), 0.0)
     write_records(path, [(1, data)])
-    spoilt = bytearray(path.read_bytes())
-    second = spoilt.index(MAGIC, 4)
-    spoilt[second] ^= 1
-    path.write_bytes(bytes(spoilt))
+    spoiled = bytearray(path.read_bytes())
+    second = spoiled.index(MAGIC, 4)
+    spoiled[second] ^= 1
+    path.write_bytes(bytes(spoiled))
     with pytest.raises(ValueError, match=f"no record at byte {second}"):
         RecordIO(path).read(0)
-    (word,) = struct.unpack_from("<I", spoilt, 4)
-    struct.pack_into("<I", spoilt, 4, word & (2**29 - 1) | 2 << 29)  # a record cannot begin with a middle part
-    path.write_bytes(bytes(spoilt))
+    (word,) = struct.unpack_from("<I", spoiled, 4)
+    struct.pack_into("<I", spoiled, 4, word & (2**29 - 1) | 2 << 29)  # a record cannot begin with a middle part
+    path.write_bytes(bytes(spoiled))
     with pytest.raises(ValueError, match="no record 1 at byte 0"):
         RecordIO(path)
 

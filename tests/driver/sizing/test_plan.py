@@ -1,4 +1,4 @@
-"""The plan: its formulas against measured memory, messages of a group and published figures; mistakes."""
+"""The plan: its formulas against measured memory and published figures; mistakes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ import ctypes, gc, json, sys, torch
 from pathlib import Path
 import fastmargin as fm
 
-torch.set_num_threads(2)  # as the plan has it
+torch.set_num_threads(2)  # as the plan assumes
 
 def status(field):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) * 1024
@@ -52,7 +52,7 @@ def steps(C, d, B, rate, optimizer, in_backward):
         update.zero_grad()
 
 for case in json.loads(sys.argv[1]):
-    steps(3000, 16, 16, *case[3:])  # what is allocated once does not count
+    steps(3000, 16, 16, *case[3:])  # so that one-time allocations do not count
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -64,8 +64,8 @@ for case in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_memory_of_a_step_is_as_measured() -> None:
-    """To a tenth, or 6 MB: one more or fewer of the arrays of all classes, 20 MB and more, would show."""
-    plans = [Plan(C, d, B, 1, device="cpu", compute_dtype="float32", **options) for C, d, B, options in CASES]  # type: ignore[arg-type]
+    """To a tenth or 6 MB. An array over all classes has 20 MB or more: one too many or too few is noticed."""
+    plans = [Plan(C, d, B, 1, device="cpu", compute_dtype="fp32", **options) for C, d, B, options in CASES]  # type: ignore[arg-type]
     given = [(p.classes, p.dim, p.batch, p.sample_rate, p.optimizer, p.in_backward) for p in plans]
     command = [sys.executable, "-c", PEAKS, json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -109,7 +109,7 @@ def test_the_smallest_number_fits_and_one_less_does_not(p: Plan) -> None:
 
 
 def test_wire_of_a_rank() -> None:
-    """Of B rows in all (N - 1) / N: what distributed.py says; tests/test_simulate.py compares with tensors."""
+    """Of B rows in all (N - 1) / N: what fastmargin/distributed says; test_simulate.py compares with tensors."""
     sizes = plan.wire(replace(PLAN, topk=10))
     share = PLAN.rows * 63 / 64
     assert [*sizes.values()] == [share * n for n in (8, 2048, 8, 120, 12, 2048, 128)]
@@ -122,23 +122,23 @@ def test_time_is_that_of_the_slower() -> None:
     parts = plan.phases(p)
     product = 2 * 1024 * 1e6 * 512
     for phase in parts.values():
-        rates = phase.flops / p.on.products["bfloat16"], phase.bytes / p.on.bandwidth
+        rates = phase.flops / p.on.products["bf16"], phase.bytes / p.on.bandwidth
         assert phase.seconds == max(rates) or phase.bound == "link within the node"
     assert [phase.flops for phase in parts.values()] == [product] * 4 + [0]
-    assert parts["dx"].seconds > product / p.on.products["bfloat16"] and parts["dx"].bound == "memory"
+    assert parts["dx"].seconds > product / p.on.products["bf16"] and parts["dx"].bound == "memory"
     assert parts["wire"].seconds == sum(plan.wire(p).values()) / p.on.link
     assert plan.phases(replace(p, gpus=16))["wire"].bound == "network"
     assert plan.seconds(p) == sum(phase.seconds for phase in parts.values()) and plan.bound(p) == "memory"
 
 
-def test_a_wave_that_the_cache_does_not_hold_crosses_the_memory() -> None:
+def test_a_class_chunk_that_the_cache_does_not_hold_goes_through_the_memory() -> None:
     p = replace(PLAN, gpus=8, classes=8_000_000, topk=0)  # 8,192 classes of 1,024 rows: 92 MB, in 50 MB
-    x, waves = 2 * 512 * 1024, -(-1_000_000 // 8192)
+    x, chunks = 2 * 512 * 1024, -(-1_000_000 // 8192)
     assert [phase.bytes for phase in plan.phases(p).values()][:4] == [
-        4 * 512 * 1e6 + waves * x + 8 * 1024 * 1e6,
-        4 * 512 * 1e6 + waves * x + 8 * 1024 * 1e6,
-        waves * 8 * (4 * x) + 2 * 1024 * 1e6,  # eight sums of dx
-        12 * 512 * 1e6 + waves * x + 2 * 1024 * 1e6,
+        4 * 512 * 1e6 + chunks * x + 8 * 1024 * 1e6,
+        4 * 512 * 1e6 + chunks * x + 8 * 1024 * 1e6,
+        chunks * 8 * (4 * x) + 2 * 1024 * 1e6,  # eight sums of dx
+        12 * 512 * 1e6 + chunks * x + 2 * 1024 * 1e6,
     ]
     few = plan.phases(replace(p, classes=32_000))  # 4,000 of a rank: 45 MB
     assert [few[name].bytes for name in ("forward z", "dx", "dw and update")] == [2048 * 4000, 0, 6144 * 4000]
@@ -148,7 +148,7 @@ def test_a_wave_that_the_cache_does_not_hold_crosses_the_memory() -> None:
     ("B", "d", "sums"), [(1024, 512, 8), (1, 1, 8), (1152, 512, 4), (4096, 512, 2), (8192, 512, 1), (65536, 512, 1)]
 )
 def test_sums_of_dx_are_a_power_of_two(B: int, d: int, sums: int) -> None:
-    """splits_of in csrc/cuda/nontarget_lse_glue.cpp."""
+    """As splits_of in csrc/cuda/nontarget_lse_glue.cpp has it."""
     p = Plan(10**6, d, B, 1)
     assert p.sums == sums and plan.memory(p)["rows"] == 32 * d * B + d * B * (10 + 4 * sums)
     assert replace(p, device="cpu").sums == 3
@@ -161,7 +161,7 @@ def test_sums_of_dx_are_a_power_of_two(B: int, d: int, sums: int) -> None:
         ({"gpus": 1024}, "memory"),  # too many for the cache
         ({"classes": 1_000_000}, "network"),
         ({"classes": 8_000, "gpus": 8}, "link within the node"),
-        ({"compute_dtype": "float32"}, "products"),
+        ({"compute_dtype": "fp32"}, "products"),
     ],
     ids=str,
 )
@@ -174,8 +174,8 @@ def test_sampled_classes() -> None:
     assert tenth.used == 0.1 * tenth.held + 128 and whole.used == whole.held
     assert replace(PLAN, classes=64, sample_rate=0.5).used == 1, "no more than there are"
     assert plan.seconds(tenth) < 0.2 * plan.seconds(whole)
-    assert {"draw", "catch up"} == set(plan.phases(tenth)) - set(plan.phases(whole))
-    assert "catch up" not in plan.phases(replace(tenth, optimizer="adamw")), "rows that sit out are frozen"
+    assert {"draw", "lazy updates"} == set(plan.phases(tenth)) - set(plan.phases(whole))
+    assert "lazy updates" not in plan.phases(replace(tenth, optimizer="adamw")), "rows that sit out are frozen"
 
 
 # ------------------------------------------------------------------------------------------------- published figures
@@ -188,7 +188,7 @@ PUBLISHED = {  # MiB of a GPU by millions of classes: 8 V100, B = 1,024; all cla
 
 @pytest.mark.parametrize("rate", PUBLISHED)
 def test_partial_fc_grows_as_published(rate: float) -> None:
-    """speed_benchmark.md of arcface_torch; what a class adds, to a tenth. The backbone is in its figures."""
+    """speed_benchmark.md of arcface_torch: what memory a class adds, to a tenth; its figures include the backbone."""
     (low, least), *_, (high, most) = sorted(PUBLISHED[rate])
     first, last = (sum(plan.partial_fc(Plan(int(C * 1e6), 512, 128, 8, rate, "v100")).values()) for C in (low, high))
     assert last - first == pytest.approx((most - least) * 2**20, rel=0.1)
@@ -196,7 +196,7 @@ def test_partial_fc_grows_as_published(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", PUBLISHED)
 def test_what_was_published_fits(rate: float) -> None:
-    """Its largest, without the backbone: within what nvidia-smi shows of these GPUs, less a tenth."""
+    """The largest of them, without the backbone, within nine tenths of the memory that nvidia-smi shows."""
     C, used = max(PUBLISHED[rate])
     p = Plan(int(C * 1e6), 512, 128, 8, rate, "v100")
     assert used * 2**20 < p.on.memory < 32 * 2**30 and plan.fits(p.on, plan.partial_fc(p))
@@ -220,7 +220,7 @@ def test_it_answers_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    out = said(capsys, "--classes", "100M", "--gpus", "64", "--backbone-gb", "20", "--optimizer", "adamw")
+    out = said(capsys, "--classes", "100M", "--gpus", "64", "--backbone_gb", "20", "--optimizer", "adamw")
     for words in ("weight", "moments", "backbone", "rows, all-gather", "dw and update", "PartialFC", "host: 1.20 GB"):
         assert words in out
     sizes = plan.memory(replace(PLAN, backbone_gb=20.0, optimizer="adamw"))
@@ -250,12 +250,12 @@ def test_counts(text: str, number: int) -> None:
         (["--classes", "1e6", "--dim", "-1"], "dim is -1"),
         (["--classes", "1e6", "--batch", "x"], "batch is 'x'"),
         (["--classes", "1e6", "--topk", "-1"], "topk is -1"),
-        (["--classes", "1e6", "--sample-rate", "0"], "sample-rate is 0.0; want above 0, at most 1"),
-        (["--classes", "1e6", "--sample-rate", "1.1"], "sample-rate is 1.1"),
-        (["--classes", "1e6", "--backbone-gb", "-1"], "backbone-gb is -1.0"),
+        (["--classes", "1e6", "--sample_rate", "0"], "sample_rate is 0.0; want above 0, at most 1"),
+        (["--classes", "1e6", "--sample_rate", "1.1"], "sample_rate is 1.1"),
+        (["--classes", "1e6", "--backbone_gb", "-1"], "backbone_gb is -1.0"),
         (["--classes", "1e6", "--device", "tpu"], "device is 'tpu'; want one of h200, h100, a100, v100, cpu"),
-        (["--classes", "1e6", "--device", "v100", "--compute-dtype", "bfloat16"], "want one of float16, float32"),
-        (["--classes", "1e6", "--compute-dtype", "int8"], "compute-dtype"),
+        (["--classes", "1e6", "--device", "v100", "--compute_dtype", "bf16"], "want one of fp16, fp32"),
+        (["--classes", "1e6", "--compute_dtype", "int8"], "compute_dtype"),
         (["--classes", "1e6", "--optimizer", "lars"], "optimizer"),
     ],
     ids=str,
@@ -263,7 +263,7 @@ def test_counts(text: str, number: int) -> None:
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert cli.main(["plan", *arguments]) == cli.MISTAKE
     out = capsys.readouterr()
-    assert out.err.startswith("fastmargin: ") and out.err.count("\n") == 1 and words in out.err.replace("_", "-")
+    assert out.err.startswith("fastmargin: ") and out.err.count("\n") == 1 and words in out.err
     assert out.out == ""
 
 

@@ -1,4 +1,4 @@
-"""N ranks in turn make one head: values, gradients, lists with ties, and messages of the sizes that `plan` counts."""
+"""N ranks in turn equal one head: values, gradients, lists with ties, and messages of the sizes that `plan` has."""
 
 import pytest
 import torch

@@ -114,7 +114,7 @@ class Watched:
 
 
 def watched(config: TrainConfig, stop: int) -> tuple[Run, Watched]:
-    run, images = build(replace(config, data=replace(config.data, color="grey")), print), Watched(stop)
+    run, images = build(replace(config, data=replace(config.data, color="gray")), print), Watched(stop)
     run.train = Identities(images, run.train.labels, run.train.names)
     return run, images
 

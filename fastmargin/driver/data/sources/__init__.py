@@ -1,4 +1,4 @@
-"""Where identities come from. `data.source` is recognised by what it is, not by what it is called:
+"""Where identities come from. A `data.source` in files is recognized by their content, not by their names:
 
     source                                  size      augmentation   module
     glyphs                                  32        glyphs         glyphs, drawn from fonts
@@ -9,8 +9,8 @@
     a safetensors file                      its own   none           tensors
     synthetic:CLASSESxIMAGES                112       none           synthetic
 
-Size and augmentation are what a null stands for. A null `data.color` keeps the images' own, for folders and
-records that of the first; synthetic images are in colour.
+Size and augmentation are those that a null stands for. A null `data.color` keeps the images' own, for folders and
+records that of the first image; synthetic images are in color.
 
 Encoded pictures (folder, recordio) are decoded once, into a packed file: see `packed`. `pixels` scales them.
 """
@@ -24,15 +24,15 @@ from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources import folder, glyphs, idx, omniglot, recordio, synthetic, tensors
 from fastmargin.driver.log import Log
 
-EVALUATED = 10_000  # images; the pairs of them all are compared
+EVALUATED = 10_000  # images at most: an evaluation compares all their pairs
 
 
 class Kind(NamedTuple):
-    """What differs between kinds of sources."""
+    """What differs between the kinds of sources."""
 
     load: Callable[[DataConfig, Log], Identities]
-    augment: str  # if data.augment is null
-    key: Callable[[str], object] = str  # of a name: decides whether the identity is held out
+    augment: str  # where data.augment is null
+    key: Callable[[str], object] = str  # of an identity's name: decides whether it is held out
 
 
 KINDS = {
@@ -47,28 +47,28 @@ KINDS = {
 
 
 def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
-    """(train, test): what is trained on, and what can be compared of the identities held out.
+    """(train, test): what to train on, and the images of the identities held out that an evaluation compares.
 
-    ValueError if the source is none of those above, or damaged, or no such images are in it.
+    ValueError if the source is none of those above, is damaged, or has no images.
     """
-    key = KINDS[recognise(config.source)].key
+    key = KINDS[recognize(config.source)].key
     train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
     test = held_out.comparable(EVALUATED, config.split_seed)
     if len(test.labels) < len(held_out.labels):
         log(
             f"data: evaluated are {test.num_classes} of {held_out.num_classes} identities held out, by "
-            f"{len(test.labels)} of {len(held_out.labels)} images: none with fewer than 2, {EVALUATED} in all at most"
+            f"{len(test.labels)} of {len(held_out.labels)} images: 2 or more of each, {EVALUATED} in all at most"
         )
     return train, test
 
 
 def load_all(config: DataConfig, log: Log) -> Identities:
-    """All that is in the source, held out or not. ValueError as for `load_data`."""
-    return KINDS[recognise(config.source)].load(config, log)
+    """All identities of the source, held out or not. ValueError as for `load_data`."""
+    return KINDS[recognize(config.source)].load(config, log)
 
 
-def recognise(source: str) -> str:
-    """The kind of a source, a key of KINDS. ValueError if it is none."""
+def recognize(source: str) -> str:
+    """The kind of a source, a key of KINDS. ValueError if it is of none."""
     if source == GLYPHS or source.startswith(synthetic.PREFIX):
         return source.partition(":")[0]
     path = Path(source)
@@ -84,7 +84,7 @@ def recognise(source: str) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    """By its first bytes. ValueError if they are of no kind."""
+    """The kind by the first bytes. ValueError if they are those of no kind."""
     with path.open("rb") as file:
         start = file.read(16)
     if start.startswith(idx.GZIP):

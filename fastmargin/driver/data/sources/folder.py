@@ -1,8 +1,8 @@
 """A folder that holds a folder for each identity: ROOT/NAME/.../PICTURE.
 
-All pictures below ROOT/NAME are of the identity NAME, however deep they lie. A picture is a file with one of the
-SUFFIXES; hidden files and folders (.DS_Store, .git) and other files are not looked at. Pictures that lie in ROOT
-itself are of nobody: they are left out, and the log says how many.
+All pictures below ROOT/NAME, at any depth, are of the identity NAME. A picture is a file with one of the SUFFIXES;
+hidden files and folders (.DS_Store, .git) and other files are ignored. Pictures in ROOT itself belong to no identity:
+they are left out, and the log says how many.
 """
 
 import os
@@ -16,12 +16,12 @@ from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources.packed import pack
 from fastmargin.driver.log import Log
 
-SIZE = 112  # pixels a side, if data.size does not say
+SIZE = 112  # pixels a side, if data.size is null
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
 class Folder:
-    """Pictures by identity and then by path. ValueError if there are none."""
+    """The pictures, ordered by identity and then by path. ValueError if there are none."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ class Folder:
 
 
 def load_folder(config: DataConfig, log: Log) -> Identities:
-    """ValueError if there are no pictures, or too many that cannot be read."""
+    """ValueError if there are no pictures, or if too many cannot be read."""
     root = Path(config.source)
     folder = Folder(root)
     if stray := sum(entry.is_file() and is_picture(entry.name) for entry in os.scandir(root)):
@@ -61,9 +61,9 @@ def folders(root: Path) -> list[str]:
 def pictures(folder: Path) -> list[str]:
     """The paths of all pictures in a folder and below it, sorted."""
     files = []
-    for place, below, names in os.walk(folder):
+    for parent, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
-        files += [os.path.join(place, name) for name in names if is_picture(name)]
+        files += [os.path.join(parent, name) for name in names if is_picture(name)]
     return sorted(files)
 
 

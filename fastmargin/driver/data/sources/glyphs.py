@@ -1,31 +1,29 @@
-"""Glyph identities: a character is an identity, its images are the font faces that draw it.
+"""Glyph identities: a character is an identity, its images are drawn from the font faces that have it.
 
 Rules, in order:
-1. Faces: all of the fonts that matplotlib ships, or of a folder. LastResort, STIXNonUni and STIXSiz* draw
-   no text. The TeX fonts (cmr10 and its family) put encodings of their own under Unicode code points: only
-   0-9, A-Z and a-z of the roman, bold, sans, italic and typewriter ones are what they say.
+1. Faces: all fonts that matplotlib ships, or those of a folder. Not LastResort, STIXNonUni and STIXSiz*: they
+   have no text. The TeX fonts (cmr10 and its family) have encodings of their own under Unicode code points:
+   only 0-9, A-Z and a-z of the roman, bold, sans, italic and typewriter ones are what their code points say.
 2. Characters: letters, numbers, mathematical, currency and other symbols, in at least `faces` faces by
-   their character maps. Not Braille, punctuation or modifiers: an image does not say where the ink was, so
-   they look alike.
+   their character maps. Not Braille, punctuation or modifiers: they differ in where the ink lies, which rule
+   3 does not keep.
 3. Images: white on black, the ink scaled to 28/32 of the side per em (smaller if it would not fit) and
-   centred.
-4. Merging: two characters are one identity when their images reach cosine TWIN in at least half of the
-   faces they share, and so on from one to the next. All faces would be too many: hinting and edited
-   outlines tell A from Alpha.
-5. Cleaning: of the images of one identity those go that reach COPY with an earlier one (Sans and Mono share
-   drawings). Images of two identities that reach TWIN in one face, or are equal in any two, are label
-   noise: both go.
+   centered.
+4. Merging: two characters are one identity if their images have a cosine of TWIN or more in at least half of
+   the faces that have both, and so on from one to the next. To ask it of all faces would leave A and Alpha
+   apart, because of hinting and edited outlines.
+5. Cleaning: an image with a cosine of COPY or more to an earlier one of its identity is dropped (Sans and
+   Mono share drawings). Images of two identities that reach TWIN in one face, or are equal in any two, are
+   label noise: both are dropped.
 6. Identities left with at least `faces` images stay, in the order of their smallest code points.
 
-The images are drawn once and kept in a cache. Its key holds all that they depend on: rules, sizes, fonts,
+The images are drawn once and kept in a cache. Its key is made of all that they depend on: rules, sizes, fonts,
 and the versions of Pillow, FreeType and Unicode, since another FreeType draws a tenth of the glyphs one row
 of pixels differently.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import time
 import unicodedata
@@ -45,10 +43,11 @@ from torch import Tensor
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.log import Log
+from fastmargin.files import sha256, written
 from fastmargin.require import require
 
-SIZE = 32  # pixels a side, if data.size does not say
-RULES = 1  # to be raised with every change of a rule: it makes old caches invalid
+SIZE = 32  # pixels a side, if data.size is null
+RULES = 1  # to be increased with every change of a rule, which makes old caches invalid
 CATEGORIES = frozenset("Lu Ll Lt Lo Nd Nl No Sm Sc So".split())
 BRAILLE = range(0x2800, 0x2900)
 NO_TEXT = re.compile(r"LastResort|STIXNonUni|STIXSiz")
@@ -60,8 +59,8 @@ BLOCK = 1024  # rows of a similarity matrix held at once
 
 class Face(NamedTuple):
     path: Path
-    number: int  # in a collection
-    codes: frozenset[int]  # characters that rules 1 and 2 take from it
+    number: int  # in a font collection
+    codes: frozenset[int]  # characters that rules 1 and 2 allow
 
 
 class Glyphs(NamedTuple):
@@ -75,10 +74,11 @@ class Glyphs(NamedTuple):
 def load_glyphs(config: DataConfig, log: Log = print) -> Identities:
     """All identities of the configured fonts, from the cache or rendered into it.
 
-    A cache that is damaged or cannot be written is logged and done without. ValueError if the folder holds
-    no fonts or no identity is left of them, or if colour is asked for; OSError if a font file cannot be opened.
+    If the cache is damaged or cannot be written, the log says so and the images are rendered. ValueError if the
+    folder holds no fonts or no identity is left of them, or if color is asked for; OSError if a font file cannot be
+    opened.
     """
-    require(config.color != "rgb", "data.color", config.color, "grey: glyphs have no colour")
+    require(config.color != "rgb", "data.color", config.color, "gray: glyphs have no color")
     fonts = find_fonts(config.fonts)
     cache = cache_file(config, fonts)
     identities = read_cache(cache, log)
@@ -89,7 +89,7 @@ def load_glyphs(config: DataConfig, log: Log = print) -> Identities:
 
 
 def first_code_point(name: str) -> int:
-    """What decides whether an identity is held out: the split survives new fonts, rules and characters."""
+    """The key by which an identity is held out or not: the split stays with other fonts, rules and characters."""
     return ord(name[0])
 
 
@@ -126,28 +126,29 @@ def render(fonts: list[Path], faces: int, size: int, log: Log) -> Identities:
 
 def read_faces(fonts: list[Path], log: Log) -> list[Face]:
     """The faces of all files that can be read; the others are logged."""
-    logging.getLogger("fontTools").setLevel(logging.CRITICAL)  # it warns of time stamps
+    logging.getLogger("fontTools").setLevel(logging.CRITICAL)  # it warns about time stamps
     faces = []
     for path in fonts:
         try:
             faces += faces_of(path)
-        except Exception as error:  # fontTools lets through whatever its parsers run into
+        except Exception as error:  # fontTools raises whatever its parsers run into
             log(f"glyphs: skipped {path}: {error}")
     return faces
 
 
 def faces_of(path: Path) -> list[Face]:
-    """Every face of a font file or collection, with the characters we take from it."""
+    """Every face of a font file or collection, with its usable characters."""
     kind = TTCollection if path.suffix.lower() == ".ttc" else TTFont
     with kind(path, lazy=True) as opened:
         maps = [font.getBestCmap() or {} for font in getattr(opened, "fonts", [opened])]
     return [
-        Face(path, number, frozenset(code for code in codes if wanted(code, path.stem)))
+        Face(path, number, frozenset(code for code in codes if usable(code, path.stem)))
         for number, codes in enumerate(maps)
     ]
 
 
-def wanted(code: int, font: str) -> bool:
+def usable(code: int, font: str) -> bool:
+    """Whether rules 1 and 2 allow a character of a font."""
     character = chr(code)
     if TEX.fullmatch(font):
         return TEX_TEXT.fullmatch(font) is not None and character.isascii() and character.isalnum()
@@ -158,7 +159,7 @@ def wanted(code: int, font: str) -> bool:
 
 
 def draw_faces(faces: list[Face], least: int, size: int, log: Log) -> Glyphs:
-    """Every character that at least `least` faces have, in each of them; glyphs without ink are left out."""
+    """All images of the characters that at least `least` faces have; those without ink are left out."""
     count = Counter(code for face in faces for code in face.codes)
     rows: list[tuple[int, int, NDArray[np.uint8]]] = []
     for number, face in enumerate(faces):
@@ -173,14 +174,14 @@ def draw_faces(faces: list[Face], least: int, size: int, log: Log) -> Glyphs:
 
 def draw_face(face: Face, codes: list[int], size: int) -> list[tuple[int, NDArray[np.uint8]]]:
     """(code point, pixels [size * size]) of each character with ink. OSError if FreeType refuses."""
-    em = max(64, 2 * size)  # hinting rounds to these pixels, at most half as large as the image's
+    em = max(64, 2 * size)  # hinting rounds to pixels of this size, at most half as large as those of the image
     font = ImageFont.truetype(str(face.path), em, index=face.number, layout_engine=ImageFont.Layout.BASIC)
     drawn = [(code, draw(font, chr(code), size)) for code in codes]
     return [(code, pixels) for code, pixels in drawn if pixels.any()]
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str, size: int) -> NDArray[np.uint8]:  # [size * size]
-    """Cut out by its ink, never placed by font metrics: those differ wildly between fonts."""
+    """Placed by the bounding box of its ink, not by font metrics, which differ wildly between fonts."""
     left, top, right, bottom = (int(edge) for edge in font.getbbox(character))
     glyph = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(glyph).text((-left, -top), character, fill=255, font=font)
@@ -238,7 +239,7 @@ def merge(
     pairs: NDArray[np.int64],  # [2, pairs]
     characters: int,
 ) -> NDArray[np.int64]:  # [characters] the smallest character of the identity
-    """Union of all characters that are twins in at least half of the faces they share."""
+    """Union-find over all pairs of characters that are twins in at least half of the faces that have both."""
     present = np.zeros((characters, face.max(initial=0) + 1), bool)
     present[character, face] = True
     first, second = character[pairs]
@@ -253,7 +254,7 @@ def merge(
 
 
 def find(parent: list[int], one: int) -> int:
-    """The root of one's tree, whose paths are halved on the way."""
+    """The root of the tree that `one` is in; halves the path on the way."""
     while parent[one] != one:
         parent[one] = one = parent[parent[one]]
     return one
@@ -263,7 +264,7 @@ def first_copies(
     pixels: NDArray[np.uint8],  # [N, p]
     identity: NDArray[np.int64],  # [N]
 ) -> NDArray[np.bool_]:  # [N]
-    """Images that do not reach COPY with an earlier image that stays, of the same identity."""
+    """Whether an image stays: it is below COPY to all earlier images of its identity that stay."""
     kept = np.ones(len(identity), bool)
     order = np.argsort(identity, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(identity[order])) + 1):
@@ -279,7 +280,7 @@ def ambiguous(
     identity: NDArray[np.int64],  # [N]
     pairs: NDArray[np.int64],  # [2, pairs]
 ) -> NDArray[np.bool_]:  # [N]
-    """Images that another identity has too: its twin in the same face, or the very same pixels in any."""
+    """Whether another identity has the image, too: a twin in the same face, or the same pixels in any face."""
     found = np.zeros(len(identity), bool)
     first, second = identity[pairs]
     found[pairs[:, first != second]] = True
@@ -300,18 +301,14 @@ def cache_file(config: DataConfig, fonts: list[Path]) -> Path:
         "rules": RULES,
         "faces": config.faces,
         "size": config.size or SIZE,
-        "fonts": [[path.name, sha256(path.read_bytes())] for path in fonts],
+        "fonts": [[path.name, sha256(path)] for path in fonts],
         "versions": [PIL.__version__, features.version("freetype2"), unicodedata.unidata_version],
     }
     return config.cache_folder() / f"glyphs-{sha256(json.dumps(facts).encode())[:16]}.safetensors"
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def read_cache(path: Path, log: Log) -> Identities | None:
-    """What `write_cache` wrote there; None if nothing did or it has changed since."""
+    """What `write_cache` wrote there; None if there is no such file or it has changed since."""
     if not path.exists():
         return None
     try:
@@ -320,14 +317,14 @@ def read_cache(path: Path, log: Log) -> Identities | None:
             raise ValueError("its SHA-256 is not the manifest's")
         tensors = safetensors.torch.load(data)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        log(f"glyphs: the cache {path} is damaged, rendering anew: {error}")
+        log(f"glyphs: the cache {path} is damaged, rendering again: {error}")
         return None
     names = tensors["names"].numpy().tobytes().decode().split("\n")
     return Identities(tensors["images"], tensors["labels"], names)
 
 
 def write_cache(path: Path, identities: Identities, log: Log) -> None:
-    """Keep the identities; a folder that cannot be written is logged."""
+    """Keeps the identities; if the folder cannot be written, the log says so."""
     images, labels = identities.images, identities.labels
     assert isinstance(images, Tensor)
     names = torch.frombuffer(bytearray("\n".join(identities.names), "utf-8"), dtype=torch.uint8)
@@ -335,17 +332,8 @@ def write_cache(path: Path, identities: Identities, log: Log) -> None:
     manifest = {"sha256": sha256(data), "identities": identities.num_classes, "images": len(images)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, data)
-        replace(path.with_suffix(".json"), json.dumps(manifest, indent=2).encode())
+        for file, content in (path, data), (path.with_suffix(".json"), json.dumps(manifest, indent=2).encode()):
+            with written(file) as draft:
+                draft.write_bytes(content)
     except OSError as error:
         log(f"glyphs: no cache kept: {error}")
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

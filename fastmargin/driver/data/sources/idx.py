@@ -1,10 +1,10 @@
-"""IDX, the format of MNIST and its kin (LeCun, Cortes and Burges): images in one file, labels in another.
+"""IDX, the format of MNIST and similar sets (LeCun, Cortes and Burges): images in one file, labels in another.
 
     0, 0, type, dimensions     a byte each; type 8 is uint8, the others are in TYPES
     the size of each dimension, uint32 big endian; then the numbers, big endian, the last dimension fastest
 
-Images are [N, H, W] uint8. The labels' file lies beside the images', its name has "labels" for "images" and "idx1"
-for "idx3". Either may be compressed by gzip. An identity is called by its label.
+Images are [N, H, W] uint8. The file of the labels lies beside that of the images; its name has "labels" for "images"
+and "idx1" for "idx3". Either may be compressed by gzip. The name of an identity is its label.
 """
 
 import gzip
@@ -27,7 +27,7 @@ GZIP = b"\x1f\x8b"
 
 
 def load_idx(config: DataConfig, log: Log) -> Identities:
-    """ValueError if either file is not what it should be, or they do not belong together."""
+    """ValueError if either file has another format, or their lengths differ."""
     path = Path(config.source)
     images, labels = read_idx(path), read_idx(labels_of(path))
     if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
@@ -62,7 +62,7 @@ def read_idx(path: Path) -> NDArray:
 
 
 def unzipped(path: Path) -> bytes:
-    """The file's bytes, decompressed if need be. ValueError if they are damaged."""
+    """The bytes of a file, decompressed if need be. ValueError if they are damaged."""
     data = path.read_bytes()
     try:
         return gzip.decompress(data) if data.startswith(GZIP) else data

@@ -2,8 +2,8 @@
 
     SET/ALPHABET/characterNN/NNNN_NN.png    105 x 105 pixels, black ink on white
 
-A character is an identity, called ALPHABET/characterNN; ink becomes white on black, as everywhere here. Zips may be
-given together, with commas between them; a drawing that is in several of them counts once.
+A character is an identity, named ALPHABET/characterNN; ink becomes white on black, as in all sources here. Several
+zips are given with commas between them; a drawing that is in more than one of them counts once.
 """
 
 import re
@@ -21,7 +21,7 @@ from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources.pixels import Color, fit
 from fastmargin.driver.log import Log
 
-SIZE = 32  # pixels a side, if data.size does not say
+SIZE = 32  # pixels a side, if data.size is null
 DRAWING = re.compile(r"[^/]+/([^/]+/character\d+)/(\d+_\d+)\.png")
 
 
@@ -29,7 +29,7 @@ def load_omniglot(config: DataConfig, log: Log) -> Identities:
     """ValueError for a zip that is damaged or holds no drawings."""
     drawings: dict[tuple[str, str], NDArray[np.uint8]] = {}
     for path in config.source.split(","):
-        drawings |= read_zip(Path(path), config.size or SIZE, config.color or "grey")
+        drawings |= read_zip(Path(path), config.size or SIZE, config.color or "gray")
     characters = sorted(drawings)
     names = sorted({name for name, _ in characters})
     labels = np.searchsorted(names, [name for name, _ in characters])
@@ -43,7 +43,7 @@ def read_zip(path: Path, size: int, color: Color) -> dict[tuple[str, str], NDArr
         with ZipFile(path) as file:
             found = [match for name in file.namelist() if (match := DRAWING.fullmatch(name))]
             drawings = {(match[1], match[2]): draw(file.read(match[0]), size, color) for match in found}
-    except (BadZipFile, OSError, SyntaxError) as error:  # the last two are Pillow's too
+    except (BadZipFile, OSError, SyntaxError) as error:  # Pillow raises the last two as well
         raise ValueError(f"{path} is damaged: {error}") from error
     if not drawings:
         raise ValueError(f"{path} holds no drawing of Omniglot: SET/ALPHABET/characterNN/NNNN_NN.png")

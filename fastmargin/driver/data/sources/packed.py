@@ -4,18 +4,17 @@ One file, appended to and then never changed:
 
     records   N images [H, W] or [H, W, 3] uint8, back to back
     index     in safetensors: shape of a record; labels [N] int64; checksums [N] uint32, the CRC32 of each record;
-              numbers [N] int64, which of the source's pictures each is; names, a JSON list in UTF-8
+              numbers [N] int64, the number of its picture in the source; names, a JSON list in UTF-8
     trailer   20 bytes, little endian: b"FMPK", version uint32, length of the index uint64, its CRC32 uint32
 
-It is written under another name and renamed when whole. Opening it checks the index, reading an image checks its
-record. Its name holds a key of all that the pixels depend on: the files, by name, size and time of change, the
-size and colour asked for, and the version of Pillow.
+It is written under another name and renamed when complete. Opening it checks the index, reading an image checks its
+record. Its name has a hash of all that the pixels depend on: the files, by name, size and time of modification, the
+size and color of the configuration, and the version of Pillow.
 """
 
 import hashlib
 import json
 import math
-import os
 import struct
 import sys
 import zlib
@@ -37,29 +36,30 @@ from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities, dense
 from fastmargin.driver.data.sources.pixels import Color, decode, own_color
 from fastmargin.driver.log import Log
+from fastmargin.files import written
 
 VERSION = 2
 TRAILER = struct.Struct("<4sIQI")
 MAGIC = b"FMPK"
 BLOCK = 1024  # images decoded together
-UNREADABLE = 0.01  # share of the images that may be passed over
-SHOWN = 10  # of them in an error
+UNREADABLE = 0.01  # share of the images that may be skipped
+SHOWN = 10  # skipped images that an error names
 
 
 class Encoded(Protocol):
-    """N pictures as their files hold them."""
+    """N pictures as they are in their files."""
 
     labels: NDArray[np.int64]  # [N] 0..C-1
     names: list[str]  # [C]
 
     def read(self, number: int) -> bytes:
-        """One encoded picture. Raises OSError or ValueError."""
+        """The bytes of an encoded picture. Raises OSError or ValueError."""
 
     def title(self, number: int) -> str:
-        """What a message calls it."""
+        """A name of the picture for messages."""
 
     def facts(self) -> Iterable[object]:
-        """What changes whenever the pictures do."""
+        """Values for JSON that change whenever the pictures do."""
 
 
 class Packed:
@@ -98,9 +98,9 @@ class Packed:
 
 
 def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identities:
-    """The pictures as identities, from the packed file of their key or through a new one.
+    """The pictures as identities, from the packed file for their key, which is written if there is none.
 
-    An identity without a readable picture is left out. ValueError if more than a share UNREADABLE of the pictures
+    An identity without a readable picture is left out. ValueError if more than the share UNREADABLE of the pictures
     cannot be read; OSError if the file cannot be written.
     """
     path = config.cache_folder() / f"packed-{key(encoded, size, config.color)}.fmpk"
@@ -114,12 +114,8 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
                 log(f"data: {missing} unreadable images were left out when {path} was packed")
             return identities(packed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with written(path) as draft:
         write(draft, encoded, size, config.color or first_color(encoded), log)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     log(f"data: packed {path}, {path.stat().st_size / 1e6:.1f} MB")
     return identities(Packed(path, encoded))
 
@@ -136,7 +132,7 @@ def key(encoded: Encoded, size: int, color: Color | None) -> str:
 
 
 def first_color(encoded: Encoded) -> Color:
-    """The colour of the first picture that can be opened. ValueError if none can."""
+    """The color of the first picture that can be opened. ValueError if none can."""
     for number in range(len(encoded.labels)):
         try:
             return own_color(encoded.read(number))
@@ -146,7 +142,7 @@ def first_color(encoded: Encoded) -> Color:
 
 
 def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> None:
-    """Decodes all pictures, in their order, and appends them, then index and trailer."""
+    """Writes all pictures, decoded and in order, then index and trailer."""
     count = len(encoded.labels)
     log(f"data: packing {count} images of {len(encoded.names)} identities at {size} x {size}, {color}, once")
     kept: list[int] = []
@@ -187,12 +183,12 @@ def index_of(
 
 
 def decoded(encoded: Encoded, size: int, color: Color) -> Iterator[tuple[int, NDArray[np.uint8] | Exception]]:
-    """(number, pixels) in order, by as many threads as Python thinks fit; what went wrong in place of pixels."""
+    """(number, pixels) in order, decoded by a pool of threads; an exception stands in place of pixels."""
 
     def attempt(number: int) -> NDArray[np.uint8] | Exception:
         try:
             return decode(encoded.read(number), size, color)
-        except Exception as error:  # Pillow lets through whatever its parsers run into
+        except Exception as error:  # Pillow raises whatever its parsers run into
             return error
 
     with ThreadPoolExecutor() as pool:
@@ -202,7 +198,7 @@ def decoded(encoded: Encoded, size: int, color: Color) -> Iterator[tuple[int, ND
 
 
 def check_budget(skipped: list[str], count: int) -> None:
-    """ValueError once more than a share UNREADABLE of `count` images is skipped; one always may be."""
+    """ValueError once more than the share UNREADABLE of `count` images is skipped; one always may be."""
     if len(skipped) > math.ceil(UNREADABLE * count) or len(skipped) == count:
         more = f", and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         raise ValueError(
@@ -212,7 +208,7 @@ def check_budget(skipped: list[str], count: int) -> None:
 
 
 def read_index(path: Path) -> dict[str, NDArray]:
-    """What `index_of` holds. ValueError unless the file is, in length and index, what `write` wrote."""
+    """The tensors of `index_of`. ValueError unless length and index of the file are as `write` wrote them."""
     whole = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, whole - TRAILER.size))

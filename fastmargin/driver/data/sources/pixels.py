@@ -1,8 +1,7 @@
-"""Pictures to pixels: decoded and fitted by Pillow to size x size, grey or in colour.
+"""Pictures to pixels: decoded and fitted by Pillow to size x size, gray or in color.
 
-A picture that is not square loses what is left and right, or above and below, of its middle square. Scaling is
-bicubic, over all pixels that go into one; a picture of the right size keeps its pixels. Grey is Pillow's "L",
-0.299 R + 0.587 G + 0.114 B.
+A picture that is not square is cut to its middle square. Scaling is bicubic, over all pixels that go into one (so it
+does not alias); a picture of the right size keeps its pixels. Gray is Pillow's "L", 0.299 R + 0.587 G + 0.114 B.
 """
 
 from io import BytesIO
@@ -14,17 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Color = Literal["grey", "rgb"]
+Color = Literal["gray", "rgb"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # EPS would call another program
-MODES: dict[Color, str] = {"grey": "L", "rgb": "RGB"}
-GREY_MODES = ("1", "L", "LA", "La")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # without EPS, which would start another program
+MODES: dict[Color, str] = {"gray": "L", "rgb": "RGB"}
+GRAY_MODES = ("1", "L", "LA", "La")
 
 
 def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
-    """An encoded picture, the right way up. Raises whatever Pillow does at damage; ValueError for 16 or 32 bits."""
+    """An encoded picture, turned upright. Raises what Pillow does for a damaged one; ValueError for 16 or 32 bits."""
     with opened(data) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
             raise ValueError(f"pixels of mode {image.mode}; want 8 bits a channel")
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
         return fit(ImageOps.exif_transpose(image), size, color)
@@ -32,13 +31,13 @@ def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size,
 
 def own_color(data: bytes) -> Color:
     with opened(data) as image:
-        return "grey" if image.mode in GREY_MODES else "rgb"
+        return "gray" if image.mode in GRAY_MODES else "rgb"
 
 
 def opened(data: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:  # it would name the BytesIO
+    except UnidentifiedImageError as error:  # its message would name the BytesIO
         raise ValueError(f"its {len(data)} bytes are no picture of {', '.join(FORMATS)}") from error
 
 
@@ -51,11 +50,11 @@ def fit_all(
     size: int | None,
     color: Color | None,
 ) -> Tensor:  # [N, size, size] or [N, size, size, 3] uint8
-    """Images in memory; None keeps what they are. ValueError if they are not square and have no size to go to."""
+    """Fits images in memory; None keeps their size or color. ValueError if they are not square and size is None."""
     height, width = images.shape[1:3]
     if size is None and height != width:
         raise ValueError(f"the images are {height} x {width}; want squares, or data.size to fit them to")
-    own: Color = "grey" if images.ndim == 3 else "rgb"
+    own: Color = "gray" if images.ndim == 3 else "rgb"
     size, color = size or width, color or own
     if (size, size, color) == (height, width, own):
         return images

@@ -4,14 +4,14 @@ Sources: dmlc-core, recordio.h, for the records; mxnet.recordio for the headers;
 
     train.idx   lines "KEY<tab>OFFSET"
     record      magic 0xced7230a uint32; word uint32, its upper 3 bits the part, its lower 29 the length; data; zeros up
-                to a multiple of 4 bytes. Part 0 is a whole record. Data that hold the magic number, 4-byte aligned,
-                are cut there and written without it: part 1 begins them, 2 goes on, 3 ends them.
-    data        flag uint32, label float32, id uint64 twice; if flag > 0, flag float32 labels more, of which the
+                to a multiple of 4 bytes. Part 0 is a whole record. Data with the magic number in them, 4-byte aligned,
+                are split there and written without it: part 1 is the first, 2 a middle one, 3 the last.
+    data        flag uint32, label float32, id uint64 twice; if flag > 0, so many further float32 labels, of which the
                 first is the label; then an encoded picture
 
-InsightFace puts key ranges beside the pictures: record 0 (flag 2: where the identities begin and end) and one for
-each identity (flag 2: where its pictures do). They hold no picture, and are passed over: labels say it all.
-A label from 2^24 on is refused: a float32 does not tell it from its neighbours.
+InsightFace has key ranges beside the pictures: record 0 (flag 2: where the identities begin and end) and one for
+each identity (flag 2: where its pictures do). They hold no picture and are skipped: the labels tell the same.
+A label of 2^24 or more is refused: as a float32 it may be another's, rounded.
 """
 
 import mmap
@@ -28,20 +28,20 @@ from fastmargin.driver.data.identities import Identities, dense
 from fastmargin.driver.data.sources.packed import pack
 from fastmargin.driver.log import Log
 
-SIZE = 112  # pixels a side, if data.size does not say
+SIZE = 112  # pixels a side, if data.size is null
 MAGIC = struct.pack("<I", 0xCED7230A)
-LENGTH = 2**29 - 1  # mask
-FIRST, LAST = (0, 1), (0, 3)  # parts that may begin and end a record
+LENGTH = 2**29 - 1  # mask of the length in a word
+FIRST, LAST = (0, 1), (0, 3)  # parts that begin and that end a record
 HEADER = np.dtype([
     ("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("ids", "<u8", 2), ("labels", "<f4"),
 ])  # fmt: skip
 FIXED = 24  # bytes of the header before the further labels
-EXACT = 2**24
+EXACT = 2**24  # below it a float32 holds every whole number
 BLOCK = 1 << 16  # headers read at once
 
 
 class RecordIO:
-    """The pictures of a record file, in order of their keys. ValueError says which record is not one."""
+    """The pictures of a record file, in order of their keys. ValueError says which record is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +105,7 @@ class RecordIO:
         return given.astype(np.int64)
 
     def _record(self, offset: int) -> bytes:
-        """The data of a record, its parts joined. ValueError if a part is not there."""
+        """The data of a record, its parts joined. ValueError if a part is missing."""
         parts: list[bytes] = []
         part = -1
         while part not in LAST:

@@ -1,7 +1,7 @@
-"""Synthetic identities, for runs that measure speed: synthetic:CLASSESxIMAGES, as many of each as you like.
+"""Synthetic identities, for runs that measure speed: synthetic:CLASSESxIMAGES, with IMAGES images of each class.
 
-Every image is made when it is asked for, a pure function of its number: a GRID x GRID mosaic in which each tile is
-0.75 times a level of its identity plus 0.25 times one of the image, both from `driver.data.hash64`. A network learns
+Every image is made when it is indexed, a pure function of its number: a GRID x GRID mosaic in which each tile is 0.75
+times a level of its identity plus 0.25 times one of the image, both from `driver.data.order.hash64`. A network learns
 them at once. Image i is of identity i div IMAGES.
 """
 
@@ -18,7 +18,7 @@ from fastmargin.driver.data.order import SYNTHETIC, hash64
 from fastmargin.driver.data.sources.pixels import Color
 from fastmargin.driver.log import Log
 
-SIZE = 112  # pixels a side, if data.size does not say
+SIZE = 112  # pixels a side, if data.size is null
 GRID = 8  # tiles a side
 PREFIX = "synthetic:"
 

@@ -3,7 +3,7 @@
     images   uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W]
     labels   int64 [N], any numbers from 0 on
 
-The metadata may hold "names", a JSON list with the name of every label; else an identity is called by its number.
+The metadata may hold "names", a JSON list with the name of every label; else the name of an identity is its label.
 All images are read into memory.
 """
 
@@ -21,7 +21,7 @@ from fastmargin.driver.log import Log
 
 
 def load_tensors(config: DataConfig, log: Log) -> Identities:
-    """ValueError if the tensors are not there, or not these."""
+    """ValueError if the tensors are missing or of another kind."""
     path = Path(config.source)
     try:
         with safe_open(path, "pt") as file:
@@ -55,7 +55,7 @@ def channels_last(
 
 
 def names_of(path: Path, metadata: dict[str, str], values: list[int]) -> list[str]:
-    """The names of these labels. ValueError if the metadata have too few, or one twice."""
+    """The names of these labels. ValueError if the metadata has too few names, or one twice."""
     if "names" not in metadata:
         return [str(value) for value in values]
     try:
