@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastmargin.driver.data.order import Permutation
+from fastmargin.ops.common import rank_in_group
 
 EACH = 10  # images that an identity may always bring to an evaluation
 
@@ -139,8 +140,8 @@ class Identities:
         order = Permutation(len(sizes), seed, 0)(np.arange(len(sizes)))
         given[order[given[order].cumsum() > limit]] = 0
         rows = labels.argsort(kind="stable")
-        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[labels[rows]]  # of an image in its identity
         of = labels[rows]
+        rank = rank_in_group(self.labels[rows]).numpy()  # of an image in its identity
         return self.take(np.sort(rows[rank * given[of] % sizes[of] < given[of]]))
 
 
