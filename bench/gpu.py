@@ -57,7 +57,7 @@ def liger(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
 
 
 def in_backward(**options: Any) -> Prepare:
-    """A whole step, made in the backward pass and ended by the next; peaks leave out its momentum and its shadow."""
+    """A whole step, made in the backward pass and ended by the next; peaks leave out momentum and operand cache."""
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
         model = MarginHead(1, len(w), ArcFace(arcface.S, arcface.M), compute_dtype=BF16, backend="native")
@@ -93,7 +93,7 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
             yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
     if "native" in backends:
         yield "fastmargin native, bfloat16, ClassSGD in backward", in_backward()
-        yield "fastmargin native, bfloat16, ClassSGD in backward, shadow", in_backward(cache_operands=True)
+        yield "fastmargin native, bfloat16, ClassSGD in backward, cached operands", in_backward(cache_operands=True)
     yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
 
 

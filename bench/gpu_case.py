@@ -19,7 +19,7 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
 
 
 def class_step(B: int, d: int, C: int, **options: object) -> None:
-    """Two steps made in the backward pass; the second reads the shadow that the first has written."""
+    """Two steps made in the backward pass; the second reads the operand cache that the first has written."""
     head = MarginHead(d, C, ArcFace(), backend="native", **options).cuda()
     optimizer = optim.ClassSGD(head, 0.1, 0.9, 5e-4, in_backward=True, cache_operands=True)
     for _ in range(2):
