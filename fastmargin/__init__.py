@@ -1,6 +1,6 @@
 """Margin-softmax heads that never store the batch x classes logits.
 
-The public names, each imported from its home on first use (PEP 562).
+The public names, each imported from its module on first use (PEP 562).
 """
 
 import importlib

@@ -1,23 +1,24 @@
-"""Optimisers of class weights: torch's SGD and AdamW on the rows that were used, if wanted inside the backward pass.
+"""Optimizers of class weights: torch's SGD and AdamW on the rows that were used, optionally in the backward pass.
 
 Each is a torch Optimizer of one parameter, `head.weight`: param_groups, state_dict and learning-rate schedulers work as
-ever, and what else a model learns (the backbone, `head.replicated_parameters()`) has an ordinary optimiser of its own.
+usual. All other parameters (the backbone, `head.replicated_parameters()`) need an ordinary optimizer of their own.
 
-in_backward=True steps inside the backward pass, a block of classes at a time: no gradient of the size of the weight
-exists, in memory there are the weight and the optimiser's state. `step()` still ends every step. (The backends triton
-and reference make the whole gradient first.) Whatever runs that backward pass moves the weights: autograd.grad too. A
-graph that holds the weights of before then raises, as after any write in place: a term that reads `head.weight`, in one
-backward pass with the head's loss, is to be made after it.
+in_backward=True steps inside the backward pass, a block of classes at a time: the gradient of the whole weight is never
+stored, only the weight and the optimizer's state are. `step()` still ends every step. (The backends triton and
+reference compute the whole gradient first.) Every backward pass changes the weights, also one by autograd.grad. Graphs
+that saved the old weights then raise, as after any write in place: so if another loss term reads `head.weight` and is
+back-propagated together with the head's loss, compute that term after the head's loss.
 
-Where a head samples its classes, a step reads and changes those rows alone. What SGD without a gradient would have done
-to a row that sat out (momentum and weight decay go on) is linear in its (v, w):
+Where a head samples its classes, a step reads and changes those rows alone. The effect of an SGD step without a
+gradient on a skipped row (momentum and weight decay go on) is linear in its (v, w):
 
     v' = mu v + lam w                 [v', w'] = M [v, w],   M = [[mu, lam], [-lr mu, 1 - lr lam]]
     w' = w - lr v'                    Nesterov: M = [[mu, lam], [-lr mu^2, 1 - lr lam (1 + mu)]]
 
-so a row is brought up to date when it is next used, by the product of the M of the steps it missed, and the result is
-that of the dense optimiser. The products are suffixes, M_t ... M_k for every k, one multiplication each per step; a
-quotient of prefixes would lose all digits. AdamW has no such product: rows that sit out are frozen, as in SparseAdam.
+so a row is updated lazily, when it is next used, by the product of the M of the steps it skipped, and the result is
+that of the dense optimizer. The products M_t ... M_k are kept for every k, and each step multiplies all of them by its
+M; dividing a prefix product by another would lose all digits. AdamW has no such product: skipped rows are frozen, as in
+SparseAdam.
 """
 
 import math
@@ -35,13 +36,13 @@ from fastmargin.ops.class_update import IMPLS, Step, count_write
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
 from fastmargin.ops.operand_cache import OperandCache
 
-HISTORY = 1024  # steps after which all rows are brought up to date, so that the list of products stays short
+HISTORY = 1024  # steps after which all rows are updated, so that the list of products stays short
 
 
 class ClassOptimizer(torch.optim.Optimizer):
-    """What both share: the gradient of one step, dense, of some rows, or consumed in the backward pass."""
+    """Base of both: takes a gradient that is dense, sparse, or consumed in the backward pass."""
 
-    _step_supports_amp_scaling = True  # GradScaler.step leaves grad_scale and found_inf here, and waits for neither
+    _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf here, without a host sync
 
     def __init__(
         self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any, cache_operands: bool
@@ -56,14 +57,14 @@ class ClassOptimizer(torch.optim.Optimizer):
             check_operand_cache(head, in_backward)
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
         self.operand_cache = OperandCache() if cache_operands else None
-        self.stage = "ready"  # then "forward", and "backward" where the weights have moved
+        self.stage = "ready"  # then "forward", then "backward": the weights have changed, step() has not been called
         super().__init__([head.weight], defaults)
-        head._apply_lazy_updates()  # with what another one has left to do
+        head._apply_lazy_updates()  # pending ones of an optimizer that was attached before
         head.class_optimizer = self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
-            raise ValueError("a class optimiser has one parameter, head.weight: give others an optimiser of their own")
+            raise ValueError("a class optimizer has one parameter, head.weight: give others an optimizer of their own")
         super().add_param_group(param_group)
 
     @property
@@ -78,25 +79,25 @@ class ClassOptimizer(torch.optim.Optimizer):
         return state[name]
 
     def next_step(self) -> Step:
-        """The step that the gradient of now would make; changes nothing but for states that did not exist."""
+        """The next step, without its gradient. Changes nothing, but creates missing state tensors."""
         raise NotImplementedError
 
-    def apply_lazy_updates(self, class_ids: Tensor | None = None) -> None:  # [n]
-        """Brings these rows, or all, to where the dense optimiser would have them."""
+    def apply_lazy_updates(self, subset: Tensor | None = None) -> None:  # [n] local indices; None: all rows
+        """Applies the skipped steps of these rows, so that they are as the dense optimizer would have them."""
 
-    def before_forward(self, class_ids: Tensor | None) -> None:  # [n]
-        """The head is about to read these rows in training, or all."""
+    def before_forward(self, subset: Tensor | None) -> None:  # [n] local indices; None: all rows
+        """Called by the head before it reads these rows in training."""
         if self.in_backward and self.stage != "ready":
             raise RuntimeError(
                 "a second forward pass before step(): with in_backward=True every forward and backward pass is one "
                 "step; gradient accumulation needs in_backward=False"
             )
-        self.apply_lazy_updates(class_ids)
-        self.class_ids = class_ids
+        self.apply_lazy_updates(subset)
+        self.subset = subset
         self.stage = "forward" if self.in_backward else "ready"
 
     def begin_backward(self) -> Step:
-        """The backward pass is about to step."""
+        """Called by the backward pass before it steps."""
         if self.stage != "forward":
             raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")
         self.stage = "backward"
@@ -105,7 +106,7 @@ class ClassOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Ends a step: applies `weight.grad` (dense, or sparse COO of some rows), or counts what backward applied.
+        """Applies `weight.grad` (dense, or sparse COO of some rows), or ends the step that the backward pass has made.
 
         Without a gradient nothing happens, as in torch.
         """
@@ -117,7 +118,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         if self.in_backward:
             if self.scaler is None and getattr(self, "grad_scale", None) is not None:  # within GradScaler.step
                 raise RuntimeError(
-                    "the backward pass has stepped by a scaled gradient: give scaler= to the optimiser and call step()"
+                    "the backward pass has stepped by a scaled gradient: give scaler= to the optimizer and call step()"
                 )
             if grad is not None:
                 raise RuntimeError("the weight has a .grad, which in_backward=True does not make: call zero_grad()")
@@ -131,29 +132,29 @@ class ClassOptimizer(torch.optim.Optimizer):
         return loss
 
     def apply(self, grad: Tensor) -> None:  # [C, d], dense or sparse
-        class_ids = None
+        subset = None
         if grad.is_sparse:
             grad = grad.coalesce()
-            class_ids, grad = grad.indices()[0], grad.values()
+            subset, grad = grad.indices()[0], grad.values()
         if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
-        self.class_ids = class_ids
-        self.apply_lazy_updates(class_ids)
+        self.subset = subset
+        self.apply_lazy_updates(subset)
         state, rule, hyper, _ = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["update"]
-        update(self.weight, state, grad.contiguous(), class_ids, rule, hyper, self.divisor())
+        update(self.weight, state, grad.contiguous(), subset, rule, hyper, self.divisor())
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
-        """Of a gradient, within GradScaler.step: NaN where one is not finite, so that every row stays as it is."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is None:
+        """Of the gradient, within GradScaler.step: NaN if one is not finite, which leaves every row unchanged."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is None:
             return None
-        scale = torch.ones_like(found) if scale is None else scale
-        return torch.where(found > 0, torch.nan, scale).to(self.weight.dtype)
+        scale = torch.ones_like(found_inf) if scale is None else scale
+        return torch.where(found_inf > 0, torch.nan, scale).to(self.weight.dtype)
 
     def advance(self) -> None:
-        """One more step is done, on `self.class_ids`."""
+        """Counts a step on the rows `self.subset`."""
         state = self.state[self.weight]
         state["step"] = state.get("step", 0) + 1
 
@@ -176,17 +177,17 @@ class ClassSGD(ClassOptimizer):
         in_backward: step inside the backward pass; one forward and one backward pass a step, no gradient clipping over
             the weight, no accumulation, no replica of the head under DDP.
         scaler: a GradScaler, with in_backward=True: gradients are divided by its scale, and rows whose gradient is not
-            finite keep their weight and state; the step counts all the same, and rows that sat out go on as ever.
+            finite keep their weight and state; the step counts nevertheless, and skipped rows are updated as usual.
             Without in_backward, scaler.step(optimizer) does so for all rows of a step if one gradient is not finite.
-        shadow: on a GPU, with in_backward=True, a compute_dtype and all classes: the step writes the rounded weights as
-            well, 2 bytes a number more, and the next forward and backward passes need not round them, to the same
-            results. After any other write to the weight they are made anew; writes that autograd does not count are not
-            seen: into `weight.data`, by a collective into `weight.detach()`, between replays of a CUDA graph. Has not
-            run on a GPU.
+        cache_operands: on a GPU, with in_backward=True, a compute_dtype and all classes: the step also writes the
+            weights rounded to compute_dtype, 2 bytes a number more, and the next forward and backward passes read these
+            instead of rounding again; results are the same. Any other write to the weight makes the cache stale, and
+            the next pass rebuilds it; writes that autograd does not count are not detected: into `weight.data`, by a
+            collective into `weight.detach()`, by replays of a CUDA graph. Has not run on a GPU.
 
     Raises:
-        ValueError: options out of range, or a shadow where none can be kept. RuntimeError: a second forward or backward
-            pass before `step()`.
+        ValueError: options out of range, or cache_operands where there can be no cache. RuntimeError: a second forward
+            or backward pass before `step()`.
     """
 
     def __init__(
@@ -211,9 +212,9 @@ class ClassSGD(ClassOptimizer):
         self.mark_current()
 
     def mark_current(self) -> None:
-        """All rows are up to date."""
-        self.products = np.eye(2)[None]  # [T + 1, 2, 2] of the last T steps, the last 1, ..., none
-        self.seen: Tensor | None = None  # [C] int32: steps since `mark_current` that a row has made; None: all of them
+        """Call when all rows are up to date: forgets the steps so far."""
+        self.products = np.eye(2)[None]  # [T + 1, 2, 2] products of M over the last T steps, T - 1, ..., 0
+        self.steps_applied: Tensor | None = None  # [C] int32, of the T steps a row has had; None: all T
 
     def next_step(self) -> Step:
         group = self.param_groups[0]
@@ -222,33 +223,32 @@ class ClassSGD(ClassOptimizer):
         return Step(state, "sgd", hyper, None)
 
     @torch.no_grad()
-    def apply_lazy_updates(self, class_ids: Tensor | None = None) -> None:  # [n]
-        if self.seen is None:
+    def apply_lazy_updates(self, subset: Tensor | None = None) -> None:  # [n]
+        if self.steps_applied is None:
             return
-        if class_ids is not None:
-            class_ids = class_ids[
-                self.seen[class_ids] < len(self.products) - 1
-            ]  # what a forward pass has read is up to date
+        T = len(self.products) - 1
+        if subset is not None:
+            subset = subset[self.steps_applied[subset] < T]  # without rows that the forward pass has updated already
         products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
-        seen = self.seen if class_ids is None else self.seen[class_ids]
+        applied = self.steps_applied if subset is None else self.steps_applied[subset]
         state = self.next_step().state
-        apply_lazy_updates = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["lazy_update"]
-        apply_lazy_updates(self.weight, state[0] if state else None, class_ids, products[seen.long()])
-        if class_ids is None:
+        lazy_update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["lazy_update"]
+        lazy_update(self.weight, state[0] if state else None, subset, products[applied.long()])
+        if subset is None:
             self.mark_current()
         else:
-            self.seen[class_ids] = len(self.products) - 1
+            self.steps_applied[subset] = T
 
     def advance(self) -> None:
         super().advance()
-        if self.class_ids is None and self.seen is None:
+        if self.subset is None and self.steps_applied is None:
             return
-        if self.seen is None:
-            self.seen = torch.zeros(len(self.weight), dtype=torch.int32, device=self.weight.device)
+        if self.steps_applied is None:
+            self.steps_applied = torch.zeros(len(self.weight), dtype=torch.int32, device=self.weight.device)
         lr, mu, lam, nesterov = self.next_step().hyper
-        look = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
-        self.products = np.concatenate([np.array([[mu, lam], look]) @ self.products, np.eye(2)[None]])
-        self.seen[slice(None) if self.class_ids is None else self.class_ids] = len(self.products) - 1
+        w_row = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
+        self.products = np.concatenate([np.array([[mu, lam], w_row]) @ self.products, np.eye(2)[None]])
+        self.steps_applied[slice(None) if self.subset is None else self.subset] = len(self.products) - 1
         if len(self.products) > HISTORY:
             self.apply_lazy_updates()
 
@@ -258,7 +258,7 @@ class ClassSGD(ClassOptimizer):
 
 
 class ClassAdamW(ClassOptimizer):
-    """torch.optim.AdamW for the class weights of a head. Sampled classes that sit out a step are frozen in it.
+    """torch.optim.AdamW for the class weights of a head. A step leaves classes that were not sampled unchanged.
 
     Args and errors as ClassSGD; lr, betas, eps and weight_decay as torch.optim.AdamW.
     """
@@ -292,16 +292,16 @@ class ClassAdamW(ClassOptimizer):
 
 
 def check_operand_cache(head: MarginHead, in_backward: bool) -> None:
-    """Raises ValueError where no shadow of the class weights can be kept."""
+    """Raises ValueError where the class weights can have no OperandCache."""
     backend = pick(LSE, head.weight, head.backend)
-    for met, given, wanted in (
+    for met, given, want in (
         (in_backward, "in_backward=False", "in_backward=True, whose step writes it"),
         (head.compute_dtype in HALVES, f"compute_dtype = {head.compute_dtype}", "torch.bfloat16 or torch.float16"),
         (head.sample_rate == 1, f"sample_rate = {head.sample_rate}", "1.0: all classes"),
         (LSE[backend].keeps_operands(head.weight), f"the {backend} backend on {head.weight.device}", "native on a GPU"),
     ):
         if not met:
-            raise ValueError(f"cache_operands=True with {given}: want {wanted}")
+            raise ValueError(f"cache_operands=True with {given}: want {want}")
 
 
 def check_range(name: str, given: float, low: float, high: float) -> None:

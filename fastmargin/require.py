@@ -1,7 +1,7 @@
-"""The one form of a refusal. No torch here: the command line needs it before anything is loaded."""
+"""The check that all options share. No torch here: the command line uses it before anything is loaded."""
 
 
 def require(ok: bool, name: str, given: object, want: str) -> None:
-    """Raises ValueError naming the option, what was given and what is wanted."""
+    """Raises ValueError unless ok, with the option's name, the value given and the one wanted."""
     if not ok:
         raise ValueError(f"{name} is {given!r}; want {want}")

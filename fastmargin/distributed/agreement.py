@@ -1,4 +1,4 @@
-"""Checks that all ranks agree, and errors that all of them raise together. Control messages only: small objects."""
+"""Checks that all ranks agree, and errors that all ranks raise. Exchanges small Python objects only."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -42,18 +42,18 @@ def check_device(group: Group) -> None:
         raise ValueError(f"local rank {local} is on GPU 0, as rank 0 is: call torch.cuda.set_device({local}) first")
 
 
-def gather_objects(own: Any, group: Group | None) -> list[Any]:
-    """What every rank brings, in their order: small, and picklable."""
+def gather_objects(local: Any, group: Group | None) -> list[Any]:
+    """The object of every rank, in the order of ranks: small and picklable ones."""
     if group is None:
-        return [own]
+        return [local]
     all_ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(all_ranks, own, group=group)
+    dist.all_gather_object(all_ranks, local, group=group)
     return all_ranks
 
 
 def run_on_all_ranks(action: Callable[[], T], group: Group | None) -> list[T]:
-    """What action() returns on every rank. Where it fails on one, all raise, and say which: OSError, ValueError as
-    there, RuntimeError for any other."""
+    """The results of action() on all ranks. If it fails on one, all ranks raise, with that rank's message: an OSError
+    or ValueError as such, any other exception as RuntimeError."""
     if group is None:
         return [action()]
     result, error = None, None
@@ -65,10 +65,10 @@ def run_on_all_ranks(action: Callable[[], T], group: Group | None) -> list[T]:
     all_ranks = gather_objects((result, error and (kind, f"{error}")), group)
     failures = [(rank, *failure) for rank, (_, failure) in enumerate(all_ranks) if failure]
     if failures:
-        raise failures[0][1]("; ".join(f"rank {rank}: {said}" for rank, _, said in failures)) from error
+        raise failures[0][1]("; ".join(f"rank {rank}: {message}" for rank, _, message in failures)) from error
     return [result for result, _ in all_ranks]
 
 
 def is_replica(group: Group | None) -> bool:
-    """Whether other processes run that may hold the same: there are some, and no group shares its classes with them."""
+    """Whether other processes may hold copies of the same head: there are some, and it is not sharded over a group."""
     return group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,19 +1,19 @@
-"""Everything that speaks to other ranks: N ranks hold the classes, and the rows of a batch, between them.
+"""The autograd Functions and reductions that communicate: N ranks share the classes, and the rows of a batch.
 
-The objective is the average over ranks of what each back-propagates, L = 1/N sum_r L_r, as DDP and FSDP2 have it. The
-owner of row i merges what every rank r makes of its classes and the row (merging.py), and
+The objective is the average over ranks of the losses that they back-propagate, L = 1/N sum_r L_r, as in DDP and FSDP2.
+The owner of row i merges the results of all ranks r for that row (merge.py), with gradients pre-divided by N, and
 
     d x_i = N sum_r d x_ir
 
-dw then is the objective's gradient as it is. d x_i is that of the owner's L_r: the backbone's own averaging divides it
-by N. What every rank holds in whole (a learnt scale, margins, a bias) has its gradient averaged.
+So dw is the gradient of the objective, as it is. d x_i is that of the owner's L_r: DDP of the backbone divides it by N.
+Parameters that every rank holds in full (a learned scale, margins, a bias) have their gradients averaged.
 
-Bytes that a rank sends or receives in a step, for B rows of d float32 features in all and k mined classes:
+Bytes that a rank sends or receives in a step, for B rows of all ranks, d float32 features and k nearest classes:
 
-    labels 8 B, x 4 d B (2 d B in bfloat16), parts 8 B, top-k 12 k B; back 12 B, dx 4 d B
-    8 B more where a margin looks at the whole batch, 8 k B where mined classes are sampled
+    labels 8 B, x 4 d B (2 d B in bfloat16), rest and target 8 B, top-k 12 k B; backward 12 B, dx 4 d B
+    8 B more where a margin needs the whole batch, 8 k B where hard classes are passed to a head that samples
 
-All calls are torch.distributed's public ones, made in the same order on every rank, and bound by the group's timeout.
+All calls are public ones of torch.distributed, made in the same order on every rank, and end by the group's timeout.
 """
 
 from collections.abc import Iterable
@@ -30,19 +30,19 @@ from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, s
 
 
 class GatherRows(torch.autograd.Function):
-    """All ranks' rows. Forward: all-gather, in `dtype` if there is one. Backward: the sum over ranks times `factor`,
-    reduce-scattered in the rows' own dtype."""
+    """The rows of all ranks. Forward: all-gather, cast to `dtype` if it is given. Backward: reduce-scatter of the sum
+    over ranks, in the dtype of the rows, times `factor`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        own: Tensor,  # [count, ...]
+        local: Tensor,  # [count, ...]
         layout: Layout,
         factor: float,
         dtype: torch.dtype | None,
     ) -> Tensor:  # [total, ...]
         ctx.layout, ctx.factor = layout, factor
-        return all_gather(own if dtype is None else own.to(dtype), layout).to(own.dtype)
+        return all_gather(local if dtype is None else local.to(dtype), layout).to(local.dtype)
 
     @staticmethod
     @once_differentiable
@@ -50,20 +50,21 @@ class GatherRows(torch.autograd.Function):
         return reduce_scatter(gradient, ctx.layout) * ctx.factor, None, None, None
 
 
-def gather_rows(own: Tensor, batch: Layout, dtype: torch.dtype | None) -> Tensor:  # [b, d] -> [B, d]
-    """The rows of a batch, whose gradient arises in parts of 1/N: `MergeShards`."""
-    return own if batch.group is None else GatherRows.apply(own, batch, len(batch.sizes), dtype)
+def gather_rows(local: Tensor, batch: Layout, dtype: torch.dtype | None) -> Tensor:  # [b, d] -> [B, d]
+    """The rows of a batch. Times N in backward: the gradient is pre-divided by N, see MergeShards."""
+    return local if batch.group is None else GatherRows.apply(local, batch, len(batch.sizes), dtype)
 
 
-def gather_classes(own: Tensor, classes: Layout) -> Tensor:  # [C_local, d] -> [C, d]
-    """The weights of all classes; the gradient of each is the objective's."""
-    return own if classes.group is None else GatherRows.apply(own, classes, 1 / len(classes.sizes), None)
+def gather_classes(local: Tensor, classes: Layout) -> Tensor:  # [C_local, d] -> [C, d]
+    """The weights of all classes. Averaged over ranks in backward, which makes it the gradient of the objective."""
+    return local if classes.group is None else GatherRows.apply(local, classes, 1 / len(classes.sizes), None)
 
 
 class MergeShards(torch.autograd.Function):
-    """(rest, target) of own rows, from the parts that every rank made of all rows with its own classes.
+    """(rest, target) of this rank's rows over all classes, from those of all rows over each rank's classes.
 
-    Forward: one all-to-all, 8 bytes a row in float32. Backward: one all-gather of (d_rest, d_target, rest), 12 bytes.
+    Forward: one all-to-all, 8 bytes a row in float32. Backward: one all-gather of (d_rest, d_target, rest), 12 bytes;
+    its gradients are divided by N, as the objective is the average over ranks.
     """
 
     @staticmethod
@@ -97,7 +98,7 @@ def merge_shards(
     classes: Tensor,  # [B, k] int64 class ids
     batch: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [b], [b], [b, k], [b, k]
-    """Own rows over all classes, from all rows over own classes. The k best have no gradient."""
+    """This rank's rows over all classes, from all rows over this rank's classes. The k best have no gradient."""
     if batch.group is None:
         return rest, target, values, classes
     return *MergeShards.apply(rest, target, batch), *merge_topk(values.detach(), classes, batch)
@@ -108,16 +109,20 @@ def merge_topk(
     classes: Tensor,  # [B, k] int64 class ids
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]
-    """The k best of all ranks for own rows, ties by the smaller id. One all-to-all, 12 k bytes a row in float32."""
+    """The k best of all ranks for this rank's rows; of equal values the smaller id. One all-to-all, 12 k bytes a row in
+    float32."""
     k = values.shape[1]
     if k == 0:
         return layout.local_slice(values), layout.local_slice(classes)
     return merge_lists(all_to_all_by_owner(pack_lists(values, classes), layout), k, values.dtype)
 
 
-class OwnClasses(torch.autograd.Function):
-    """A whole [C] parameter's entries of the classes held here. Its gradient is dense, and N times the objective's, of
-    which the other ranks have the rest: their average is the objective's. Nothing travels but for that."""
+class LocalEntries(torch.autograd.Function):
+    """This rank's classes of a [C] parameter that every rank holds in full. No communication in forward.
+
+    The gradient is dense, 0 at the classes of other ranks, and times N, so that `average_gradients` over the ranks
+    makes it the gradient of the objective.
+    """
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, layout: Layout) -> Tensor:  # [C] -> [C_local]
@@ -128,12 +133,12 @@ class OwnClasses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # [C_local], perhaps sparse
         layout = ctx.layout
-        own = gradient.to_dense() * len(layout.sizes)
-        return F.pad(own, (layout.start, layout.total - layout.stop)), None
+        local = gradient.to_dense() * len(layout.sizes)
+        return F.pad(local, (layout.start, layout.total - layout.stop)), None
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Group | None) -> None:
-    """From now on their gradients are averaged over the group as they arise: 4 bytes a number. Twice is as once."""
+    """Hooks that average each parameter's gradient over the group: an all-reduce of 4 bytes a number. Idempotent."""
     if group is None:
         return
     for parameter in parameters:
@@ -148,21 +153,22 @@ def averaged(gradient: Tensor, group: Group) -> Tensor:
     return total / group.size()
 
 
-def reshard(own: Tensor, old: Layout, new: Layout) -> Tensor:  # [old.count, d] -> [at most new.count, d]
-    """What of `old` belongs here by `new`. One all-to-all: a row travels if it changes its rank."""
+def reshard(local: Tensor, old: Layout, new: Layout) -> Tensor:  # [old.count, d] -> [at most new.count, d]
+    """The rows of `old` that this rank holds in `new`. One all-to-all: only rows that change their rank are sent."""
     if old.group is None:
-        return own
+        return local
 
-    def ends(layout: Layout) -> list[tuple[int, int]]:
+    def ranges(layout: Layout) -> list[tuple[int, int]]:  # of each rank, [start, stop)
         stops = torch.tensor(layout.sizes).cumsum(0).tolist()
         return [(stop - size, stop) for stop, size in zip(stops, layout.sizes, strict=True)]
 
-    def common(one: tuple[int, int], others: list[tuple[int, int]]) -> list[int]:
+    def overlaps(one: tuple[int, int], others: list[tuple[int, int]]) -> list[int]:  # sizes
         return [max(0, min(one[1], stop) - max(one[0], start)) for start, stop in others]
 
-    sent, received = common(ends(old)[old.rank], ends(new)), common(ends(new)[new.rank], ends(old))
-    out = own.new_empty(sum(received), *own.shape[1:])
-    dist.all_to_all_single(out, own.contiguous(), received, sent, group=old.group)
+    sent = overlaps(ranges(old)[old.rank], ranges(new))
+    received = overlaps(ranges(new)[new.rank], ranges(old))
+    out = local.new_empty(sum(received), *local.shape[1:])
+    dist.all_to_all_single(out, local.contiguous(), received, sent, group=old.group)
     return out
 
 
@@ -172,35 +178,37 @@ def sum_by_class(
     sums: Tensor,  # [K, d]
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [K'] sorted classes of all ranks, [K'] counts, [K', d] sums
-    """Counts and sums by class over all ranks, added in the order of the ranks: equal on all of them, bit for bit.
+    """Counts and sums by class over all ranks, added in the order of ranks: equal on all of them, bit for bit.
 
-    16 bytes and the sums a class. The objective is the average of what the ranks back-propagate: the gradient of this
-    rank's sums is N times theirs.
+    Gathers 16 bytes and a sum for each class of each rank. The gradient goes to this rank's sums only, times N:
+    the objective is the average of the losses that the ranks back-propagate.
     """
     layout, _ = batch_layout(classes, group)
-    merged, place = layout.gather(classes).unique(return_inverse=True)
-    many, total = counts.new_zeros(len(merged)), sums.new_zeros(len(merged), sums.shape[1])
+    merged, inverse = layout.gather(classes).unique(return_inverse=True)
+    all_counts, total = counts.new_zeros(len(merged)), sums.new_zeros(len(merged), sums.shape[1])
     parts = (layout.gather(t).split(layout.sizes) for t in (counts, sums))
-    for at, count, part in zip(place.split(layout.sizes), *parts, strict=True):
-        many.index_add_(0, at, count)
-        total.index_add_(0, at, part)
-    return merged, many, total.index_add(0, layout.local_slice(place), sums - sums.detach(), alpha=len(layout.sizes))
+    for index, count, part in zip(inverse.split(layout.sizes), *parts, strict=True):
+        all_counts.index_add_(0, index, count)
+        total.index_add_(0, index, part)
+    difference = sums - sums.detach()  # 0, with the gradient of sums
+    total = total.index_add(0, layout.local_slice(inverse), difference, alpha=len(layout.sizes))
+    return merged, all_counts, total
 
 
 @torch.no_grad()
 def global_grad_norm(
-    sharded: nn.Parameter,  # another part of it on each rank
-    others: Iterable[nn.Parameter],  # the same on every rank, or DTensors
+    sharded: nn.Parameter,  # each rank holds a part of it
+    others: Iterable[nn.Parameter],  # replicated on every rank, or DTensors
     group: Group | None,
 ) -> Tensor:  # []
-    """The 2-norm of all gradients together. One all-reduce of a number, and what DTensors do for theirs."""
-    own = sharded.new_zeros(0) if sharded.grad is None else sharded.grad
-    own = own.coalesce().values() if own.is_sparse else own
-    square = own.norm().square()
+    """The 2-norm of all gradients together. One all-reduce of a number, and the communication of DTensors' norms."""
+    grad = sharded.new_zeros(0) if sharded.grad is None else sharded.grad
+    grad = grad.coalesce().values() if grad.is_sparse else grad
+    square = grad.norm().square()
     if group is not None:
         dist.all_reduce(square, group=group)
     gradients = [p.grad for p in others if p.grad is not None]
-    for here in (True, False):  # DTensors do not mix with others
-        norm: Any = nn.utils.get_total_norm([g for g in gradients if hasattr(g, "full_tensor") == here])
+    for sharded_ones in (True, False):  # get_total_norm takes DTensors or tensors, not both
+        norm: Any = nn.utils.get_total_norm([g for g in gradients if hasattr(g, "full_tensor") == sharded_ones])
         square = square + (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(square).square()
     return square.sqrt()

@@ -1,4 +1,4 @@
-"""Which rank holds what, and the raw collectives on rows that are laid out so."""
+"""Which rank holds which classes or rows, and the collectives on tensors that are sharded so."""
 
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
@@ -13,9 +13,9 @@ Group: TypeAlias = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Layout:
-    """How classes, or the rows of a batch, lie over the ranks of a group: in one order, sizes[r] of them on rank r.
+    """How classes, or the rows of a batch, are sharded over the ranks of a group: in order, sizes[r] of them on rank r.
 
-    Without a group there is one rank, which has them all.
+    Without a group there is one rank, which has all of them.
     """
 
     group: Group | None
@@ -47,16 +47,19 @@ class Layout:
     def local_slice(self, all_ranks: Tensor) -> Tensor:  # [total, ...] -> [count, ...]
         return all_ranks if self.group is None else all_ranks[self.start : self.stop]
 
-    def gather(self, own: Tensor) -> Tensor:  # [count, ...] -> [total, ...], without a gradient
-        return own if self.group is None else all_gather(own.detach(), self)
+    def gather(self, local: Tensor) -> Tensor:  # [count, ...] -> [total, ...], without a gradient
+        return local if self.group is None else all_gather(local.detach(), self)
 
-    def local_index(self, ids: Tensor) -> Tensor:  # [n] -> [n]
-        """Where each is among those of this rank; -1 where it is another's, or no one's."""
+    def local_index(self, ids: Tensor) -> Tensor:  # [n] global ids -> [n]
+        """The position of each among those of this rank; -1 for those of other ranks, and for ids of nothing."""
         return torch.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
 
-    def splice_local(self, all_ranks: Tensor, own: Tensor) -> Tensor:  # [total, ...], [count, ...] -> [total, ...]
-        """Everyone's, but for the own ones: so that these may have a gradient."""
-        return torch.cat((all_ranks[: self.start], own, all_ranks[self.stop :]))
+    def global_id(self, local: Tensor) -> Tensor:  # local indices of any shape, -1: none -> the same
+        return torch.where(local < 0, -1, local + self.start)
+
+    def splice_local(self, all_ranks: Tensor, local: Tensor) -> Tensor:  # [total, ...], [count, ...] -> [total, ...]
+        """`all_ranks` with this rank's part replaced by `local`, through which gradients then flow."""
+        return torch.cat((all_ranks[: self.start], local, all_ranks[self.stop :]))
 
     def local_index_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n], [n]
         if len(set(self.sizes)) == 1:
@@ -67,7 +70,7 @@ class Layout:
 
 
 def chunks(total: int, group: Group | None) -> Layout:
-    """DTensor's rule: rank r has [r n, (r + 1) n) with n = ceil(total / N), as far as there are so many."""
+    """DTensor's rule: rank r has [r n, (r + 1) n) with n = ceil(total / N), cut off at `total`."""
     ranks = 1 if group is None else group.size()
     n = -(-total // ranks)
     return Layout(group, tuple(min(total, (r + 1) * n) - min(total, r * n) for r in range(ranks)))
@@ -80,26 +83,26 @@ def batch_layout(
     uneven: bool = True,
     may_sync: bool = True,
 ) -> tuple[Layout, Tensor]:  # and the rows
-    """The layout of the batch that every rank brings its rows to.
+    """The layout of the batch that the rows of all ranks make.
 
-    uneven or may_sync: the ranks exchange b, 16 bytes each, a host sync on a GPU. Unless uneven, a difference is a
-    ValueError on every rank; without the exchange it goes unseen, until the collectives fail or time out.
-    Rows that want no gradient while another rank's do are returned as such that do: all take part in its collective.
+    uneven or may_sync: the ranks exchange b, 16 bytes each, a host sync on a GPU. Unless uneven, a difference raises
+    ValueError on every rank. Without the exchange it is not validated: the collectives fail or time out.
+    If rows require a gradient on any rank, they are returned so on every rank: all must join the backward collective.
     """
     if group is None:
         return Layout(None, (len(rows),)), rows
     if not (uneven or may_sync):
         return Layout(group, (len(rows),) * group.size()), rows
     mine = torch.tensor([[len(rows), rows.requires_grad]], device=rows.device)
-    sizes, wanted = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
+    sizes, require_grad = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
     if not uneven and len(set(sizes)) > 1:
         raise ValueError(f"the ranks' batches have {[*sizes]} rows: want as many on each, or a head with uneven=True")
-    if any(wanted) and not rows.requires_grad:
+    if any(require_grad) and not rows.requires_grad:
         rows = rows.detach().requires_grad_()
     return Layout(group, sizes), rows
 
 
-# Collectives by first dimension. Gloo and NCCL know them in equal parts: where sizes differ, the smaller are padded.
+# Collectives along the first dimension. Gloo and NCCL need equal parts: where sizes differ, the smaller are padded.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
@@ -108,10 +111,10 @@ reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist
 
 
 @torch.compiler.disable
-def all_gather(own: Tensor, layout: Layout) -> Tensor:  # [count, ...] -> [total, ...]
+def all_gather(local: Tensor, layout: Layout) -> Tensor:  # [count, ...] -> [total, ...]
     n = max(layout.sizes)
-    parts = own.new_empty(len(layout.sizes), n, *own.shape[1:])
-    all_gather_single(parts.flatten(0, 1), padded(own, n), group=layout.group)
+    parts = local.new_empty(len(layout.sizes), n, *local.shape[1:])
+    all_gather_single(parts.flatten(0, 1), padded(local, n), group=layout.group)
     if len(set(layout.sizes)) == 1:
         return parts.flatten(0, 1)
     return torch.cat([part[:size] for part, size in zip(parts, layout.sizes, strict=True)])
@@ -122,15 +125,14 @@ def reduce_scatter(all_ranks: Tensor, layout: Layout) -> Tensor:  # [total, ...]
     n = max(layout.sizes)
     if len(set(layout.sizes)) > 1:
         all_ranks = torch.cat([padded(part, n) for part in all_ranks.split(layout.sizes)])
-    own = all_ranks.new_empty(n, *all_ranks.shape[1:])
-    reduce_scatter_single(own, all_ranks.contiguous(), group=layout.group)
-    return own[: layout.count]
+    local = all_ranks.new_empty(n, *all_ranks.shape[1:])
+    reduce_scatter_single(local, all_ranks.contiguous(), group=layout.group)
+    return local[: layout.count]
 
 
 @torch.compiler.disable
-def all_to_all_by_owner(
-    all_ranks: Tensor, layout: Layout
-) -> Tensor:  # [total, m] -> [N, count, m], one part from each rank
+def all_to_all_by_owner(all_ranks: Tensor, layout: Layout) -> Tensor:  # [total, m] -> [N, count, m]
+    """Sends each row to the rank that owns it: the result has one part from each rank."""
     parts = all_ranks.new_empty(len(layout.sizes), layout.count, all_ranks.shape[1])
     received = [layout.count] * len(layout.sizes)
     dist.all_to_all_single(parts.flatten(0, 1), all_ranks.contiguous(), received, [*layout.sizes], group=layout.group)

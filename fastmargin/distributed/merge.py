@@ -1,9 +1,9 @@
-"""What the parts of N ranks make together: each has scored all rows against its own classes. No rank speaks here.
+"""Merging the results of N ranks, each of all rows over its own classes. Pure functions; no communication.
 
     rest_i    = log sum_r exp(rest_ir)                  target_i    = sum_r target_ir
     d rest_ir = 1/N exp(rest_ir - rest_i) d rest_i      d target_ir = 1/N d target_i      0 where rest_ir = -inf
 
-for the objective 1/N sum_r L_r. Letters: N ranks, B rows of all, b of one rank, k nearest classes.
+for the objective 1/N sum_r L_r. Letters: N ranks, B rows of all ranks, b of this one, k nearest classes.
 """
 
 import torch
@@ -13,15 +13,15 @@ from fastmargin.ops.common import stable_topk
 
 
 def merge_parts(parts: Tensor) -> tuple[Tensor, Tensor]:  # [N, b, 2] -> [b], [b]
-    """rest and target over all classes, from those of every rank."""
+    """rest and target over all classes, from those of each rank."""
     rests, targets = parts.unbind(2)
     return rests.logsumexp(0), targets.sum(0)
 
 
 def shard_gradients(
     rest: Tensor,  # [B] over this rank's classes
-    merged: Tensor,  # [B] over all
-    d_rest: Tensor,  # [B] of the merged
+    merged: Tensor,  # [B] over all classes
+    d_rest: Tensor,  # [B] of the merged rest
     d_target: Tensor,  # [B]
     ranks: int,
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
@@ -35,7 +35,7 @@ def pack_lists(values: Tensor, classes: Tensor) -> Tensor:  # [B, k], [B, k] int
 
 
 def merge_lists(
-    lists: Tensor,  # [N, b, 3 k] int32, ranks in the order of their classes, as `best` wants
+    lists: Tensor,  # [N, b, 3 k] int32, ranks in the order of their classes: `stable_topk` needs ascending ids
     k: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # [b, k], [b, k]

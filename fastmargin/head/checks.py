@@ -1,4 +1,4 @@
-"""Checks of what a head is given: its options and its batches. Each raises ValueError."""
+"""Checks of a head's options and batches. Each raises ValueError."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import HALVES
+from fastmargin.ops.checks import check_int64
 
 
 def check_options(
-    sizes: Mapping[str, tuple[int, int]],  # and the least that each may be
+    sizes: Mapping[str, tuple[int, int]],  # by name: the value given, the smallest allowed
     margin: Margin,
     bias: bool,
     sample_rate: float,
@@ -26,7 +27,7 @@ def check_options(
     if not isinstance(margin, Margin):
         raise ValueError(f"margin is {margin!r}: want a Margin, such as fastmargin.ArcFace()")
     if bias and margin.normalize_weight:
-        raise ValueError(f"{type(margin).__name__} normalises the weights: a bias has no meaning beside it")
+        raise ValueError(f"{type(margin).__name__} normalizes the weights: a bias has no meaning beside it")
     if not isinstance(sample_rate, int | float) or isinstance(sample_rate, bool) or not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate = {sample_rate!r}: want a share of the classes, above 0 and at most 1")
     if gather_dtype not in (None, *HALVES):
@@ -37,21 +38,21 @@ def check_options(
         raise ValueError(f"ignore_index = {ignore_index!r}: want an int")
 
 
-def digest(*tensors: Tensor, of: str = "") -> str:
+def digest(*tensors: Tensor, text: str = "") -> str:
     """Eight hexadecimal digits of a text and the bits of tensors, for ranks to compare."""
-    found = hashlib.sha256(of.encode())
+    sha256 = hashlib.sha256(text.encode())
     for tensor in tensors:
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:8]
+        sha256.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:8]
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """What it prints, with a digest of all that it holds: classes, numbers and strings, parameters and buffers."""
-    held = [
+    """Its repr and a digest of its submodules: their types, numbers and strings, parameters and buffers."""
+    described = [
         (name, type(part).__qualname__, {k: v for k, v in vars(part).items() if isinstance(v, Real | str | None)})
         for name, part in module.named_modules()
     ]
-    return f"{module!r} {digest(*module.parameters(), *module.buffers(), of=repr(held))}"
+    return f"{module!r} {digest(*module.parameters(), *module.buffers(), text=repr(described))}"
 
 
 def check_class_weight(class_weight: Tensor, num_classes: int) -> None:  # [C]
@@ -90,14 +91,13 @@ def check_rows(
     sample_weight: Tensor | None,  # [B]
     hard_classes: Tensor | None,  # [B, k]
 ) -> None:
-    """What comes with each embedding."""
+    """What comes with each row of the embeddings."""
     B = len(embeddings)
     given = (("labels", labels), ("sample_weight", sample_weight), ("hard_classes", hard_classes))
     for name, value in given:
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name} are a {type(value).__name__}: want a tensor of {B} rows")
-    if labels.shape != (B,) or labels.dtype != torch.int64:
-        raise ValueError(f"want int64 labels [{B}]; got {labels.dtype} {[*labels.shape]}")
+    check_int64("labels", labels, B)
     if sample_weight is not None and sample_weight.shape != (B,):
         raise ValueError(f"want sample_weight [{B}]; got {[*sample_weight.shape]}")
     hard = hard_classes
@@ -112,11 +112,11 @@ def check_hard_classes(
     hard_classes: Tensor,  # [B, k]
     num_classes: int,
 ) -> None:
-    """Ids in [-1, C). A look at the data: only on the CPU; on a GPU others are passed over as -1 is."""
+    """Ids in [-1, C). Not validated on CUDA, where it would synchronize: ids outside are ignored there, as -1 is."""
     if hard_classes.device.type != "cpu":
         return
-    for wrong in hard_classes[(hard_classes < -1) | (hard_classes >= num_classes)][:1].tolist():
-        raise ValueError(f"hard_classes has {wrong}: want class ids in [0, {num_classes}), or -1 for none")
+    for outside in hard_classes[(hard_classes < -1) | (hard_classes >= num_classes)][:1].tolist():
+        raise ValueError(f"hard_classes has {outside}: want class ids in [0, {num_classes}), or -1 for none")
 
 
 def check_imprint(

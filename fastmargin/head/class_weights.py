@@ -1,8 +1,14 @@
-"""The class weights of a head: where they lie, what they start from, and what can be asked of them without a margin.
+"""The class weights of a head: their shards, their initial values, and the queries that need no margin.
 
-In a group each rank holds some of the classes (`class_range`), and a call is made by all ranks together, each with rows
-of its own. What they tell each other is in distributed.py. Letters: B rows of all ranks, b of this one, C classes, d
-features, k nearest.
+In a group each rank holds a range of the classes (`class_range`), and all ranks make every call together, each with its
+own rows; the collectives are in fastmargin/distributed. Letters: B rows of all ranks, b of this one, C classes, d
+features, k nearest. A class has up to three numbers:
+
+    global class id   in [0, C): labels, results
+    local index       row of this rank's `weight`: global id - start of the rank's range
+    subset index      position in `subset`, the sorted local indices that a pass sampled
+
+-1 in each: no class, or a class of another rank.
 """
 
 from collections.abc import Iterable
@@ -13,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmargin.distributed.functions import (
-    OwnClasses,
+    LocalEntries,
     average_gradients,
     gather_classes,
     gather_rows,
@@ -34,21 +40,38 @@ def apply_lazy_updates(head: "ClassWeights", *_: Any) -> None:
     head._apply_lazy_updates()
 
 
-class OwnOptimizer(SteppingBackward, Protocol):
-    """What the weights ask of an optimiser of theirs: see optim.py."""
+class LazyOptimizer(SteppingBackward, Protocol):
+    """The interface that a head needs of its class optimizer (optim.py). subset: local indices [n]; None: all."""
 
     in_backward: bool
 
-    def before_forward(self, rows: Tensor | None) -> None: ...
+    def before_forward(self, subset: Tensor | None) -> None: ...
 
-    def apply_lazy_updates(self, rows: Tensor | None = None) -> None: ...
+    def apply_lazy_updates(self, subset: Tensor | None = None) -> None: ...
+
+
+def to_subset_index(
+    local: Tensor,  # [B] local indices, -1: none; the others are in the subset
+    subset: Tensor | None,  # [n] sorted
+) -> Tensor:  # [B]
+    return local if subset is None else torch.where(local < 0, -1, torch.searchsorted(subset, local))
+
+
+def to_local_index(
+    index: Tensor,  # [B, k] subset indices, -1: none
+    subset: Tensor | None,  # [n]
+) -> Tensor:  # [B, k]
+    if subset is None:
+        return index
+    none = len(subset)  # -1 is appended there, so that an empty subset can be indexed, too
+    return F.pad(subset, (0, 1), value=-1)[torch.where(index < 0, none, index)]
 
 
 class ClassWeights(nn.Module):
-    """The weights of `num_classes` classes, as MarginHead's options of the same names say."""
+    """The weights of `num_classes` classes. Options: as MarginHead's of the same names."""
 
     weight: nn.Parameter
-    class_optimizer: OwnOptimizer | None  # which announces itself
+    class_optimizer: LazyOptimizer | None  # set by the optimizer itself
 
     def __init__(
         self,
@@ -73,7 +96,7 @@ class ClassWeights(nn.Module):
         self.class_optimizer = None
         self.register_state_dict_pre_hook(apply_lazy_updates)
         self.register_load_state_dict_pre_hook(apply_lazy_updates)
-        named(IMPLS, backend)  # also of the environment: better now than at the first batch
+        named(IMPLS, backend)  # raises now, and not at the first batch; reads the environment, too
         check_compute_dtype(compute_dtype, self.weight.dtype)
 
     @property
@@ -90,14 +113,14 @@ class ClassWeights(nn.Module):
         return self.classes.start, self.classes.stop
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """What an ordinary optimiser trains beside `weight`, in whole on every rank: learnt scale and margins, bias."""
+        """The parameters that every rank holds in full, for an ordinary optimizer: learned scale and margins, bias."""
         return [p for p in self.parameters() if p is not self.weight]
 
     def grad_norm(self, others: Iterable[nn.Parameter] = ()) -> Tensor:  # []
-        """The 2-norm of all gradients: of all ranks' classes, the replicated parameters and `others`.
+        """The 2-norm of all gradients: class weights of all ranks, replicated parameters and `others`.
 
-        others: such as a backbone's under DDP or FSDP2. For `torch.nn.utils.clip_grads_with_norm_`. RuntimeError beside
-        an optimiser with in_backward=True, which leaves no gradient of the class weights.
+        For `torch.nn.utils.clip_grads_with_norm_`. others: parameters of a backbone, also under DDP or FSDP2. Raises
+        RuntimeError with an optimizer that has in_backward=True: there is no gradient of the class weights then.
         """
         if self.class_optimizer is not None and self.class_optimizer.in_backward:
             raise RuntimeError("in_backward=True leaves no gradient of the class weights to measure: want it False")
@@ -119,56 +142,53 @@ class ClassWeights(nn.Module):
         y: Tensor,  # [B]
         k: int,
         batch: Layout,
-        rows: Tensor | None = None,  # [n] rows of `weight`; None: all
+        subset: Tensor | None = None,  # [n] local indices, sorted; None: all
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [b], target [b], topk_values [b, k], topk_classes [b, k]
-        """`nontarget_lse` of own rows over the classes of all ranks."""
-        if batch.group is None and rows is None:
+        """`nontarget_lse` of this rank's rows over the classes of all ranks; y and topk_classes are global ids."""
+        if batch.group is None and subset is None:
             return self._local(x, y, k, self.bias)
         average_gradients(self.replicated_parameters(), batch.group)
-        place = self.classes.local_index(y)
-        if rows is not None:
-            place = torch.where(place < 0, -1, torch.searchsorted(rows, place))
-        bias = None if self.bias is None else OwnClasses.apply(self.bias, self.classes)
-        rest, target, values, found = self._local(gather_rows(x, batch, self.gather_dtype), place, k, bias, rows)
-        if rows is not None:
-            found = F.pad(rows, (0, 1), value=-1)[found]  # -1, none, finds the last
-        found = torch.where(found < 0, -1, found + self.classes.start)
-        return merge_shards(rest, target, values, found, batch)
+        index = to_subset_index(self.classes.local_index(y), subset)
+        bias = None if self.bias is None else LocalEntries.apply(self.bias, self.classes)
+        rest, target, values, topk_index = self._local(gather_rows(x, batch, self.gather_dtype), index, k, bias, subset)
+        topk_classes = self.classes.global_id(to_local_index(topk_index, subset))
+        return merge_shards(rest, target, values, topk_classes, batch)
 
     def _local(
         self,
         x: Tensor,  # [B, d]
-        place: Tensor,  # [B]
+        index: Tensor,  # [B]
         k: int,
         bias: Tensor | None,  # [C_local]
-        rows: Tensor | None = None,  # [n]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_classes [B, k]
+        subset: Tensor | None = None,  # [n] local indices, sorted; None: all
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_index [B, k]
+        """`nontarget_lse` over the classes of this rank. Both indices: in the subset; local where there is none."""
         optimizer = None
         training = self.training and torch.is_grad_enabled() and self.weight.requires_grad
         if self.class_optimizer is not None and training:
-            self.class_optimizer.before_forward(rows)
+            self.class_optimizer.before_forward(subset)
             optimizer = self.class_optimizer if self.class_optimizer.in_backward else None
         else:
             self._apply_lazy_updates()
         return nontarget_lse(
-            x, self.weight, place, bias=bias, class_ids=rows, normalize_weight=self.margin.normalize_weight, topk=k,
+            x, self.weight, index, bias=bias, class_ids=subset, normalize_weight=self.margin.normalize_weight, topk=k,
             compute_dtype=self.compute_dtype, backend=self.backend, optimizer=optimizer,
         )  # fmt: skip
 
     def _apply_lazy_updates(self) -> None:
-        """Before weights are read or set: those that sat out steps go where the optimiser would have them."""
+        """Applies pending lazy updates, before weights are read or written."""
         if self.class_optimizer is not None:
             self.class_optimizer.apply_lazy_updates()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what travels to another process, has an optimiser of its own or none."""
+        """Copies and pickles drop the attached optimizer."""
         self._apply_lazy_updates()
         return {**super().__getstate__(), "class_optimizer": None}
 
     def get_logits(self, embeddings: Tensor) -> Tensor:  # [b, d] -> [b, C]
-        """All logits, without a margin: for few classes only, whose weights every rank gathers.
+        """All logits, without a margin. For few classes only: every rank gathers all weights.
 
-        ValueError for embeddings of the wrong width.
+        Raises ValueError for embeddings of the wrong width.
         """
         check_embeddings(embeddings, self.weight)
         self._apply_lazy_updates()
@@ -183,8 +203,8 @@ class ClassWeights(nn.Module):
     def nearest(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [b, d] -> [b, k], [b, k]
         """The k classes nearest to each row, best first: scores (cosines, or logits of plain layers) and class ids.
 
-        Any number of classes; no logits are stored. Where C < k the rest is score -inf, class -1. Ranks may bring
-        different numbers of rows. ValueError for embeddings of the wrong width and k < 0.
+        Any number of classes; no logits are stored. Where C < k, the last entries are score -inf, class -1. Ranks may
+        have different numbers of rows. Raises ValueError for embeddings of the wrong width and for k < 0.
         """
         check_embeddings(embeddings, self.weight)
         batch, embeddings = batch_layout(embeddings, self.classes.group)
@@ -195,9 +215,9 @@ class ClassWeights(nn.Module):
 
     @torch.no_grad()
     def load_full_weight(self, w: Tensor) -> None:  # [C, d]
-        """Sets all class weights, from a tensor of any dtype, of which a rank reads its own classes' rows.
+        """Sets all class weights, from a tensor of any dtype; a rank reads only the rows of its own classes.
 
-        ValueError for another shape.
+        Raises ValueError for another shape.
         """
         if not isinstance(w, Tensor) or w.shape != (self.num_classes, self.in_features):
             given = [*w.shape] if isinstance(w, Tensor) else type(w).__name__
@@ -213,10 +233,10 @@ class ClassWeights(nn.Module):
     ) -> None:
         """Sets each named class's weight to the mean of its unit embeddings (Doppelganger Mining, section 4).
 
-        Where weights are normalised only the direction counts, and the row keeps its norm: its share of a gradient
-        step goes with 1 / ||w||^2, and an imprinted class should learn as fast as the others. In a group the embeddings
-        of a class may come from any ranks. ValueError for classes outside [0, C), and where the embeddings of a class
-        have no mean direction or are not finite.
+        Where weights are normalized only the direction counts, and the row keeps its norm: a gradient step turns the
+        direction in proportion to 1 / ||w||^2, so with its old norm an imprinted class learns as fast as the others. In
+        a group the embeddings of a class may come from any ranks. Raises ValueError for classes outside [0, C), and for
+        a class whose embeddings have no mean direction or are not finite.
         """
         check_imprint(classes, embeddings, self.weight)
         given, _ = batch_layout(embeddings, self.classes.group)
@@ -224,26 +244,27 @@ class ClassWeights(nn.Module):
         lo, hi = (int(classes.min()), int(classes.max())) if len(classes) else (0, 0)
         if not 0 <= lo <= hi < self.num_classes:
             raise ValueError(f"classes run from {lo} to {hi}: want [0, {self.num_classes})")
-        ids, place = classes.unique(return_inverse=True)
+        ids, inverse = classes.unique(return_inverse=True)
         unit = F.normalize(embeddings.to(self.weight.dtype), eps=1e-6)
-        total = unit.new_zeros(len(ids), self.in_features).index_add_(0, place, unit)
-        lost = ~(total.norm(dim=1) > 1e-6)
-        if lost.any():
-            raise ValueError(f"the embeddings of class {int(ids[lost][0])} add up to nothing, or are not finite")
+        total = unit.new_zeros(len(ids), self.in_features).index_add_(0, inverse, unit)
+        undefined = ~(total.norm(dim=1) > 1e-6)
+        if undefined.any():
+            raise ValueError(f"the embeddings of class {int(ids[undefined][0])} add up to nothing, or are not finite")
         self._apply_lazy_updates()
-        here = self.classes.local_index(ids)
-        here, total, count = here[here >= 0], total[here >= 0], place.bincount(minlength=len(ids))[here >= 0]
+        local = self.classes.local_index(ids)
+        held = local >= 0
+        local, total, count = local[held], total[held], inverse.bincount(minlength=len(ids))[held]
         if self.margin.normalize_weight:
-            norm = self.weight[here].norm(dim=1, keepdim=True)
-            self.weight[here] = F.normalize(total, eps=1e-6) * torch.where(norm > 0, norm, 1.0)
+            norm = self.weight[local].norm(dim=1, keepdim=True)
+            self.weight[local] = F.normalize(total, eps=1e-6) * torch.where(norm > 0, norm, 1.0)
         else:
-            self.weight[here] = total / count[:, None]
+            self.weight[local] = total / count[:, None]
 
     @torch.no_grad()
     def extend(self, n: int) -> None:
-        """Appends n classes, with the initial rows a larger head would have had, and lays all out anew over the ranks.
+        """Appends n classes, with the initial rows of a larger head of this seed, and reshards all over the ranks.
 
-        `weight` becomes a new Parameter, and so does `bias`: hand them to the optimiser again. ValueError for n < 0.
+        `weight` and `bias` become new Parameters: create a new optimizer for them. Raises ValueError for n < 0.
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"n = {n!r}: want an int of 0 or more")

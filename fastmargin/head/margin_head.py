@@ -1,13 +1,13 @@
 """MarginHead: the class weights and the loss, on top of `nontarget_lse`. No B x C array is stored.
 
-    x_i    = r_i f_i / ||f_i||        r_i = margin.scale: s, or ||f_i|| where features are not normalised
+    x_i    = r_i f_i / ||f_i||        r_i = margin.scale: s, or ||f_i|| where features are not normalized
     rest_i, target_i, topk_i = nontarget_lse(x, W, y)
     cos_i  = target_i / r_i
     loss_i = -logsigmoid(r_i psi(cos_i) - rest_i) + penalty_i
              = cross entropy with margin psi on the target (ArcFace eq. 9, AM-Softmax eq. 6, SphereFace, ...)
 
 A plain layer (Softmax, L2Softmax) has no cosine: loss_i = -logsigmoid(target_i - rest_i).
-Letters: B rows, b of them on this rank, C classes, d features, k mined classes. Without a group b = B.
+Letters: B rows, b of them on this rank, C classes, d features, k nearest wrong classes. Without a group b = B.
 """
 
 from typing import Literal, NamedTuple
@@ -34,7 +34,7 @@ from fastmargin.margins.base import Margin
 
 
 class HeadOutput(NamedTuple):
-    """What a head returns. Scores are cosines where weights are normalised, else logits; all but loss are detached."""
+    """Scores are cosines where weights are normalized, else logits. All but the loss are detached."""
 
     loss: Tensor  # scalar, or [b] with reduction="none"
     target_score: Tensor  # [b], NaN on ignored rows
@@ -48,30 +48,30 @@ class MarginHead(ClassWeights):
     Args:
         in_features: d, the width of the embeddings.
         num_classes: C.
-        margin: what happens to the target's cosine: `ArcFace()`, `CosFace()`, ...
+        margin: the function of the target's cosine: `ArcFace()`, `CosFace()`, ...
         bias: a bias per class; only for margins with plain weights (Softmax, L2Softmax).
-        topk: k, how many nearest wrong classes each row reports.
-        sample_rate: the share of the classes that a training pass draws, beside all of the batch's own (PartialFC).
-            Hard classes are found among these, and the gradient of `weight` is sparse COO.
-        group: a torch.distributed group of all processes. Rank r holds its part of the classes (`class_range`), and all
-            ranks call the head together, each with its own rows. The objective is the average of their losses, as DDP
-            and FSDP2 have it for the backbone; the head itself stays out of both. None: one process has all classes.
-        uneven: ranks may bring different numbers of rows; on a GPU a host sync in every pass.
-        gather_dtype: torch.bfloat16 or torch.float16: what rows are rounded to for the way to other ranks, and so are
-            scored as. None: they travel as they are.
+        topk: k, the number of nearest wrong classes reported for each row.
+        sample_rate: the share of the classes that a training pass samples, in addition to those of the batch
+            (PartialFC). Hard classes are found among these, and the gradient of `weight` is sparse COO.
+        group: a torch.distributed group of all processes. Each rank holds a range of the classes (`class_range`), and
+            all ranks call the head together, each with its own rows. The objective is the average of their losses, as
+            in DDP and FSDP2; wrap the backbone in one of these, not the head. None: one process holds all classes.
+        uneven: ranks may have different numbers of rows; on a GPU this costs a host sync in every pass.
+        gather_dtype: torch.bfloat16 or torch.float16: dtype for the all_gather of embeddings, whose rounding the scores
+            then contain. None: no cast.
         compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
-            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding, and the
-            only choice of a head that is made `.double()`. See `nontarget_lse`.
-        reduction: "mean" over the valid rows, "sum", or "none". In a group "mean" and "sum" are N times this rank's
-            part of that over all ranks, so that their average over ranks is it.
+            over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding; a head in
+            float64 (`.double()`) accepts no other. See `nontarget_lse`.
+        reduction: "mean" over the valid rows, "sum", or "none". In a group each rank returns N times its share, so that
+            averaging over ranks (DDP) gives the global value.
         ignore_index: rows with this label have no loss and no gradient.
-        class_weight: [C], a factor per class; the mean divides by their sum, as F.cross_entropy does.
-        check_labels: calls `check()` in every forward pass (a host sync on a GPU; the CPU checks anyway).
-        backend: of the primitive; see `nontarget_lse`.
-        seed: of the initial weights and of what is drawn for classes, 0 or more.
+        class_weight: [C], a factor per class; "mean" divides by the sum of the rows' factors, as F.cross_entropy does.
+        check_labels: calls `check()` in every forward pass: a host sync on a GPU. On the CPU it always runs.
+        backend: of the op `nontarget_lse`.
+        seed: of the initial weights, the sampled classes and random margins, 0 or more.
 
-    `counter.step` counts the training passes of a head in a group or with sampled classes: what such a pass draws is a
-    function of (seed, step). `sampled` [n] are the rows of `weight` that the last pass drew, sorted; None: all.
+    `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
+    on (seed, step) alone. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
@@ -118,7 +118,7 @@ class MarginHead(ClassWeights):
         self.topk, self.sample_rate, self.uneven = topk, sample_rate, uneven
         self.reduction, self.ignore_index, self.check_labels = reduction, ignore_index, check_labels
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())
-        # count, first row, its label (and its rank), of the first bad batch since the last check()
+        # number of bad labels, first row, its label (and its rank) in the first bad batch since the last check()
         self.register_buffer("bad_label", torch.zeros(3 if group is None else 4, dtype=torch.int64), persistent=False)
         self.counter = StepCounter() if group is not None or sample_rate < 1 else None
         self.sampled: Tensor | None = None
@@ -133,11 +133,12 @@ class MarginHead(ClassWeights):
     ) -> HeadOutput:
         """The loss of a batch and, with topk, the nearest wrong classes of its rows.
 
-        hard_classes, such as `DoppelgangerTable.classes[labels]`, are among the sampled classes whatever is drawn.
+        hard_classes, such as `DoppelgangerTable.classes[labels]`, are always among the sampled classes.
 
-        A label outside [0, C), on any rank, raises ValueError on the CPU. On a GPU and in compiled code, where looking
-        at labels would stall, its row counts as ignored and `check()` raises. So do different numbers of rows without
-        `uneven`; on a GPU, where nobody looks, they make the collectives fail, or wait until the group's timeout.
+        A label outside [0, C), on any rank, raises ValueError on the CPU. It is not validated in compiled code and on
+        CUDA, where that would synchronize: its row is ignored, and the next `check()` raises. Different numbers of rows
+        without `uneven` raise ValueError on the CPU; on CUDA they are not validated, and the collectives fail or time
+        out.
         """
         check_one_device(self)
         check_embeddings(embeddings, self.weight)
@@ -148,9 +149,8 @@ class MarginHead(ClassWeights):
         known = y >= 0
         valid = batch.local_slice(known)
         x, norms, r = self._rows(embeddings.masked_fill(~valid[:, None], 0.0))
-        rest, target, mined_scores, mined = self._primitive(
-            x, y, self.topk, batch, self._sample(y, hard_classes, batch)
-        )
+        subset = self._sample(y, hard_classes, batch)
+        rest, target, topk_values, topk_classes = self._primitive(x, y, self.topk, batch, subset)
         unit = torch.ones_like(r) if self.margin.plain else r
         score = target / unit
         logit = target if self.margin.plain else r * self._psi(score, norms, y, batch)
@@ -163,8 +163,8 @@ class MarginHead(ClassWeights):
         return HeadOutput(
             self._reduce(loss, y, known, sample_weight, batch),
             score.detach().masked_fill(~valid, torch.nan),
-            mined.masked_fill(~valid[:, None], -1),
-            (mined_scores / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
+            topk_classes.masked_fill(~valid[:, None], -1),
+            (topk_values / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
         )
 
     def _known(self, labels: Tensor, batch: Layout) -> Tensor:  # [B] -> [B], -1 on ignored and bad rows
@@ -184,7 +184,7 @@ class MarginHead(ClassWeights):
             self.check()
 
     def check(self) -> None:
-        """Raises ValueError if a batch since the last call had a label outside [0, C): on all ranks. A host sync."""
+        """Raises ValueError, on all ranks, if a batch since the last call had a label outside [0, C). A host sync."""
         count, row, label, *rank = self.bad_label.tolist()
         if count:
             self.bad_label.zero_()
@@ -199,17 +199,16 @@ class MarginHead(ClassWeights):
         y: Tensor,  # [B]
         hard_classes: Tensor | None,  # [b, k]
         batch: Layout,
-    ) -> Tensor | None:  # [n] rows of `weight`; None: all
+    ) -> Tensor | None:  # [n] local indices, sorted; None: all
         if not self.training or self.counter is None or self.sample_rate == 1:
             return None
-        needed = y
+        required = y
         if hard_classes is not None:
             hard_classes = batch.gather(hard_classes)
             check_hard_classes(hard_classes, self.num_classes)
-            needed = torch.cat((y, hard_classes.flatten()))
-        self.sampled = sampled_classes(
-            self.classes, needed, self.sample_rate, derive_seed(self.seed, self.counter.step)
-        )
+            required = torch.cat((y, hard_classes.flatten()))
+        step_seed = derive_seed(self.seed, self.counter.step)
+        self.sampled = sampled_classes(self.classes, required, self.sample_rate, step_seed)
         return self.sampled
 
     def _psi(
@@ -219,20 +218,19 @@ class MarginHead(ClassWeights):
         y: Tensor,  # [B]
         batch: Layout,
     ) -> Tensor:  # [b]
-        """In a group, every rank shows a margin that watches the batch or draws for it all rows, and seeds it alike."""
+        """psi. In a group, gathers cosines and norms, so that batch statistics and random margins match one process."""
         if batch.group is None or not self.training or not self.margin.whole_batch:
-            return self._watched(cos, norms, batch.local_slice(y))
+            return self._observe_and_psi(cos, norms, batch.local_slice(y))
         all_cos, all_norms = batch.gather(torch.stack((cos, norms), 1)).unbind(1)
         assert self.counter is not None  # there is one in a group
         with seeded_rng(derive_seed(self.seed, self.counter.step, 1), cos.device):
-            return batch.local_slice(
-                self._watched(batch.splice_local(all_cos, cos), batch.splice_local(all_norms, norms), y)
-            )
+            psi = self._observe_and_psi(batch.splice_local(all_cos, cos), batch.splice_local(all_norms, norms), y)
+            return batch.local_slice(psi)
 
-    def _watched(self, cos: Tensor, norms: Tensor, y: Tensor) -> Tensor:  # [n] each -> [n]
+    def _observe_and_psi(self, cos: Tensor, norms: Tensor, y: Tensor) -> Tensor:  # [n] each -> [n]
         if self.training:
-            out = y < 0
-            self.margin.observe(*(t.detach().masked_fill(out, torch.nan) for t in (norms, cos)))
+            ignored = y < 0
+            self.margin.observe(*(t.detach().masked_fill(ignored, torch.nan) for t in (norms, cos)))
         return self.margin(cos, norms, y)
 
     def _reduce(
@@ -258,9 +256,9 @@ class MarginHead(ClassWeights):
         return total / torch.where(divisor == 0, 1.0, divisor)
 
     def extend(self, n: int) -> None:
-        """Appends n classes: see ClassWeights. ValueError beside a class_weight, which has none for them.
+        """Appends n classes: see ClassWeights. Raises ValueError with a class_weight, which has no entries for them.
 
-        `weight` and `bias` become new Parameters: an optimiser of the old ones moves nothing any more, so make it anew.
+        `weight` and `bias` become new Parameters: create a new optimizer for them.
         """
         if self.class_weight is not None:
             raise ValueError("this head has a class_weight: the new classes have none; build a new head instead")

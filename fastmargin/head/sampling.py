@@ -1,10 +1,11 @@
-"""What is drawn for each class, by its id alone, so that it is the same however many ranks hold the classes.
+"""Random numbers of each class, from its global id alone: the same for any number of ranks.
 
     initial rows      normal(0, .01), one generator for each block of 1,024 classes, seeded by (seed, block)
     sampled classes   of each block, of n classes, the ceil(rate n) with the smallest hash(seed, step, class), and all
-                      that have to be there (PartialFC, An et al. 2021: those of the batch)
+                      that are required (PartialFC, An et al. 2021: those of the batch)
 
-hash is splitmix64 of class and derive_seed(seed, step): a bijection of 64 bits, so that no two classes are equal in it.
+hash is splitmix64 of the class id and derive_seed(seed, step): a bijection of the 64-bit words, so no two classes have
+the same hash.
 """
 
 import contextlib
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin.distributed.layout import Layout
+from fastmargin.splitmix64 import INCREMENT, finalize_
 
-BLOCK = 1024  # classes that are drawn together
-AT_ONCE = 1024 * BLOCK  # classes whose hashes are in memory together
+BLOCK = 1024  # classes that share a generator, and a quota of sampled classes
+AT_ONCE = 1024 * BLOCK  # classes whose hashes are in memory at one time
 
 
 def initial_rows(first: int, last: int, d: int, seed: int) -> Tensor:  # [last - first, d]
-    """Rows first..last of the endless normal(0, .01) matrix that belongs to a seed."""
+    """Rows [first, last) of the seed's normal(0, .01) matrix: row j does not depend on how many rows there are."""
     out = torch.empty(last - first, d, dtype=torch.float32)
     for block in range(first // BLOCK, -(-last // BLOCK)):
         words = np.random.SeedSequence((seed, block)).generate_state(2)
@@ -34,7 +36,7 @@ def initial_rows(first: int, last: int, d: int, seed: int) -> Tensor:  # [last -
 
 
 class StepCounter(nn.Module):
-    """How many training passes were made: a number on the host, and an int64 tensor [] in a state_dict."""
+    """The number of training passes: an int on the host, so reading it never synchronizes; int64 [] in a state_dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,13 +50,13 @@ class StepCounter(nn.Module):
 
 
 def derive_seed(*numbers: int) -> int:
-    """63 bits that depend on all of them."""
+    """A seed of 63 bits, from all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager
 def seeded_rng(number: int, device: torch.device) -> Iterator[None]:
-    """Within it torch's generators of the CPU and the device are seeded with a number; then they are as before."""
+    """torch's default generators of the CPU and the device, seeded with `number`; restored on exit."""
     cuda = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
@@ -64,20 +66,20 @@ def seeded_rng(number: int, device: torch.device) -> Iterator[None]:
 
 def sampled_classes(
     classes: Layout,
-    needed: Tensor,  # [n] class ids; outside [0, C): none
+    required: Tensor,  # [n] global class ids; those outside [0, C) are ignored
     rate: float,
     number: int,
-) -> Tensor:  # [m] places among the classes of this rank, sorted
-    """The classes of a step: those needed, and a share of each block that depends on `number` alone."""
-    kept = torch.zeros(classes.count + 1, dtype=torch.bool, device=needed.device)
-    kept[classes.local_index(needed)] = True  # the last entry, at -1, is for what is not here
-    for ids in drawn(classes, rate, number, needed.device):
+) -> Tensor:  # [m] local indices, sorted
+    """The classes of a step that this rank holds: those required, and a share of each block, drawn by `number`."""
+    kept = torch.zeros(classes.count + 1, dtype=torch.bool, device=required.device)
+    kept[classes.local_index(required)] = True  # local_index is -1, the extra last entry, for classes of other ranks
+    for ids in drawn(classes, rate, number, required.device):
         kept[classes.local_index(ids)] = True
     return kept[:-1].nonzero()[:, 0]
 
 
 def drawn(classes: Layout, rate: float, number: int, device: torch.device) -> Iterator[Tensor]:  # [m] each
-    """The drawn ids of all blocks that reach into the classes of this rank."""
+    """Global ids of the classes drawn, from every block with classes of this rank."""
     whole = classes.total // BLOCK * BLOCK
     last = min(-(-classes.stop // BLOCK) * BLOCK, whole)
     for first in range(classes.start // BLOCK * BLOCK, last, AT_ONCE):
@@ -87,20 +89,10 @@ def drawn(classes: Layout, rate: float, number: int, device: torch.device) -> It
 
 
 def smallest(ids: Tensor, rate: float, number: int) -> Tensor:  # [blocks, n] -> [blocks * ceil(rate n)]
-    places = hashed(ids, number).topk(math.ceil(rate * ids.shape[1]), dim=1, largest=False, sorted=False).indices
-    return ids.gather(1, places).flatten()
+    columns = hashed(ids, number).topk(math.ceil(rate * ids.shape[1]), dim=1, largest=False, sorted=False).indices
+    return ids.gather(1, columns).flatten()
 
 
-def hashed(ids: Tensor, number: int) -> Tensor:  # of the shape of ids
-    """splitmix64: the id-th number of the stream that starts at `number`. int64 arithmetic, modulo 2^64."""
-    h = ids * signed(0x9E3779B97F4A7C15) + number
-    h ^= (h >> 30).bitwise_and_(2**34 - 1)  # the mask makes a shift of signed numbers one of bits
-    h *= signed(0xBF58476D1CE4E5B9)
-    h ^= (h >> 27).bitwise_and_(2**37 - 1)
-    h *= signed(0x94D049BB133111EB)
-    h ^= (h >> 31).bitwise_and_(2**33 - 1)
-    return h
-
-
-def signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
+def hashed(ids: Tensor, number: int) -> Tensor:  # any shape -> the same
+    """The id-th output of the splitmix64 stream that starts at `number`."""
+    return finalize_(ids * INCREMENT + number)

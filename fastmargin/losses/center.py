@@ -1,4 +1,4 @@
-"""Center loss, and the centres that it, the Git loss and the minimum margin share.
+"""Center loss, and the centers that it, the Git loss and the minimum margin share.
 
     L_C = 1/2 sum_i ||x_i - c_{y_i}||^2                              (GIT section 3, MML eq. 2; Wen et al. 2016)
     c_j <- c_j + rate_j sum_{i: y_i = j} (x_i - c_j)                 for the classes of the batch alone
@@ -7,13 +7,14 @@
     sgd     rate_j = alpha                 a gradient step of L_C; steps beyond the mean where alpha n_j > 1
     ema     rate_j = alpha / n_j           the share alpha of the batch mean
 
-A training step takes its losses from the old centres, then calls `update`. No weight of a loss scales that step.
+A training step computes its losses with the old centers, then calls `update`. Loss weights do not scale the update.
 
-Losses take any centres: which are passed in is the route by which a gradient reaches the features (MML section II.C
-leaves it open). `bank.centers` have none; `bank.updated` gives dL/dx_i = rate_{y_i} dL/dc_{y_i}; `batch_means` gives
+Losses take any centers, and the choice decides how their gradient reaches the features (MML section II.C leaves it
+open). `bank.centers` have no gradient; `bank.updated` gives dL/dx_i = rate_{y_i} dL/dc_{y_i}; `batch_means` gives
 dL/dx_i = dL/dc_{y_i} / n_{y_i}; a Parameter [C, d] of your own is trained itself.
 
-A batch is that of this process, but for a bank with a group.
+A batch is that of this process, except for a bank with a group. GIT: Calefati et al. 2018, Git Loss for Deep Face
+Recognition; MML: Wei et al. 2018, Minimum Margin Loss for Deep Face Recognition.
 Letters: B rows, C classes, K of them in the batch, d features, n_j rows of class j.
 """
 
@@ -30,13 +31,13 @@ Rule: TypeAlias = Literal["paper", "sgd", "ema"]
 
 
 class CenterBank(nn.Module):
-    """The centres of all classes, `centers` [C, d] float32, a buffer that starts at 0.
+    """The centers of all classes, `centers` [C, d] float32, a buffer that starts at 0.
 
     Args:
         num_classes, dim: C and d.
         update: the rule: "paper", "sgd" or "ema"; see the module.
-        alpha: its rate, from 0 (centres stay) to 1.
-        group: of torch.distributed: the batch of a rule is then that of all its ranks, and all hold equal centres.
+        alpha: its rate, from 0 (centers stay) to 1.
+        group: a torch.distributed group: the rule then uses the batch of all ranks, and all ranks have equal centers.
             None: this process alone.
 
     Raises:
@@ -61,19 +62,19 @@ class CenterBank(nn.Module):
         x: Tensor,  # [B, d]
         labels: Tensor,  # [B] int64 in [0, C)
     ) -> tuple[Tensor, Tensor]:  # [K] sorted classes, [K, d]
-        """The batch's classes and what the rule makes of their centres, differentiable in x; the bank keeps its own.
+        """The batch's classes and their centers after an update, differentiable in x. The bank itself does not change.
 
-        In a group the classes are those of all ranks, and gradients are N times those of this rank's rows, because
-        the objective is the average of what N ranks back-propagate. ValueError as for `center_loss`.
+        In a group the classes are those of all ranks, and the gradients of this rank's rows are times N, because the
+        objective is the average of the losses that N ranks back-propagate. Raises ValueError as `center_loss`.
         """
         check_rows(x, labels, self.centers)
-        classes, place, counts = labels.unique(return_inverse=True, return_counts=True)
-        apart = x.to(self.centers.dtype) - self.centers[labels]
-        pull = apart.new_zeros(len(classes), apart.shape[1]).index_add(0, place, apart)  # [K, d]
+        classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+        difference = x.to(self.centers.dtype) - self.centers[labels]
+        total = difference.new_zeros(len(classes), difference.shape[1]).index_add(0, inverse, difference)  # [K, d]
         if self.group is not None:
-            classes, counts, pull = sum_by_class(classes, counts, pull, self.group)
-        parts = {"paper": 1 + counts, "sgd": torch.ones_like(counts), "ema": counts}[self.rule]
-        return classes, self.centers[classes] + (self.alpha / parts.to(pull.dtype))[:, None] * pull
+            classes, counts, total = sum_by_class(classes, counts, total, self.group)
+        divisor = {"paper": 1 + counts, "sgd": torch.ones_like(counts), "ema": counts}[self.rule]
+        return classes, self.centers[classes] + (self.alpha / divisor.to(total.dtype))[:, None] * total
 
     @torch.no_grad()
     def update(
@@ -81,9 +82,9 @@ class CenterBank(nn.Module):
         x: Tensor,  # [B, d]
         labels: Tensor,  # [B] int64 in [0, C)
     ) -> None:
-        """Moves the centres of the batch's classes; a class with a row that is not finite keeps its centre.
+        """Updates the centers of the batch's classes; a class with a row that is not finite keeps its center.
 
-        In a group every rank calls it at once. ValueError as for `center_loss`.
+        In a group all ranks call it together. Raises ValueError as `center_loss`.
         """
         classes, fresh = self.updated(x, labels)
         finite = fresh.isfinite().all(1, keepdim=True)
@@ -98,11 +99,11 @@ def batch_means(
     x: Tensor,  # [B, d]
     labels: Tensor,  # [B] int64
 ) -> tuple[Tensor, Tensor]:  # [K] sorted classes, [K, d]
-    """The batch's classes and the means of their rows, differentiable in x. ValueError for wrong shapes or dtypes."""
+    """The batch's classes and the means of their rows, differentiable in x. Raises ValueError as `center_loss`."""
     check_batch(x, labels)
     x = wide(x)
-    classes, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    total = x.new_zeros(len(classes), x.shape[1]).index_add(0, place, x)
+    classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    total = x.new_zeros(len(classes), x.shape[1]).index_add(0, inverse, x)
     return classes, total / counts[:, None]
 
 
@@ -113,20 +114,20 @@ def center_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Half the squared distance of each row to the centre of its class: MML eq. 2 with "sum", over B with "mean".
+    """Half the squared distance of each row to the center of its class: MML eq. 2 with "sum", over B with "mean".
 
-    Only the rows' centres are read. Differentiable in x, and in centers if they need a gradient: of a leaf it is
-    sparse, for plain SGD (no weight decay) or SparseAdam. Distances are in the units of the features.
+    Only the centers of the rows are read. Differentiable in x, and in centers if they require it: a leaf's gradient is
+    sparse, for SGD without weight decay or SparseAdam. Distances are in the units of the features.
 
     Args:
-        x: rows of any floating dtype, computed in that of the centres.
+        x: rows of any floating dtype, cast to that of the centers.
         centers: float32 or float64, of all classes.
         reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
 
-    A row on its centre has no loss and no gradient; NaN features give a NaN loss.
-    Raises ValueError for shapes, dtypes or devices that do not fit and an unknown reduction; on the CPU, where looking
-    does not stall, for labels outside [0, C).
+    A row on its center has no loss and no gradient; NaN features give a NaN loss.
+    Raises ValueError for shapes, dtypes or devices that do not fit, an unknown reduction, and labels outside [0, C);
+    these are not validated on CUDA, where it would synchronize.
     """
     check_rows(x, labels, centers)
-    apart = x.to(centers.dtype) - centers_of(centers, labels)
-    return reduced(apart.square().sum(1) / 2, reduction)
+    difference = x.to(centers.dtype) - centers_of(centers, labels)
+    return reduced(difference.square().sum(1) / 2, reduction)

@@ -1,15 +1,15 @@
-"""The Git loss: rows are pushed away from the centres of other classes, the nearer the harder (GIT eq. 1 to 3).
+"""The Git loss: pushes rows away from the centers of other classes, near ones more (GIT eq. 1 to 3; see center.py).
 
     phi(i, k) = 1 / (1 + ||x_i - c_k||^2)             dphi/dx_i = -2 phi^2 (x_i - c_k)             (GIT eq. 3)
 
-    classes    L_i = sum_{k != y_i} n_k phi(i, k)                      as the text means it: other classes
+    classes    L_i = sum_{k != y_i} n_k phi(i, k)                      as the text describes it: other classes
     samples    L_i = sum_{j != i} phi(i, y_j)                          as eq. 1 prints it: pairs of samples
                    = classes + (n_{y_i} - 1) phi(i, y_i)
     original   L_i = mean over rows j and features of 1 / (1 + (x_i - c_{y_j})^2), and 1/B where j = i: the public code
 
 k runs over the K classes of the batch, n_k rows each: B x K distances, not B x B. In "samples" and "original" the other
-samples of its class push a row from its own centre. The push is largest at a distance of 0.58 and falls as 2 / r^3: it
-does nothing at r = 14. A lambda_G of the public code, all of whose losses are means, is B d times that of eq. 1.
+samples of its class push a row from its own center. The push is largest at a distance of 0.58 and falls as 2 / r^3: at
+r = 14 there is none. The losses of the public code are means: its lambda_G is B d times that of eq. 1.
 Letters: B rows, C classes, K of them in the batch, d features.
 """
 
@@ -25,7 +25,7 @@ from fastmargin.require import require
 
 Pairs: TypeAlias = Literal["classes", "samples", "original"]
 
-CHUNK = 2**20  # numbers in the differences of rows and centres held at once
+CHUNK = 2**20  # numbers of the differences of rows and centers that are in memory at one time
 
 
 def git_loss(
@@ -36,46 +36,47 @@ def git_loss(
     pairs: Pairs = "classes",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The Git term of a batch, to be minimised: GIT eq. 1 with "sum", the same over B with "mean".
+    """The Git term of a batch, to be minimized: GIT eq. 1 with "sum", the same over B with "mean".
 
-    Differentiable in x, and in centers if they need a gradient: of a leaf it is sparse, as `center_loss` has it.
+    Differentiable in x, and in centers if they require it: the gradient of a leaf is sparse, as in `center_loss`.
 
     Args:
-        x: rows of any floating dtype, computed in that of the centres; of the backbone, not normalised.
+        x: outputs of the backbone, not normalized; any floating dtype, cast to that of the centers.
         centers: float32 or float64, of all classes; only those of the batch's classes are read.
         pairs: "classes", "samples" or "original"; see the module.
         reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
 
-    A batch of one class is 0 by "classes". A row on a centre has the largest term there and no gradient from it;
+    The loss of a batch of one class is 0 with "classes". A row on a center has the largest term and no gradient there;
     NaN features give a NaN loss. Raises ValueError as `center_loss`, and for unknown pairs.
     """
     require(pairs in get_args(Pairs), "pairs", pairs, f"one of {get_args(Pairs)}")
     check_rows(x, labels, centers)
     x = x.to(centers.dtype)
-    classes, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    held, n = centers_of(centers, classes), counts.to(x.dtype)  # [K, d], [K]
+    classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    centers, n = centers_of(centers, classes), counts.to(x.dtype)  # [K, d], [K]
     if pairs == "original":
-        return reduced(by_coordinate(x, place, held, n), reduction)
-    rows = pairwise_potential(x, held, labels, classes, b_weight=n, kind="inverse")
+        return reduced(by_coordinate(x, inverse, centers, n), reduction)
+    rows = pairwise_potential(x, centers, labels, classes, b_weight=n, kind="inverse")
     if pairs == "samples":
-        rows = rows + (n[place] - 1) / (1 + (x - held[place]).square().sum(1))
+        rows = rows + (n[inverse] - 1) / (1 + (x - centers[inverse]).square().sum(1))
     return reduced(rows, reduction)
 
 
 def by_coordinate(
     x: Tensor,  # [B, d]
-    place: Tensor,  # [B] of each row's class in held
-    held: Tensor,  # [K, d]
+    inverse: Tensor,  # [B] index of each row's class in centers
+    centers: Tensor,  # [K, d]
     n: Tensor,  # [K]
 ) -> Tensor:  # [B]
-    """The rows of "original", computed anew in the backward pass, block by block: no B x K x d array is kept."""
+    """The rows of "original", recomputed in the backward pass, block by block: no B x K x d array is stored."""
 
-    def potential(x: Tensor, held: Tensor, n: Tensor) -> Tensor:  # [m, d], [K, d], [K] -> [m]
-        return ((1 / (1 + (x[:, None] - held).square())).sum(2) * n).sum(1)
+    def potential(x: Tensor, centers: Tensor, n: Tensor) -> Tensor:  # [m, d], [K, d], [K] -> [m]
+        return ((1 / (1 + (x[:, None] - centers).square())).sum(2) * n).sum(1)
 
-    step = max(1, CHUNK // max(1, held.numel()))
+    step = max(1, CHUNK // max(1, centers.numel()))
     blocks = [
-        checkpoint(potential, block, held, n, use_reentrant=False, preserve_rng_state=False) for block in x.split(step)
+        checkpoint(potential, block, centers, n, use_reentrant=False, preserve_rng_state=False)
+        for block in x.split(step)
     ]
-    own = (1 / (1 + (x - held[place]).square())).sum(1)
-    return (torch.cat(blocks) - own + x.shape[1]) / max(1, x.numel())
+    own_sample = (1 / (1 + (x - centers[inverse]).square())).sum(1)
+    return (torch.cat(blocks) - own_sample + x.shape[1]) / max(1, x.numel())

@@ -14,7 +14,8 @@ Margin-based loss with cosines S (DOP eq. 2), and its pairs drawn by how much th
     v_pos   = max(beta + margin - S, 0)                   v_neg = max(S - (beta - margin), 0)
     each row takes at most one positive and one negative, t with probability v_t / sum v, none where the sum is 0
 
-Contrastive, triplet and lifted structure losses are pytorch-metric-learning's.
+Not here: contrastive, triplet and lifted structure losses, which pytorch-metric-learning has. MML: see center.py; DOP:
+Smirnov et al. 2017, Doppelganger Mining for Face Representation Learning.
 Letters: B rows, K classes in the batch, d features, P pairs.
 """
 
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from fastmargin.losses.center import batch_means
 from fastmargin.losses.rows import check_batch, unit_rows, wide
+from fastmargin.ops.common import rank_in_group
 from fastmargin.require import require
 
 EXACT = "donot_use_mm_for_euclid_dist"  # products lose the digits of small distances
-LEAST = 1e-12  # of a squared distance whose inverse or gradient is wanted
+LEAST = 1e-12  # lower bound of squared distances under an inverse square root
 
 
 def marginal_loss(
@@ -38,16 +40,15 @@ def marginal_loss(
     threshold: float,
     error_margin: float,
 ) -> Tensor:
-    """MML eq. 6: all pairs, on their side of one threshold; a scalar. Differentiable in x.
+    """MML eq. 6: all pairs should be on their side of one threshold; a scalar. Differentiable in x.
 
     Args:
-        x: rows of any floating dtype, normalised here; half precisions are computed in float32.
+        x: rows of any floating dtype, normalized here; half precisions are computed in float32.
         threshold: theta, a distance of unit rows, from 0 to 2.
-        error_margin: xi, how far from it pairs have to be, 0 or more.
+        error_margin: xi, the least distance of a pair from the threshold, 0 or more.
 
-    A batch of fewer than two rows is 0; coincident rows have no gradient from their pair, nor has a zero row; features
-    that are NaN give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit and
-    options out of range.
+    The loss of fewer than two rows is 0; coincident rows have no gradient from their pair, and a zero row has none; NaN
+    features give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit and options out of range.
     """
     check_batch(x, labels)
     require(0 <= threshold <= 2, "threshold", threshold, "a distance of unit rows, from 0 to 2")
@@ -71,14 +72,14 @@ def range_loss(
     """MML eq. 8: the farthest pairs within classes, and the two nearest class means; a scalar. Differentiable in x.
 
     Args:
-        x: rows of any floating dtype, not normalised; half precisions are computed in float32.
+        x: rows of any floating dtype, not normalized; half precisions are computed in float32.
         margin: M, on the squared distance of means, above 0.
         n: farthest pairs of a class whose harmonic mean counts; fewer where it has fewer. 2 is the paper's choice.
         intra_weight, inter_weight: alpha and beta of eq. 8.
 
-    Classes of one row have no pair, a batch of one class no second term: 0. Pairs nearer than 1e-6 count as 1e-6 and
-    have no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or
-    devices that do not fit, margin <= 0, n < 1 and negative weights.
+    A class of one row has no pair, and a batch of one class no second term: 0. Pairs nearer than 1e-6 count as 1e-6 and
+    have no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit,
+    margin <= 0, n < 1 and negative weights.
     """
     check_batch(x, labels)
     require(0 < margin < math.inf, "margin", margin, "a squared distance above 0")
@@ -86,10 +87,10 @@ def range_loss(
     for name, weight in (("intra_weight", intra_weight), ("inter_weight", inter_weight)):
         require(0 <= weight < math.inf, name, weight, "a number of 0 or more")
     x = wide(x)
-    one, other, place = farthest_pairs(x, labels, n)
+    one, other, index = farthest_pairs(x, labels, n)
     inverse = (x[one] - x[other]).square().sum(1).clamp(min=LEAST).rsqrt()  # [P]
-    pairs = place.bincount()
-    sums = inverse.new_zeros(len(pairs)).index_add(0, place, inverse)
+    pairs = index.bincount()
+    sums = inverse.new_zeros(len(pairs)).index_add(0, index, inverse)
     _, means = batch_means(x, labels)
     q, r = nearest_means(means.detach())
     gap = (margin - (means[q] - means[r]).square().sum(1)).clamp(min=0)
@@ -101,17 +102,15 @@ def farthest_pairs(
     x: Tensor,  # [B, d]
     labels: Tensor,  # [B]
     n: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # rows [P], rows [P], place of their class among the sorted ones [P]
-    """The n farthest pairs of rows of each class, or all it has."""
+) -> tuple[Tensor, Tensor, Tensor]:  # rows [P], rows [P], index of their class among the sorted ones [P]
+    """The n farthest pairs of rows of each class, or all if it has fewer."""
     distance = torch.cdist(x, x, compute_mode=EXACT)
     one, other = (labels[:, None] == labels).triu(1).nonzero(as_tuple=True)
-    place = labels.unique(return_inverse=True)[1][one]
+    index = labels.unique(return_inverse=True)[1][one]
     order = distance[one, other].argsort(descending=True, stable=True)
-    order = order[place[order].argsort(stable=True)]  # by class, the farthest first
-    sizes = place.bincount()
-    rank = torch.arange(len(order), device=x.device) - (sizes.cumsum(0) - sizes)[place[order]]
-    kept = order[rank < n]
-    return one[kept], other[kept], place[kept]
+    order = order[index[order].argsort(stable=True)]  # by class, the farthest first
+    kept = order[rank_in_group(index[order]) < n]
+    return one[kept], other[kept], index[kept]
 
 
 @torch.no_grad()
@@ -120,8 +119,8 @@ def nearest_means(
 ) -> tuple[Tensor, Tensor]:  # [1], [1]; empty where K < 2
     K = len(means)
     distance = torch.cdist(means, means, compute_mode=EXACT).fill_diagonal_(math.inf)
-    at = distance.flatten().argmin()[None] if K > 1 else torch.empty(0, dtype=torch.int64, device=means.device)
-    return at // max(1, K), at % max(1, K)
+    nearest = distance.flatten().argmin()[None] if K > 1 else torch.empty(0, dtype=torch.int64, device=means.device)
+    return nearest // max(1, K), nearest % max(1, K)
 
 
 def margin_based_loss(
@@ -135,14 +134,14 @@ def margin_based_loss(
     """DOP eq. 2 on drawn pairs, divided by the number of active ones; a scalar. Differentiable in x and beta.
 
     Args:
-        x: rows of any floating dtype, normalised here; half precisions are computed in float32.
-        beta: the boundary between the cosines of positives and negatives; a Parameter learns, from 0.5 in the paper.
+        x: rows of any floating dtype, normalized here; half precisions are computed in float32.
+        beta: the boundary between the cosines of positives and negatives; a Parameter is trained (from 0.5, as in the
+            paper).
         margin: alpha of eq. 2, 0 or more.
-        generator: of the draws; None: torch's own.
+        generator: of the draws; None: torch's default.
 
-    Without a violation, as in a batch of one class that is tight enough, it is 0. A zero row has cosine 0 with all and
-    no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or devices
-    that do not fit and margin < 0.
+    0 if no pair violates the margin. A zero row has cosine 0 with all rows and no gradient; NaN features give a NaN
+    loss. Raises ValueError for shapes, dtypes or devices that do not fit and margin < 0.
     """
     check_batch(x, labels)
     require(0 <= margin < math.inf, "margin", margin, "a number of 0 or more")
@@ -178,7 +177,7 @@ def draw(
     weights: Tensor,  # [B, n]
     generator: torch.Generator | None,
 ) -> Tensor:  # [B] a column of each row, -1 where all weights are 0
-    """A column with probability weight / sum. NaN counts as 1: features that are not finite show in the loss."""
+    """A column with probability weight / sum. A NaN weight counts as 1, so that NaN features reach the loss."""
     weights = weights.nan_to_num(nan=1.0)
     some = weights.sum(1) > 0
     if weights.shape[1] == 0:

@@ -1,4 +1,4 @@
-"""What the losses share: the checks of a batch, the centres of its classes, unit rows, the reduction.
+"""Helpers of the losses: the checks of a batch, the centers of its classes, unit rows, the reduction.
 
 Letters: B rows, C classes, K of them in the batch, d features.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.ops.checks import DTYPES, check_one_device
+from fastmargin.ops.checks import DTYPES, check_int64, check_label_range, check_one_device
 from fastmargin.require import require
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -19,13 +19,12 @@ def check_batch(
     x: Tensor,  # [B, d]
     labels: Tensor,  # [B]
 ) -> None:
-    """ValueError unless x is floating [B, d] and labels int64 [B], on one device. No look at the data."""
+    """ValueError unless x is floating [B, d] and labels int64 [B], on one device. Values are not read."""
     for name, given in (("x", x), ("labels", labels)):
         require(isinstance(given, Tensor), name, type(given).__name__, "a tensor")
     if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
         raise ValueError(f"want floating x [B, d], d above 0; got {x.dtype} {[*x.shape]}")
-    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"want int64 labels [{len(x)}]; got {labels.dtype} {[*labels.shape]}")
+    check_int64("labels", labels, len(x))
     check_one_device({"x": x, "labels": labels})
 
 
@@ -40,12 +39,9 @@ def check_centers(
     if labels is None:
         return
     require(isinstance(labels, Tensor), "labels", type(labels).__name__, "a tensor")
-    if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"want int64 labels [B]; got {labels.dtype} {[*labels.shape]}")
+    check_int64("labels", labels, None)
     check_one_device({"centers": centers, "labels": labels})
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        for i in ((labels < 0) | (labels >= len(centers))).nonzero()[:1].flatten().tolist():
-            raise ValueError(f"label {int(labels[i])} of row {i} is outside [0, {len(centers)})")
+    check_label_range(labels, 0, len(centers))
 
 
 def check_rows(
@@ -63,12 +59,12 @@ def centers_of(
     centers: Tensor,  # [C, d]
     classes: Tensor,  # [n]
 ) -> Tensor:  # [n, d]
-    """Rows of the centres. The gradient of a leaf is a sparse COO tensor of these rows: never C x d numbers."""
+    """Rows of the centers. The gradient of a leaf tensor is sparse COO, of these rows: never C x d numbers."""
     return F.embedding(classes, centers, sparse=centers.is_leaf)
 
 
 def wide(x: Tensor) -> Tensor:  # [B, d]
-    """float32 of the half precisions; float32 and float64 as they are."""
+    """Half precisions cast to float32; float32 and float64 as they are."""
     return x if x.dtype in DTYPES else x.float()
 
 

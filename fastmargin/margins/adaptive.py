@@ -1,4 +1,4 @@
-"""Margins that differ from row to row: by the norm of the features, or drawn at random (base.py)."""
+"""Margins that differ from row to row: by the norm of the features, or at random (base.py)."""
 
 import math
 from typing import Literal
@@ -13,10 +13,10 @@ from fastmargin.require import require
 
 
 class AdaFace(Margin):
-    """Margins by image quality, which the norm tells (Kim 2022): m2 = -m z, m3 = m + m z with
-    z = clip(h (norm - mu) / sd, -1, 1), no gradient to the norm.
+    """Margins by image quality, estimated by the norm (Kim 2022): m2 = -m z, m3 = m + m z with
+    z = clip(h (norm - mu) / sd, -1, 1), without gradient to the norm.
 
-    mu and sd are running statistics, from 20 and 100 as in the public code; `momentum` is a batch's share.
+    mu and sd are running statistics, initially 20 and 100 as in the public code; `momentum` is the weight of a batch.
     """
 
     mu: Tensor  # []
@@ -51,8 +51,8 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """ArcFace whose m grows linearly with the norm a = clamp(norm, l_a, u_a), from l_m to u_m, with gradient,
-    and the penalty lambda_g (a / u_a^2 + 1 / a), which lengthens features (Meng 2021).
+    """ArcFace whose m grows linearly with the norm a = clamp(norm, l_a, u_a), from l_m to u_m, with gradient to the
+    norm, and the penalty lambda_g (a / u_a^2 + 1 / a), which lengthens features (Meng 2021).
 
     Norms outside [l_a, u_a] get no gradient from either, as in the public code.
     """
@@ -79,11 +79,11 @@ class MagFace(Margin):
 
 
 class ElasticFace(Margin):
-    """A margin drawn for each row, N(m, sigma), in training mode only (Boutros 2022).
+    """A random margin for each row, N(m, sigma), in training mode only (Boutros 2022).
 
-    form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest draw goes to the
-    smallest cosine, and so on. Draws come from torch's global generator, so torch.manual_seed repeats them; a head in
-    a group seeds it for them.
+    form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest margin goes to the
+    smallest cosine, and so on. Uses torch's default generator, so that torch.manual_seed makes it reproducible; a head
+    in a group seeds it in each pass.
     """
 
     random = True

@@ -1,7 +1,7 @@
 """Angles whose derivatives stay finite: theta from its cosine, its sine, and the branch that m1 theta + m2 lies in.
 
 The slope of theta has no bound near |cos theta| = 1. Its divisor sin(theta) is floored, at 1e-3 in float32 and 1e-7 in
-float64, and nothing else is: values are exact. B rows, C classes.
+float64. Values are exact. B rows, C classes.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-Value: TypeAlias = float | Tensor  # as configured a number or [C]; of the rows a number or [B]
+Value: TypeAlias = float | Tensor  # a configured margin: a number or [C]; of the rows: a number or [B]
 
 
 def is_number(value: Value, number: float) -> bool:
@@ -23,7 +23,7 @@ def cos_sin(angle: Value) -> tuple[Value, Value]:
 
 
 def add_slope(value: Tensor, x: Tensor) -> Tensor:  # [B], [B] -> [B]
-    """`value`, to the bit, with the gradient of x added to its own: x - x is exactly 0."""
+    """Exactly `value`, as x - x is 0, with the gradient of x added to its own."""
     return value + (x - x.detach())
 
 
@@ -46,13 +46,13 @@ class SafeAcos(torch.autograd.Function):
 
 
 def sine(c: Tensor, theta: Tensor) -> Tensor:  # [B], [B] -> [B]
-    """sin(theta) from c, which keeps its digits near 0 and pi, with slope -c / max(sin(theta), floor)."""
+    """sin(theta) computed from c, accurate near 0 and pi, with slope -c / max(sin(theta), floor)."""
     return add_slope(((1 - c) * (1 + c)).detach().sqrt(), torch.sin(theta))
 
 
 def branch(theta: Tensor, m1: Value, m2: Value) -> Tensor:  # [B], number or [B] -> [B]
-    """k = floor(phi / pi). Neighbouring branches agree in value and slope at phi = k pi, so rounding there
-    is harmless; not so at the ends of theta, where k must be that of the angles inside."""
+    """k = floor(phi / pi). Neighboring branches agree in value and slope at phi = k pi, so rounding is harmless there,
+    but not at theta = 0 and pi: k must be that of angles just inside."""
     end = 8 * torch.finfo(theta.dtype).eps
     phi = m1 * theta.clamp(end, math.pi - end) + m2
     return (phi.detach() / math.pi).floor()

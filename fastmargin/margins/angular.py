@@ -8,17 +8,17 @@ from fastmargin.margins.base import Margin, Options, Values, require_angle, requ
 
 
 class NormFace(Margin):
-    """The cosine without a margin, s fixed or learnt (Wang 2017); W-Norm with normalize_features=False."""
+    """The cosine without a margin, s fixed or learned (Wang 2017); W-Norm with normalize_features=False."""
 
     def __init__(self, s: float = 64.0, **options: Unpack[Options]) -> None:
         super().__init__(s, **options)
 
 
 class SphereFace(Margin):
-    """cos(m theta), continued, with lam parts of the plain cosine (Liu 2017, A-Softmax).
+    """(cos(m theta), continued monotonically, + lam cos(theta)) / (1 + lam) (Liu 2017, A-Softmax).
 
-    lam starts at 1000, almost no margin, and stays there until a `LambdaSchedule` lowers it. Features keep
-    their length; with normalize_features=True it is SphereFace-FNorm, of scale s.
+    lam is 1000, almost no margin, until a `LambdaSchedule` lowers it. Features are not normalized; with
+    normalize_features=True it is SphereFace-FNorm, of scale s.
     """
 
     def __init__(self, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
@@ -42,7 +42,7 @@ class CosFace(Margin):
 
 
 class AMSoftmax(CosFace):
-    """CosFace with AM-Softmax's scale (Wang 2018, eq. 6): m on every row, not only where c > m."""
+    """CosFace with the scale of AM-Softmax (Wang 2018, eq. 6): m on every row, not only where c > m."""
 
     def __init__(self, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
         super().__init__(s, m, **options)
@@ -61,7 +61,7 @@ class ArcFace(Margin):
 
 
 class CombinedMargin(Margin):
-    """cos(m1 theta + m2) - m3, with all three at once; (1, 0.3, 0.2) is InsightFace's `combined`."""
+    """cos(m1 theta + m2) - m3; (1, 0.3, 0.2) is InsightFace's `combined`."""
 
     def __init__(
         self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,

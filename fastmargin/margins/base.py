@@ -1,10 +1,10 @@
-"""Margins: psi, which replaces the target's cosine. A few lines of autograd on [B] tensors, no class axis.
+"""Margins: psi, a function of the target's cosine that replaces it. Autograd on [B] tensors, no class axis.
 
     theta = acos(c),  c the target's cosine clamped to [-1, 1];  phi = m1 theta + m2
     psi   = (P(phi) + lam c) / (1 + lam) - m3
     loss  = -logsigmoid(r psi - rest),  r the row's scale, rest = log sum over the other classes
 
-P is cos(phi) wherever 0 <= phi <= pi. `beyond` says what it is elsewhere:
+P is cos(phi) for 0 <= phi <= pi. `beyond` selects what it is elsewhere:
 
     monotone   (-1)^k cos(phi) - 2k,  k = floor(phi / pi)   C1, never rises with theta, may leave [-1, 1]
     none       cos(phi)                                     rises again, ArcFace 0.5 from 151.352 degrees
@@ -12,17 +12,17 @@ P is cos(phi) wherever 0 <= phi <= pi. `beyond` says what it is elsewhere:
     easy       c wherever c <= 0                            jumps up at c = 0
     clip       cos of phi clipped to [1e-3, pi - 1e-3]      no slope outside: such rows stop learning
 
-`slope` says what trains the cosine: "exact", the derivative of psi, or "detached", the same value with
-slope 1, which is what InsightFace's torch ArcFace and SphereFace-R train with. Either way a margin that
-depends on something learnt (a Parameter, the norm in MagFace) passes its own gradient on.
+`slope` is the derivative that the cosine gets in backward: "exact", that of psi, or "detached", 1, as in InsightFace's
+torch ArcFace and SphereFace-R. In both cases a margin that depends on something learned (a Parameter, the norm in
+MagFace) gets its own gradient.
 
 Near |c| = 1 the slope of theta has no bound, so its divisor sin(theta) is floored, at 1e-3 in float32 and
 1e-7 in float64: a row that equals its class weight gets a finite gradient. The clamp of c never zeroes one.
 Where m1 is the number 1 the value is c cos(m2) - sin(theta) sin(m2), without an acos.
 
-Angles are radians; a margin beyond pi, as of degrees, is refused. B rows, C classes. Sources: SphereFace (Liu 2017),
-L2-Softmax (Ranjan 2017), AM-Softmax (Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021), AdaFace
-(Kim 2022), ElasticFace (2022).
+Angles are radians; a margin above pi, perhaps in degrees, raises ValueError. B rows, C classes. Sources: SphereFace
+(Liu 2017), L2-Softmax (Ranjan 2017), AM-Softmax (Wang 2018, eq. 4-6), ArcFace (Deng 2018, eq. 9), MagFace (Meng 2021),
+AdaFace (Kim 2022), ElasticFace (2022).
 """
 
 import math
@@ -48,16 +48,16 @@ CLIP = 1e-3  # "clip" keeps phi this far inside (0, pi)
 
 
 class Options(TypedDict, total=False):
-    """What every cosine margin takes besides its scale and its margins."""
+    """Options of every cosine margin besides its scale and its margins."""
 
-    learn_scale: bool  # s becomes a Parameter, which starts at the given number
+    learn_scale: bool  # s becomes a Parameter with the given initial value
     normalize_features: bool  # False: the row's own norm is its scale and s is not used
     beyond: Beyond
     slope: Slope
 
 
 def require_angle(name: str, value: Value) -> None:
-    """Degrees are most often beyond pi."""
+    """Rejects margins above pi: most likely they are in degrees."""
     require_within(math.pi, name, value, "an angle in radians, from -pi to pi (28.6 degrees are 0.5)")
 
 
@@ -65,24 +65,24 @@ def require_cosine(name: str, value: Value) -> None:
     require_within(2, name, value, "a difference of cosines, from -2 to 2")
 
 
-def require_within(limit: float, name: str, value: Value, wanted: str) -> None:
-    for beyond in value[value.abs() > limit][:1].tolist() if isinstance(value, Tensor) else [value]:
-        require(abs(beyond) <= limit, name, beyond, wanted)
+def require_within(limit: float, name: str, value: Value, want: str) -> None:
+    for number in value[value.abs() > limit][:1].tolist() if isinstance(value, Tensor) else [value]:
+        require(abs(number) <= limit, name, number, want)
 
 
 class Margin(nn.Module):
     """The base of all margins; its own `row_margins`, (1, 0, 0), is the plain cosine.
 
-    A subclass keeps its margins as attributes (`_hold`) and makes each row's (m1, m2, m3) of them in
-    `row_margins`. A float attribute may be changed at any time; that is what schedules do.
+    A subclass stores its margins as attributes (`_hold`) and returns each row's (m1, m2, m3) from `row_margins`. A
+    float attribute may be changed at any time, as schedules do.
 
-    s: scale, > 0. beyond, slope: see the module. lam: SphereFace's share of the plain cosine, >= 0. m2: the
-    configured m2 if m1 = 1, else 0; beyond="linear" needs it > 0.
-    Raises ValueError for an unknown option, s <= 0, lam < 0, a learnt scale that would not be used.
+    s: scale, > 0. beyond, slope: see the module. lam: SphereFace's weight of the plain cosine, >= 0. m2: the configured
+    m2 if m1 = 1, else 0; beyond="linear" needs it > 0.
+    Raises ValueError for an unknown option, s <= 0, lam < 0, a learned scale that would not be used.
     """
 
-    plain: bool = False  # no cosine: the head takes the target's logit as it is and never calls forward
-    random: bool = False  # draws for the rows of a batch
+    plain: bool = False  # no cosine: the head uses the target's logit as it is and never calls forward
+    random: bool = False  # uses random numbers for the rows of a batch
     normalize_weight: bool = True
     s: float | Tensor
 
@@ -111,7 +111,7 @@ class Margin(nn.Module):
         self._held: tuple[str, ...] = ()
 
     def _hold(self, **margins: Value) -> None:
-        """Makes each an attribute: a float, a [C] buffer or, if given as one, a [C] Parameter that learns."""
+        """Stores each as an attribute: a float, a [C] buffer or, if given as one, a [C] Parameter."""
         for name, value in margins.items():
             if not isinstance(value, Tensor):
                 good = isinstance(value, Real) and math.isfinite(value)
@@ -136,34 +136,34 @@ class Margin(nn.Module):
         return ", ".join(f"{name}={shown(getattr(self, name))}" for name in ("s", *self._held)) + f", {self.beyond}"
 
     def check_classes(self, num_classes: int) -> None:
-        """Raises ValueError if a per-class margin has not one entry for each class of the head."""
+        """Raises ValueError unless every per-class margin has one entry for each class of the head."""
         for name in self._held:
             value = getattr(self, name)
             length = len(value) if isinstance(value, Tensor) else num_classes
             require(length == num_classes, f"length of {name}", length, f"{num_classes}, one for each class")
 
     def of_rows(self, name: str, labels: Tensor) -> Value:  # [B] -> number or [B]
-        """Each row's entry of a margin held under that name. Ignored rows may have labels outside [0, C)."""
+        """The margin of that name for each row. Ignored rows may have labels outside [0, C)."""
         value = getattr(self, name)
         return value[labels.clamp(0, len(value) - 1)] if isinstance(value, Tensor) else value
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each -> number or [B]
-        """(m1, m2, m3) of the rows, each a number or [B], in radians but for m3: the hook of subclasses.
+        """(m1, m2, m3) of the rows, each a number or [B]; m2 in radians. Subclasses override it.
 
-        psi is cos(m1 theta + m2) - m3, as the module has it. norms are those of the features before scaling.
+        psi is cos(m1 theta + m2) - m3, see the module. norms are those of the features before scaling.
         """
         return 1.0, 0.0, 0.0
 
     def scale(self, norms: Tensor) -> Tensor:  # [B] -> [B]
-        """r: s, or the features' norms where features are not normalised; at least 1e-6."""
+        """r: s, or the features' norms where features are not normalized; at least 1e-6."""
         r = torch.ones_like(norms) * self.s if self.normalize_features else norms
         return r.clamp(min=1e-6)
 
     def forward(
         self,
-        cos: Tensor,  # [B] of the row and its class weight; rounding may take it beyond [-1, 1]
-        norms: Tensor,  # [B] of the features as the backbone made them
-        labels: Tensor,  # [B] integers; a row outside [0, C) gets some psi, which the caller drops
+        cos: Tensor,  # [B] of the row and its class weight; may be outside [-1, 1] by rounding
+        norms: Tensor,  # [B] of the features before normalization
+        labels: Tensor,  # [B] integers; psi of a row with a label outside [0, C) is undefined, and the caller drops it
     ) -> Tensor:
         """psi [B], in the dtype of cos. Raises ValueError for a plain layer."""
         require(not self.plain, "margin", type(self).__name__, "one with a cosine: a plain layer has no psi")
@@ -179,7 +179,7 @@ class Margin(nn.Module):
         return (self._bent(c, m1, m2) + self.lam * c) / (1 + self.lam) - m3
 
     def _bent(self, c: Tensor, m1: Value, m2: Value) -> Tensor:  # [B] in [-1, 1], number or [B] -> [B]
-        """P(phi), as the module's table has it."""
+        """P(phi), by the module's table."""
         if is_number(m1, 1) and is_number(m2, 0):
             return c  # phi = theta is never outside [0, pi]
         theta = SafeAcos.apply(c)
@@ -199,13 +199,13 @@ class Margin(nn.Module):
         return cos_phi
 
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
-        """Takes statistics of the global batch: in training, before forward, detached, NaN on ignored rows."""
+        """Updates batch statistics. Called in training, before forward; detached, NaN for ignored rows."""
 
     @property
     def whole_batch(self) -> bool:
-        """In training, psi of a row depends on others', or on a draw: ranks that share a batch all compute it all."""
+        """Whether psi in training depends on other rows or random numbers: each rank then computes the whole batch."""
         return self.random or type(self).observe is not Margin.observe
 
     def penalty(self, norms: Tensor) -> Tensor | None:  # [B] -> [B]
-        """A term of each row, to be added to its loss."""
+        """A term that the head adds to the loss of each row; None: no term."""
         return None

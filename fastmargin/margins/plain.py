@@ -1,10 +1,10 @@
-"""Plain linear layers: no cosine and so no psi; the head takes the target's logit as it is."""
+"""Plain linear layers: no cosine and so no psi; the head uses the target's logit as it is."""
 
 from fastmargin.margins.base import Margin
 
 
 class Softmax(Margin):
-    """The plain linear layer: features and weights as they are, bias allowed."""
+    """The plain linear layer: neither features nor weights are normalized; a bias is allowed."""
 
     plain = True
     normalize_weight = False
@@ -14,7 +14,7 @@ class Softmax(Margin):
 
 
 class L2Softmax(Margin):
-    """Features on a sphere of learnt radius s, plain weights and bias (Ranjan 2017)."""
+    """Features on a sphere of learned radius s; weights not normalized, a bias is allowed (Ranjan 2017)."""
 
     plain = True
     normalize_weight = False

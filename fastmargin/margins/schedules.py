@@ -1,10 +1,10 @@
-"""Schedules: what a number of a margin is after n optimiser steps. The loop calls `step()` once after each.
+"""Schedules of a margin's attribute by the number n of optimizer steps. Call `step()` once after each step.
 
-    LambdaSchedule   lam = max(floor, base (1 + gamma n)^-power)     SphereFace's public law (Liu 2017)
-    MarginRamp       start + (full - start) min(1, n / steps)        AM-Softmax's public configuration
+    LambdaSchedule   lam = max(floor, base (1 + gamma n)^-power)     of SphereFace's public code (Liu 2017)
+    MarginRamp       start + (full - start) min(1, n / steps)        of AM-Softmax's public configuration
 
-A schedule writes its attribute when it is made, at each step and when its state is loaded, so a resumed run
-continues where it was. Make it on a freshly made margin: the value it finds there is the full one.
+A schedule writes its attribute when it is constructed, at each step and when its state is loaded, so a resumed run
+continues where it was. Construct it on a new margin: the value of the attribute then is taken as the full one.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def value(self) -> Value:
-        """What the attribute is after `count` steps: a float, or [C] if it is per class."""
+        """The attribute after `count` steps: a float, or [C] if it is per class."""
 
     def _write(self) -> None:
         value = self.value()
@@ -47,7 +47,7 @@ class Schedule(ABC):
 
 
 class LambdaSchedule(Schedule):
-    """Lowers SphereFace's lam. Other public laws: (1500, 0.1), and (1000, 1e-4, power 2).
+    """Lowers SphereFace's lam. Other public settings of (base, gamma): (1500, 0.1), and (1000, 1e-4) with power 2.
 
     base, gamma, power, floor: see the module. Raises ValueError for a negative one.
     """
@@ -65,15 +65,15 @@ class LambdaSchedule(Schedule):
 
 
 class MarginRamp(Schedule):
-    """Takes an attribute of a margin ("m", "m2", ...) from `start` to the value it has now, in equal steps.
+    """Moves an attribute of a margin ("m", "m2", ...) from `start` to its present value, in equal steps.
 
-    Raises ValueError for an attribute that is no number or buffer of the margin, and for steps < 1.
+    Raises ValueError for an attribute that is not a number or buffer of the margin, and for steps < 1.
     """
 
     def __init__(self, margin: Margin, attribute: str, steps: int, start: float = 0.0) -> None:
         full: Any = getattr(margin, attribute, None)
         fixed = type(full) in (int, float, Tensor)  # neither a bool nor a Parameter
-        require(fixed, "attribute", attribute, f"a number of {type(margin).__name__} that is not learnt")
+        require(fixed, "attribute", attribute, f"a number of {type(margin).__name__} that is not learned")
         require(steps >= 1, "steps", steps, "at least 1")
         self.full = full.clone() if isinstance(full, Tensor) else full
         self.start, self.steps = start, steps

@@ -1,9 +1,9 @@
 """Which implementation of an op runs, and what the compiled extension offers.
 
-Each op file holds a dict of its implementations in order of preference: `native` (csrc), `triton` (kernels), `stream`
-(portable PyTorch, blocked over classes), `reference` (stores B x C; the tests' truth). A backend that is named, by
-argument or by FASTMARGIN_BACKEND, runs or raises; only silence falls back, to `native` or `stream`. Whether `native` or
-`triton` is the faster one on a GPU has not been measured: until then it is `native`.
+Each op file has a dict of its implementations in order of preference: `native` (csrc), `triton` (kernels), `stream`
+(portable PyTorch, blocked over classes), `reference` (stores B x C; the truth of the tests). A backend that is named,
+by argument or by FASTMARGIN_BACKEND, runs or raises. Without a name it is `native` or, where that cannot run, `stream`.
+Whether `native` or `triton` is faster on a GPU has not been measured: until then it is `native`.
 """
 
 import functools
@@ -23,8 +23,8 @@ class Impl(NamedTuple):
 
     functions: Mapping[str, Callable[..., Any]]
     can_run: Callable[[Tensor], bool]
-    compute: Callable[[Tensor], tuple[torch.dtype, ...]] = lambda x: ()  # what operands of products may be rounded to
-    keeps_operands: Callable[[Tensor], bool] = lambda w: False  # whether a step of these weights can write a shadow
+    compute: Callable[[Tensor], tuple[torch.dtype, ...]] = lambda x: ()  # that operands of products may have
+    keeps_operands: Callable[[Tensor], bool] = lambda w: False  # whether its step can write an OperandCache
 
 
 class Build(NamedTuple):
@@ -39,14 +39,14 @@ def load() -> Build:
     except ModuleNotFoundError:
         return Build({}, "not built: no C++ compiler was found at installation")
     except ImportError as error:
-        return refused(f"it did not load; reinstall fastmargin ({error})")
+        return not_loaded(f"it did not load; reinstall fastmargin ({error})")
     facts = native.build_facts()
     if facts["torch"] != torch.__version__:
-        return refused(f"built for torch {facts['torch']}, not {torch.__version__}; reinstall fastmargin")
+        return not_loaded(f"built for torch {facts['torch']}, not {torch.__version__}; reinstall fastmargin")
     return Build(facts, "")
 
 
-def refused(problem: str) -> Build:
+def not_loaded(problem: str) -> Build:
     warnings.warn(f"fastmargin: native kernels not used: {problem}", stacklevel=3)
     return Build({}, problem)
 
@@ -73,11 +73,11 @@ def triton_compute(x: Tensor) -> tuple[torch.dtype, ...]:
 
 def triton_can_run(x: Tensor) -> bool:
     """Compiled on a GPU; on the CPU only in Triton's interpreter, which TRITON_INTERPRET=1 turns on."""
-    place = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return HAS_TRITON and place and x.dtype == torch.float32
+    device = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return HAS_TRITON and device and x.dtype == torch.float32
 
 
-# Run only when named: the truth of the tests, and kernels that have not yet been measured on a GPU.
+# Run only when named: the truth of the tests, and kernels whose speed on a GPU has not been measured.
 NAMED_ONLY = ("triton", "reference")
 
 
@@ -112,10 +112,10 @@ def pick(impls: Mapping[str, Impl], x: Tensor, name: str | None = None) -> str:
 def pick_compute(
     impls: Mapping[str, Impl], name: str, x: Tensor, compute_dtype: torch.dtype | None
 ) -> torch.dtype | None:
-    """What implementation `name` rounds the operands of its products to: `compute_dtype`, or None for x's own.
+    """The dtype that implementation `name` rounds the operands of its products to; None: no rounding.
 
-    Where this machine's kernels do not take it, one warning is given (none from compiled code) and float32 runs. Raises
-    ValueError for what is no operand type of x's dtype.
+    Where this machine has no such kernels, it warns once (never in compiled code) and float32 runs. Raises ValueError
+    for a compute_dtype that rows of x's dtype cannot be rounded to.
     """
     check_compute_dtype(compute_dtype, x.dtype)
     if compute_dtype in (None, x.dtype):
@@ -128,7 +128,7 @@ def pick_compute(
 
 
 def check_compute_dtype(compute_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
-    """Raises ValueError for what rows of this dtype cannot be rounded to."""
+    """Raises ValueError unless rows of `dtype` can be rounded to `compute_dtype`."""
     if compute_dtype not in (None, dtype) and (compute_dtype not in HALVES or dtype != torch.float32):
         raise ValueError(
             f"compute_dtype = {compute_dtype} for {dtype} rows: want None, or torch.bfloat16 or torch.float16 for "
@@ -142,7 +142,7 @@ def warn_of_float32(name: str, compute_dtype: torch.dtype) -> None:
 
 
 def describe() -> str:
-    """What `fastmargin info` prints: versions, what was built, what can run, and what never ran."""
+    """The text of `fastmargin info`: versions, what was built, what can run, and what has never run."""
     facts, problem = BUILD
     native = f"{facts['cpu']} kernels, built for torch {facts['torch']}" if facts else problem
     compute = ", ".join(("float64", "float32", *facts["compute"].split())) if facts else ""

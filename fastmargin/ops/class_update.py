@@ -1,11 +1,12 @@
-"""class_update: one optimiser step of class weights, in place, on all classes or on the rows that were used.
+"""class_update: one optimizer step of class weights, in place, on all classes or on the rows that were used.
 
-    sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov's look ahead  w -= lr (g + mu v)
+    sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov momentum  w -= lr (g + mu v)
     adamw    w -= lr lam w;  m += (1 - b1)(g - m);  s += (1 - b2)(g^2 - s);  w -= (lr / c1) m / (sqrt(s / c2) + eps)
 
-as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t. And class_lazy_update: a row that sat out T
-steps of SGD has moved all the same, by a product of T 2 x 2 matrices on its (v, w). Letters: C classes, n of
-them selected, d features.
+as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t.
+
+class_lazy_update applies T skipped steps of SGD to a row at once: momentum and weight decay without a gradient are a
+product of T 2 x 2 matrices on its (v, w); see optim.py. Letters: C classes, n of them selected, d features.
 """
 
 from typing import NamedTuple, Protocol
@@ -18,7 +19,7 @@ from fastmargin.ops.operand_cache import OperandCache
 
 
 class Step(NamedTuple):
-    """A step of an optimiser, but for the gradient."""
+    """All that one optimizer step needs besides the gradient."""
 
     state: list[Tensor]  # [C, d] each, changed: [v] or [] for sgd, [m, s] for adamw
     rule: str  # "sgd" or "adamw"
@@ -27,7 +28,7 @@ class Step(NamedTuple):
 
 
 class SteppingBackward(Protocol):
-    """An optimiser that steps inside the backward pass: `fastmargin.optim` with in_backward=True."""
+    """An optimizer that steps inside the backward pass: `fastmargin.optim` with in_backward=True."""
 
     operand_cache: OperandCache | None
 
@@ -35,8 +36,10 @@ class SteppingBackward(Protocol):
 
 
 def count_write(w: Tensor, operand_cache: OperandCache | None = None) -> None:  # [C, d]
-    """Tells autograd, which does not see what an op writes, of a step: a graph that has the weights of before in use
-    raises. The cache is what that step wrote."""
+    """Bumps the version counter, so that graphs with the old weights raise: autograd does not see that an op wrote w.
+
+    operand_cache: the cache that the step has written, too.
+    """
     torch.autograd.graph.increment_version(w)
     if operand_cache is not None:
         operand_cache.mark_current(w)
@@ -51,8 +54,8 @@ def stream_update(
     hyper: list[float],
     grad_scale: Tensor | None,  # []
 ) -> None:
-    at = slice(None) if class_ids is None else class_ids
-    old = [t[at] for t in (w, *state)]
+    rows = slice(None) if class_ids is None else class_ids
+    old = [t[rows] for t in (w, *state)]
     new = [t.clone() for t in old]
     grad = grad if grad_scale is None else grad / grad_scale
     if rule == "sgd":
@@ -63,7 +66,7 @@ def stream_update(
         finite = grad.isfinite().all(1, keepdim=True)
         new = [torch.where(finite, after, before) for after, before in zip(new, old, strict=True)]
     for t, after in zip((w, *state), new, strict=True):
-        t[at] = after
+        t[rows] = after
 
 
 def sgd_(
@@ -98,16 +101,16 @@ def stream_lazy_update(
     w: Tensor,  # [C, d], changed
     v: Tensor | None,  # [C, d], changed
     class_ids: Tensor | None,  # [n]
-    products: Tensor,  # [n, 4]
+    products: Tensor,  # [n, 4] of each row, a 2 x 2 matrix on (v, w)
 ) -> None:
-    at = slice(None) if class_ids is None else class_ids
+    rows = slice(None) if class_ids is None else class_ids
     vv, vw, wv, ww = products.T[:, :, None]
-    old_w, old_v = w[at], torch.zeros_like(w[at]) if v is None else v[at]  # of all rows they are views
+    old_w, old_v = w[rows], torch.zeros_like(w[rows]) if v is None else v[rows]  # views, if of all rows
     new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
-    with torch.autograd._unsafe_preserve_version_counter(w):  # no write: rows that a graph has in use are up to date
-        w[at] = new_w
+    with torch.autograd._unsafe_preserve_version_counter(w):  # rows that a graph has read are up to date: no change
+        w[rows] = new_w
     if v is not None:
-        v[at] = new_v
+        v[rows] = new_v
 
 
 IMPLS: dict[str, Impl] = {}

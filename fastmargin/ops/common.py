@@ -1,4 +1,4 @@
-"""What the portable implementations of several ops share. Letters: B rows, n classes, k of them."""
+"""Helpers of several portable ops and of the modules above them. Letters: B rows, n classes, k nearest ones."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the op outside autocast: z and all sums keep the dtype of the operands."""
+    """Disables autocast in the op: z and all sums keep the dtype of the operands."""
 
     @functools.wraps(op)
     def run(x: Tensor, *args: Any) -> Any:
@@ -37,16 +37,24 @@ def stable_topk(
     classes: Tensor,  # [B, n] ascending where values are equal
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
-    """The k largest, equal values by the smaller class.
+    """The k largest; of equal values the smaller class.
 
-    torch.topk leaves the order of equal values open: its k-th value is used, and of the entries equal to it the first.
+    The order of equal values is undefined in torch.topk. So only its k-th value is used: every larger entry is taken,
+    and of those equal to it the first ones.
     """
     if 0 < k < values.shape[1]:
         kth = values.topk(k).values[:, -1:]
         above, equal = values > kth, values == kth
         keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-        places = torch.arange(values.shape[1], 0, -1, device=values.device) * keep
-        at = places.topk(k).indices
-        values, classes = values.gather(1, at), classes.gather(1, at)
+        priority = torch.arange(values.shape[1], 0, -1, device=values.device) * keep  # n, ..., 1; 0 where not kept
+        index = priority.topk(k).indices
+        values, classes = values.gather(1, index), classes.gather(1, index)
     values, order = values.sort(dim=1, descending=True, stable=True)
     return padded(values, classes.gather(1, order), k)
+
+
+def rank_in_group(groups: Tensor) -> Tensor:  # [n] ids, equal ones adjacent -> [n]
+    """The number of each item in its group: 0, 1, 2, ... from the first."""
+    sizes = groups.unique_consecutive(return_counts=True)[1]
+    starts = sizes.cumsum(0) - sizes
+    return torch.arange(len(groups), device=groups.device) - starts.repeat_interleave(sizes, output_size=len(groups))

@@ -2,7 +2,7 @@
 
     z_ij     = <x_i, w_j / ||w_j||>                 (or <x_i, w_j> + b_j for a plain linear layer)
     rest_i   = log sum_{j != y_i} exp(z_ij)         over the classes given; -inf if there are none
-    target_i = z_{i, y_i}                           0 where y_i = -1: that class is held elsewhere
+    target_i = z_{i, y_i}                           0 where y_i = -1: another rank holds that class
     topk_i   = the k largest z_ij, j != y_i, with their classes (ties: the smaller id)
 
 The loss with a margin psi on the target is -logsigmoid(r psi(target / r) - rest), where r = ||x_i|| is the scale: it
@@ -11,9 +11,9 @@ equals cross entropy (ArcFace eq. 9, CosFace, SphereFace, ...), and keeps full p
     g_ij = d_rest_i exp(z_ij - rest_i) for j != y_i, d_target_i at y_i; plus d_topk at its ids
     dx_i = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
 
-dx is attention over the other classes: a_i = sum_{j != y_i} exp(z_ij - rest_i) w^_j. On the CPU it is summed in the
-forward pass, and the backward pass recomputes z for dw alone; on a GPU the backward pass does both. Letters: B rows, C
-classes, d features, k mined classes.
+The d_rest part of dx is attention over the other classes, d_rest_i times expected_weight_i = sum_{j != y_i}
+exp(z_ij - rest_i) w^_j. On the CPU the forward pass sums it, and the backward pass recomputes z for dw alone; on a GPU
+the backward pass does both. Letters: B rows, C classes, d features, k nearest classes.
 """
 
 from dataclasses import dataclass
@@ -114,13 +114,13 @@ def cached_operands(
     class_ids: Tensor | None,  # [n]
     o: Options,
 ) -> dict[str, Tensor]:  # operands [C, d], scales [2, C]; or nothing
-    """What the ops take beside w of an optimiser that keeps a shadow: the same numbers in both passes, as w is."""
+    """The operands that the ops read from the optimizer's OperandCache, if it has one: the same in both passes."""
     cache = None if o.optimizer is None else o.optimizer.operand_cache
     if cache is None:
         return {}
     make = IMPLS[o.backend].functions.get("operands")
     if make is None or class_ids is not None or o.compute_dtype is None:
-        cache.invalidate()  # the step to come does not write it
+        cache.invalidate()  # the step of this pass will not write it
         return {}
     return cache.get(w, o.normalize_weight, o.compute_dtype, make)
 
@@ -130,7 +130,7 @@ def scatter(
     class_ids: Tensor | None,  # [n]
     like: Tensor,  # [C, ...]
 ) -> Tensor:  # [C, ...]
-    """A gradient over the selected classes as a sparse COO tensor of the whole's shape."""
+    """A gradient of the selected classes as a sparse COO tensor, of the shape of `like`."""
     if class_ids is None:
         return gradient
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # torch 2.11 warns unless told here
@@ -157,26 +157,26 @@ def nontarget_lse(
 
     Args:
         x: rows, float32 or float64, any strides.
-        w: class weights of x's dtype, any strides; normalised on the fly (1/||w|| := 0 for ||w|| < 1e-12).
-        y: each row's class; -1: not among these classes, so all of them count as other classes.
+        w: class weights of x's dtype, any strides; normalized on the fly (1/||w|| := 0 for ||w|| < 1e-12).
+        y: the class of each row; -1: none of these classes, so all of them count as other classes.
         bias: only with normalize_weight=False.
-        rows: restricts the classes to w[rows], gathered a tile at a time. y and topk_classes then are places in
-            `rows`, and the gradients of w and bias are sparse COO tensors over `rows`.
-        topk: k; where fewer than k other classes exist, the rest of the list is class -1, value -inf. Costs nothing
-            to speak of up to about 10; more where classes happen to be sorted by rising similarity.
-        compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it, and so may be what multiplies
-            them in the gradients; z, all sums, the targets and the outputs stay float32. None: x's own dtype. Where a
-            backend has no such kernels on this machine, it warns once and runs in float32. float16 holds no number
-            above 65,504: longer rows, and weights that are not normalised, may not fit.
+        class_ids: restricts the classes to w[class_ids], gathered a tile at a time. y and topk_classes then are indices
+            into `class_ids`, and the gradients of w and bias are sparse COO tensors of these rows.
+        topk: k; where fewer than k other classes exist, the last entries are class -1, value -inf. The cost is
+            negligible up to about 10, and higher where classes happen to be sorted by rising similarity.
+        compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it for the products, and so may
+            be their coefficients in the gradients; z, all sums, the targets and the outputs stay float32. None: no
+            rounding. Where a backend has no such kernels on this machine, it warns once and runs in float32. float16
+            holds no number above 65,504: longer rows, and weights that are not normalized, may overflow.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on x's device and dtype.
-        optimizer: of w, one of `fastmargin.optim` with in_backward=True: the backward pass makes its step, and w has no
-            gradient.
+        optimizer: one of `fastmargin.optim` with in_backward=True, for w: the backward pass makes its step, and w gets
+            no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C) or rows that are not sorted and
-            unique (on the CPU; on a GPU nobody looks: such labels count as -1, such rows are the caller's fault), topk
-            < 0, a bias with normalised weights, a compute_dtype that is no rounding of x's dtype, a backend that cannot
-            run.
+        ValueError: shapes, dtypes or devices that do not fit, a label outside [-1, C), class_ids not sorted and unique,
+            topk < 0, a bias with normalized weights, a compute_dtype that x's dtype cannot be rounded to, a
+            backend that cannot run. Labels and class_ids are not validated on CUDA, where it would synchronize: such
+            labels count as -1 there, and with such class_ids the results are undefined.
     """
     check_operands(x, w, y, bias, class_ids, normalize_weight)
     if not isinstance(topk, int) or isinstance(topk, bool) or topk < 0:
@@ -202,10 +202,10 @@ def triton_fwd(
     topk: int,
     compute_dtype: torch.dtype | None,
     need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk values [B, k], topk classes [B, k], [0]
     from fastmargin.kernels import nontarget_lse as kernels  # needs triton
 
-    portable.refuse(bend, pool)
+    portable.check_bend_pool(bend, pool)
     check_ids(y, class_ids, len(w))
     return kernels.forward(
         x, w, y, bias, class_ids, bend, normalize_weight, pool, topk, compute_dtype, need_expected_weight

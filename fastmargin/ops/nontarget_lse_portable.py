@@ -1,6 +1,7 @@
 """nontarget_lse in plain PyTorch, with the signatures of the registered ops (formulas: nontarget_lse.py).
 
-`stream` walks over blocks of classes and runs on any device. Letters: B rows, C classes, n classes of a block, d, k.
+`stream` walks over blocks of classes and runs on any device. Letters: B rows, C classes, n classes of a block,
+d features, k nearest classes.
 """
 
 import math
@@ -16,22 +17,22 @@ from fastmargin.ops.common import padded, stable_topk, without_autocast
 from fastmargin.ops.target_logit import inverse_norms
 
 INF = math.inf
-LOW = -1e30  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
+LOW = -1e30  # initial running maximum; finite, so that LOW - LOW is 0
 
 
-def refuse(bend: Tensor | None, pool: int) -> None:
+def check_bend_pool(bend: Tensor | None, pool: int) -> None:
     if bend is not None:
         raise ValueError("bend (rules that bend negatives) is not supported by this backend")
     if pool != 1:
-        raise ValueError(f"pool = {pool} (sub-centres) is not supported by this backend; want 1")
+        raise ValueError(f"pool = {pool} (sub-centers) is not supported by this backend; want 1")
 
 
 def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """What a product of `dtype` operands sees of t; the product itself keeps t's dtype."""
+    """t rounded to `dtype`, in its own dtype: the operand of a product that accumulates in t's dtype."""
     if dtype is None:
         return t
     bits = t.to(dtype).view(torch.int16)
-    return (bits & -1).view(dtype).to(t.dtype)  # changes nothing, but a compiler would cancel casts that meet
+    return (bits & -1).view(dtype).to(t.dtype)  # & -1 keeps torch.compile from cancelling the two casts
 
 
 def operand(
@@ -39,7 +40,7 @@ def operand(
     scale: Tensor | None,  # [n] 1/||w_j||
     compute_dtype: torch.dtype | None,
 ) -> Tensor:  # [n, d] unit rows where there is a scale
-    """A power of two brings a row near to unit norm before it is rounded: none is too long or short for float16."""
+    """A power of two brings each row near unit norm before rounding, so that none over- or underflows in float16."""
     if scale is None:
         return rounded(w, compute_dtype)
     if compute_dtype is None:
@@ -50,7 +51,7 @@ def operand(
 
 class Block(NamedTuple):
     first: int
-    w: Tensor  # [n, d] as the products see it; unit rows where weights are normalised
+    w: Tensor  # [n, d] operand of the products; unit rows where weights are normalized
     unit: Tensor  # [n, d] the same before rounding
     scale: Tensor | None  # [n] 1/||w_j||
     z: Tensor  # [B, n]
@@ -89,7 +90,7 @@ def blocks(
     normalize_weight: bool,
     compute_dtype: torch.dtype | None,
 ) -> Iterator[Block]:
-    """All classes, so many at a time that a block of logits and one of weights stay within 4 MiB of float32."""
+    """All classes, in blocks whose logits and weights each stay within 4 MiB of float32."""
     C, n = count(w, class_ids), max(256, 2**20 // max(len(x), x.shape[1]))
     for first in range(0, C, n):
         yield block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, first, min(first + n, C))
@@ -102,13 +103,13 @@ def scatter_local_(
     value: Tensor | float,  # [B, k]
     add: bool = False,
 ) -> Tensor:
-    """z at the given classes becomes `value`, or is increased by it; ids outside this block change nothing."""
-    place = ids - first
-    inside = (place >= 0) & (place < z.shape[1]) & (ids >= 0)
-    place = place.clamp(0, z.shape[1] - 1)
+    """Sets z to `value` at the given classes, or adds it; ids outside this block change nothing."""
+    column = ids - first
+    inside = (column >= 0) & (column < z.shape[1]) & (ids >= 0)
+    column = column.clamp(0, z.shape[1] - 1)
     if add:
-        return z.scatter_add_(1, place, torch.where(inside, value, 0.0))
-    return z.scatter_(1, place, torch.where(inside, value, z.gather(1, place)))
+        return z.scatter_add_(1, column, torch.where(inside, value, 0.0))
+    return z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
 
 
 @without_autocast
@@ -124,8 +125,8 @@ def stream_fwd(
     topk: int,
     compute_dtype: torch.dtype | None,
     need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
-    refuse(bend, pool)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk values [B, k], topk classes [B, k], expected weight
+    check_bend_pool(bend, pool)
     check_ids(y, class_ids, len(w))
     x = rounded(x, compute_dtype)
     shift, total = x.new_full((len(x), 1), LOW), x.new_zeros(len(x), 1)
@@ -172,18 +173,18 @@ def stream_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    refuse(bend, pool)
+    check_bend_pool(bend, pool)
     _, dw, db = empty_gradients(x, w, class_ids, False, need_dw, need_db)
     dx = row_gradient(
         x, w, y, class_ids, normalize_weight, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx
     )
     given = x, w, y, bias, class_ids, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
     for block, g, operands in gradients(*given) if need_dw or need_db else ():
-        at = slice(block.first, block.first + g.shape[1])
+        block_slice = slice(block.first, block.first + g.shape[1])
         if need_dw:
-            dw[at] = weight_gradient(block, g, operands)
+            dw[block_slice] = weight_gradient(block, g, operands)
         if need_db:
-            db[at] = g.sum(0)
+            db[block_slice] = g.sum(0)
     return dx, dw, db
 
 
@@ -211,22 +212,22 @@ def stream_bwd_update(
     hyper: list[float],
     grad_scale: Tensor | None,  # []
 ) -> tuple[Tensor, Tensor]:  # dx [B, d], db [n]; each [0] where not needed
-    """An optimiser step on every block as soon as its gradient is complete."""
-    refuse(bend, pool)
+    """Makes the optimizer step of each block as soon as its gradient is complete."""
+    check_bend_pool(bend, pool)
     dx = row_gradient(
         x, w, y, class_ids, normalize_weight, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx
     )
     _, _, db = empty_gradients(x, w, class_ids, False, False, need_db)
     given = x, w, y, bias, class_ids, normalize_weight, compute_dtype, rest, topk_classes, d_rest, d_target, d_topk
     for block, g, operands in gradients(*given):
-        at = slice(block.first, block.first + g.shape[1])
+        block_slice = slice(block.first, block.first + g.shape[1])
         dw = weight_gradient(block, g, operands)
         if need_db:
-            db[at] = g.sum(0)
+            db[block_slice] = g.sum(0)
         if class_ids is None:
-            stream_update(w[at], [t[at] for t in state], dw, None, rule, hyper, grad_scale)
+            stream_update(w[block_slice], [t[block_slice] for t in state], dw, None, rule, hyper, grad_scale)
         else:
-            stream_update(w, state, dw, class_ids[at], rule, hyper, grad_scale)
+            stream_update(w, state, dw, class_ids[block_slice], rule, hyper, grad_scale)
     return dx, db
 
 
@@ -265,11 +266,11 @@ def gradients(
     d_target: Tensor,  # [B]
     d_topk: Tensor | None,  # [B, k]
 ) -> Iterator[tuple[Block, Tensor, Tensor]]:
-    """Block by block: the block, g [B, n] and x [B, d] as the products see it."""
-    above = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
+    """For each block: the block, g [B, n], and x [B, d] as the operand of the products."""
+    offset = rest.masked_fill(rest == -INF, INF)[:, None]  # no other class: exp(z - inf) is 0
     x = rounded(x, compute_dtype)
     for block in blocks(x, w, bias, class_ids, normalize_weight, compute_dtype):
-        g = block.z.sub_(above).exp_().mul_(d_rest[:, None])
+        g = block.z.sub_(offset).exp_().mul_(d_rest[:, None])
         scatter_local_(g, y[:, None], block.first, d_target[:, None])
         if d_topk is not None:
             scatter_local_(g, topk_classes, block.first, d_topk, add=True)
@@ -309,5 +310,5 @@ def weight_gradient(block: Block, g: Tensor, x: Tensor) -> Tensor:  # [B, n], [B
     dw = g.T @ x
     if block.scale is None:
         return dw
-    along = (dw * block.unit).sum(1, keepdim=True)
-    return block.scale[:, None] * (dw - along * block.unit)
+    radial = (dw * block.unit).sum(1, keepdim=True)
+    return block.scale[:, None] * (dw - radial * block.unit)

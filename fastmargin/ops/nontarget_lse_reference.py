@@ -1,7 +1,7 @@
 """nontarget_lse as its formulas say it (nontarget_lse.py), with the signatures of the registered ops.
 
 It stores the B x C logits; it is the truth of the tests and is written to be read, not to be fast. Letters: B rows, C
-classes, d features, k mined classes.
+classes, d features, k nearest classes.
 """
 
 import torch
@@ -12,9 +12,9 @@ from fastmargin.ops.common import padded, without_autocast
 from fastmargin.ops.nontarget_lse_portable import (
     INF,
     block_of,
+    check_bend_pool,
     count,
     empty_gradients,
-    refuse,
     rounded,
     weight_gradient,
 )
@@ -33,15 +33,15 @@ def reference_fwd(
     topk: int,
     compute_dtype: torch.dtype | None,
     need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [B, d] or [0]
-    refuse(bend, pool)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk values [B, k], topk classes [B, k], expected weight
+    check_bend_pool(bend, pool)
     check_ids(y, class_ids, len(w))
     x = rounded(x, compute_dtype)
     _, operands, _, _, z = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
-    z = z.masked_fill(own_class(y, z), -INF)
+    z = z.masked_fill(is_target(y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, weight(z, rest[:, None]) @ operands if need_expected_weight else x.new_empty(0)
+    return rest, values, classes, softmax(z, rest[:, None]) @ operands if need_expected_weight else x.new_empty(0)
 
 
 @without_autocast
@@ -65,14 +65,14 @@ def reference_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    refuse(bend, pool)
+    check_bend_pool(bend, pool)
     x = rounded(x, compute_dtype)
     block = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
-    g = d_rest[:, None] * weight(block.z, rest[:, None])
-    g = torch.where(own_class(y, g), d_target[:, None], g)
+    g = d_rest[:, None] * softmax(block.z, rest[:, None])
+    g = torch.where(is_target(y, g), d_target[:, None], g)
     if d_topk is not None:
-        at = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
-        g = g + (at * d_topk[:, :, None]).sum(1)
+        one_hot = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
+        g = g + (one_hot * d_topk[:, :, None]).sum(1)
     dx, dw, db = empty_gradients(x, w, class_ids, need_dx, need_dw, need_db)
     return (
         g @ block.w if need_dx else dx,
@@ -81,10 +81,10 @@ def reference_bwd(
     )
 
 
-def own_class(y: Tensor, z: Tensor) -> Tensor:  # [B], [B, n] -> [B, n]
+def is_target(y: Tensor, z: Tensor) -> Tensor:  # [B], [B, n] -> [B, n]
     return y[:, None] == torch.arange(z.shape[1], device=y.device)
 
 
-def weight(z: Tensor, rest: Tensor) -> Tensor:  # [B, n], [B, 1] -> [B, n]
-    """exp(z - rest), 0 where rest is -inf: there is nothing to weigh."""
+def softmax(z: Tensor, rest: Tensor) -> Tensor:  # [B, n], [B, 1] -> [B, n]
+    """exp(z - rest); 0 where rest is -inf, as there is no other class."""
     return torch.where(rest == -INF, 0.0, (z - rest).exp())

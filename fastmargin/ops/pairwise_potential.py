@@ -7,11 +7,12 @@
     inverse     phi = 1 / (1 + u)        2 phi' = -2 phi^2               the Git term (Git Loss eq. 1)
     hinge       phi = max(M - u, 0)      2 phi' = -2 where u < M         the minimum margin (MML eq. 13, as meant)
 
-The gradients need no second kernel. With g_i from above, da_i = g_i slope_i, summed beside the potential; and db is the
-slope of b among the a, weighted by g: db_j = v_j slope_j(b, a, g). Where b is a, the CPU visits each pair once.
+The gradients need no second kernel. With g_i the incoming gradient, da_i = g_i slope_i, where slope is summed together
+with the potential; and db is the slope of b with a and b exchanged, weighted by g: db_j = v_j slope_j(b, a, g). Where b
+is a, the CPU computes each pair once.
 
-u comes from a matrix product of rows less the mean of b. Where it is small beside |a|^2 + |b|^2 that cancels: pairs
-with u < 1e-2 (|a|^2 + |b|^2) are computed anew from the differences of the rows as given, in u and in the slope.
+u comes from a matrix product of rows minus the mean of b. Where u is small compared with |a|^2 + |b|^2, this loses
+digits: pairs with u < 1e-2 (|a|^2 + |b|^2) are recomputed from the differences of the rows, in u and in the slope.
 Letters: N and M points, d features.
 """
 
@@ -63,7 +64,7 @@ class PairwisePotential(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         a, b, a_ids, b_ids, b_weight, slope = ctx.saved_tensors
         o, fwd = ctx.options, IMPLS[ctx.options.backend].functions["fwd"]
-        if b is None and g.stride() == (0,):  # of a plain sum: both ends of a pair weigh the same
+        if b is None and g.stride() == (0,):  # expanded, from a plain sum: both rows of a pair have the same g
             return 2 * g[:, None] * slope, None, None, None, None, None
         da = g[:, None] * slope if ctx.needs_input_grad[0] else None
         db = None
@@ -89,14 +90,14 @@ def pairwise_potential(
     """For every row of `a`, the sum over the rows of `b` with another id of phi(squared distance), times b_weight.
 
     Differentiable once, in a and b. Coincident points have the largest potential and no slope; a row without a pair of
-    another id is 0; a feature that is NaN makes every sum that it enters, and for b all of them, NaN (an infinite one
-    may be just infinitely far). Where `b` and `b_ids` are the very tensors `a` and `a_ids`, and there are no weights,
-    the CPU computes each pair once.
+    another id is 0. A NaN feature of a makes the sum of its row NaN, one of b all sums (an infinite feature may also
+    count as infinitely far). Where `b` is `a` and `b_ids` is `a_ids`, the same tensors, and there are no weights, the
+    CPU computes each pair once.
 
     Args:
         a, b: points, float32 or float64, any strides; distances are in the units of their features.
         a_ids, b_ids: pairs of equal ids do not count.
-        b_weight: a factor per row of b, of its dtype; has no gradient.
+        b_weight: a factor for each row of b, of b's dtype; has no gradient.
         kind: "inverse", 1 / (1 + u), or "hinge", max(margin - u, 0), of the squared distance u.
         margin: of the hinge, on the squared distance; above 0.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on a's device and dtype.

@@ -14,8 +14,8 @@ from fastmargin.ops.common import without_autocast
 
 KINDS = ("inverse", "hinge")
 TILE = 1024  # points on a side of a tile of pairs
-NEAR = 1e-2  # share of |a|^2 + |b|^2 below which a squared distance is computed from the difference
-CHUNK = 2**20  # numbers in the differences of near pairs held at once
+NEAR = 1e-2  # a squared distance below this share of |a|^2 + |b|^2 is computed from the difference
+CHUNK = 2**20  # numbers of the differences of near pairs that are in memory at one time
 
 
 def phi(u: Tensor, kind: str, margin: float) -> tuple[Tensor, Tensor]:  # any shape -> the same: phi, 2 phi'
@@ -29,14 +29,14 @@ class Side(NamedTuple):
     """The points of one side of a tile."""
 
     points: Tensor  # [n, d] as given
-    centred: Tensor  # [n, d] less the mean of all b
-    squares: Tensor  # [n] of the centred
+    centered: Tensor  # [n, d] less the mean of all b
+    squares: Tensor  # [n] of the centered
     ids: Tensor  # [n]
 
     @staticmethod
-    def of(points: Tensor, ids: Tensor, mean: Tensor, at: slice) -> "Side":  # [N, d], [N], [d]
-        centred = points[at] - mean
-        return Side(points[at], centred, centred.square().sum(1), ids[at])
+    def from_points(points: Tensor, ids: Tensor, mean: Tensor, tile: slice) -> "Side":  # [N, d], [N], [d]
+        centered = points[tile] - mean
+        return Side(points[tile], centered, centered.square().sum(1), ids[tile])
 
 
 class Pairs(NamedTuple):
@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
 
     rows: Tensor  # [p]
     cols: Tensor  # [p]
-    apart: Tensor  # [p, d]
+    differences: Tensor  # [p, d]
 
 
 def near_pairs(
@@ -53,31 +53,31 @@ def near_pairs(
     b: Side,
 ) -> Iterator[Pairs]:
     step = max(1, CHUNK // a.points.shape[1])
-    for at in near.nonzero().split(step):
-        rows, cols = at.unbind(1)
+    for indices in near.nonzero().split(step):
+        rows, cols = indices.unbind(1)
         yield Pairs(rows, cols, a.points[rows] - b.points[cols])
 
 
 def add_slopes(
-    slope: Tensor,  # [m, d] of a, added to
-    other: Tensor | None,  # [n, d] of b, added to
+    slope: Tensor,  # [m, d] of a, changed
+    other: Tensor | None,  # [n, d] of b, changed
     q: Tensor,  # [m, n] 2 phi' of the pairs with different ids, changed
     near: Tensor,  # [m, n] bool
     a: Side,
     b: Side,
 ) -> None:
-    """Near pairs by their differences (on a GPU added in no fixed order), the others by a product."""
+    """Adds near pairs from their differences (on a GPU in no fixed order), the others by a matrix product."""
     for pairs in near_pairs(near & (q != 0), a, b):
-        force = q[pairs.rows, pairs.cols, None] * pairs.apart
+        force = q[pairs.rows, pairs.cols, None] * pairs.differences
         slope.index_add_(0, pairs.rows, force)
         if other is not None:
             other.index_add_(0, pairs.cols, force, alpha=-1)
     q.masked_fill_(near, 0.0)
     if not q.any():
         return
-    slope += q.sum(1, keepdim=True) * a.centred - q @ b.centred
+    slope += q.sum(1, keepdim=True) * a.centered - q @ b.centered
     if other is not None:
-        other += q.sum(0)[:, None] * b.centred - q.T @ a.centred
+        other += q.sum(0)[:, None] * b.centered - q.T @ a.centered
 
 
 @without_autocast
@@ -98,22 +98,22 @@ def stream_fwd(
     mean = b.mean(0)
     for i in range(0, len(a), TILE):
         for j in range(i if one_side else 0, len(b), TILE):
-            rows, cols, both = slice(i, i + TILE), slice(j, j + TILE), one_side and j > i
-            one, two = Side.of(a, a_ids, mean, rows), Side.of(b, b_ids, mean, cols)
+            rows, cols, mirrored = slice(i, i + TILE), slice(j, j + TILE), one_side and j > i
+            one, two = Side.from_points(a, a_ids, mean, rows), Side.from_points(b, b_ids, mean, cols)
             squares = one.squares[:, None] + two.squares
-            u = squares - 2 * (one.centred @ two.centred.T)
+            u = squares - 2 * (one.centered @ two.centered.T)
             different = one.ids[:, None] != two.ids
             near = different & (u < NEAR * squares)
             for pairs in near_pairs(near, one, two):
-                u[pairs.rows, pairs.cols] = pairs.apart.square().sum(1)
+                u[pairs.rows, pairs.cols] = pairs.differences.square().sum(1)
             value, q = (torch.where(different, t, 0.0) for t in phi(u, kind, margin))
             if b_weight is not None:
                 value, q = value * b_weight[cols], q * b_weight[cols]
             potential[rows] += value.sum(1)
-            if both:
+            if mirrored:
                 potential[cols] += value.sum(0)
             if want_slope:
-                add_slopes(slope[rows], slope[cols] if both else None, q, near, one, two)
+                add_slopes(slope[rows], slope[cols] if mirrored else None, q, near, one, two)
     return potential.to(a.dtype), slope
 
 
@@ -129,8 +129,8 @@ def reference_fwd(
     want_slope: bool,
 ) -> tuple[Tensor, Tensor]:  # potential [N], slope [N, d] or [0]
     b, b_ids = (a, a_ids) if b is None or b_ids is None else (b, b_ids)
-    apart = a[:, None] - b
-    value, q = phi(apart.square().sum(2), kind, margin)
+    differences = a[:, None] - b
+    value, q = phi(differences.square().sum(2), kind, margin)
     weight = (a_ids[:, None] != b_ids) * (1.0 if b_weight is None else b_weight)
-    slope = (weight * q)[:, :, None] * apart
+    slope = (weight * q)[:, :, None] * differences
     return (weight * value).sum(1), slope.sum(1) if want_slope else a.new_empty(0)

@@ -3,7 +3,7 @@
     target_i = <x_i, w_{y_i} / ||w_{y_i}||>     (or <x_i, w_{y_i}> + b_{y_i}); 0 where y_i = -1
     1 / ||w|| := 0 for ||w|| < 1e-12
 
-An op of its own, without autograd: `nontarget_lse` differentiates it. Letters: B rows, C classes, d features.
+A separate op without autograd: the backward pass is in `nontarget_lse`. Letters: B rows, C classes, d features.
 """
 
 import torch
@@ -21,7 +21,7 @@ def inverse_norms(w: Tensor) -> Tensor:  # [C, d] -> [C]
 def target_logit(
     x: Tensor,  # [B, d]
     w: Tensor,  # [C, d]
-    y: Tensor,  # [B] in [-1, n): class ids, or places in `rows`
+    y: Tensor,  # [B] in [-1, n): class ids, or indices into `class_ids`
     bias: Tensor | None,  # [C]
     class_ids: Tensor | None,  # [n]
     normalize_weight: bool,

@@ -151,7 +151,7 @@ def test_what_an_optimiser_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
     kept = head.weight.detach().clone(), parts["classes"].state_tensor("momentum_buffer").clone()
     for names in (("classes", "head"), ("head", "classes")):
         step()
-        assert parts["classes"].seen is not None, "rows that sat out"
+        assert parts["classes"].steps_applied is not None, "skipped rows"
         unpack(load_latest(tmp_path), {name: parts[name] for name in names})
         parts["classes"].apply_lazy_updates()
         assert torch.equal(head.weight, kept[0])

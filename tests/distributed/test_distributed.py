@@ -1,4 +1,4 @@
-"""A head whose classes and batch lie over N ranks equals the head of one process, which has all of both."""
+"""A head whose classes and batch are sharded over N ranks equals the head of one process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastmargin.head.sampling import derive_seed
 
 F32, F64 = torch.float32, torch.float64
 D = 24
-SIZES = (5, 3, 0, 4)  # rows of each rank where they differ; the fourth has no valid row
+SIZES = (5, 3, 0, 4)  # rows of each rank where they differ; those of rank 3 are all ignored
 
 
 def per_class(C):
@@ -20,7 +20,7 @@ def per_class(C):
 
 MARGINS = {  # name: C -> margin
     "ArcFace": lambda C: fm.ArcFace(),
-    "ArcFace learnt": lambda C: fm.ArcFace(m=per_class(C), learn_scale=True),
+    "ArcFace learned": lambda C: fm.ArcFace(m=per_class(C), learn_scale=True),
     "SphereFace": lambda C: fm.SphereFace(lam=5.0),
     "AdaFace": lambda C: fm.AdaFace(h=5.0, momentum=0.5),
     "MagFace": lambda C: fm.MagFace(),
@@ -31,9 +31,9 @@ MARGINS = {  # name: C -> margin
 }
 CASES = [
     *((name, C, "mean", {}) for name in MARGINS for C in (1, 3, 10, 1009)),
-    *(("ArcFace learnt", 1009, reduction, {}) for reduction in ("sum", "none")),
+    *(("ArcFace learned", 1009, reduction, {}) for reduction in ("sum", "none")),
     *(("ArcFace", 1009, reduction, {"weighted": True}) for reduction in ("mean", "sum", "none")),
-    *((name, C, "mean", {"sample_rate": 0.1}) for name in ("ArcFace learnt", "Softmax") for C in (3, 1009, 3000)),
+    *((name, C, "mean", {"sample_rate": 0.1}) for name in ("ArcFace learned", "Softmax") for C in (3, 1009, 3000)),
 ]
 
 
@@ -59,7 +59,7 @@ def build(name, C, dtype, reduction, group=None, weighted=False, **options):
 
 
 def step(head, w, bias, f, y, weighted, rows):
-    """The outputs of one pass and the gradients that arise, of `rows` of the batch."""
+    """The outputs and gradients of one pass on `rows` of the batch."""
     head.load_full_weight(w)
     if head.bias is not None:
         head.bias.data.copy_(bias)
@@ -72,7 +72,7 @@ def step(head, w, bias, f, y, weighted, rows):
 
 def one_process(name, C, reduction, dtype, sizes, given):
     head, drawn = build(name, C, dtype, reduction, **given), problem(name, C, dtype, sizes)
-    torch.manual_seed(derive_seed(0, 0, 1))  # what a group draws for ElasticFace
+    torch.manual_seed(derive_seed(0, 0, 1))  # the seed of ElasticFace in a group
     return step(head, *drawn, given.get("weighted"), slice(None))
 
 
@@ -104,7 +104,9 @@ def test_ranks_equal_one_process(ranks, dtype, sizes):
     N, limit = len(sizes), 1e-12 if dtype == F64 else 3e-6
     theirs = ranks(N, on_ranks, dtype, sizes)
     for i, (name, C, reduction, given) in enumerate(CASES):
-        loss, score, mined, mined_scores, df, parameters, buffers = one_process(name, C, reduction, dtype, sizes, given)
+        loss, score, hard_classes, hard_scores, df, parameters, buffers = one_process(
+            name, C, reduction, dtype, sizes, given
+        )
         shares = [rank[i] for rank in theirs]
         where = name, C, reduction, given
         if reduction == "none":
@@ -113,8 +115,8 @@ def test_ranks_equal_one_process(ranks, dtype, sizes):
         else:
             assert distance(sum(share[0] for share in shares) / N, loss) < limit, where
         assert distance(torch.cat([share[1] for share in shares]), score) < limit, where
-        assert torch.equal(torch.cat([share[2] for share in shares]), mined), where
-        assert distance(torch.cat([share[3] for share in shares]), mined_scores) < limit, where
+        assert torch.equal(torch.cat([share[2] for share in shares]), hard_classes), where
+        assert distance(torch.cat([share[3] for share in shares]), hard_scores) < limit, where
         assert distance(torch.cat([share[4] for share in shares]) / N, df) < limit, where
         assert distance(torch.cat([share[5].pop("weight") for share in shares]), parameters.pop("weight")) < limit, (
             where

@@ -31,14 +31,14 @@ def batches():
         yield torch.randn(2, B, 8, generator=generator, dtype=torch.float64), y
 
 
-def train(model, head, own):
-    """Steps of two passes each, clipped by the norm of all gradients."""
+def train(model, head, local):
+    """Steps of two accumulated passes each, clipped by the norm of all gradients."""
     parameters = [*model.parameters()], [*head.parameters()]
     optimizer = torch.optim.SGD([*parameters[0], *parameters[1]], lr=0.1, momentum=0.9)
     norms = []
     for images, labels in batches():
         for i in range(2):
-            head(model(own(images[i])), own(labels[i])).loss.backward()
+            head(model(local(images[i])), local(labels[i])).loss.backward()
         norms.append(head.grad_norm(model.parameters()))
         for some in parameters:
             clip_grads_with_norm_(some, 5.0, norms[-1])
@@ -49,11 +49,11 @@ def train(model, head, own):
 
 def compare(wrap):
     backbone, head = build(dist.group.WORLD)
-    own = lambda t: t.chunk(dist.get_world_size())[dist.get_rank()]  # noqa: E731
-    norms = train(wrap(backbone), head, own)
+    local = lambda t: t.chunk(dist.get_world_size())[dist.get_rank()]  # noqa: E731
+    norms = train(wrap(backbone), head, local)
     one, whole = build(None)
     want = train(one, whole, lambda t: t)
-    assert want.min() > 5  # they are clipped
+    assert want.min() > 5  # so every step is clipped
     assert error(norms, want) < 1e-12
     for p, q in zip(backbone.parameters(), one.parameters(), strict=True):
         p = p.full_tensor() if hasattr(p, "full_tensor") else p

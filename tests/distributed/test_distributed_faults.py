@@ -1,4 +1,4 @@
-"""Mistakes and accidents in a group: every rank raises, or ends; none waits longer than the group's timeout."""
+"""Faults in a group: every rank raises, or its process ends; none waits longer than the group's timeout."""
 
 import os
 import time
@@ -36,7 +36,7 @@ def bad_labels():
         with pytest.raises(ValueError, match=r"label 5 of row 2 of rank 1 is outside \[0, 5\).*-100 \(2 such rows"):
             it(F[mine], labels[mine])
         assert it.counter.step == 0
-        it(F[mine], Y[mine]).loss.backward()  # the next batch is as any
+        it(F[mine], Y[mine]).loss.backward()  # a good batch afterwards works
         it.check()
 
 
@@ -64,7 +64,7 @@ def wrong_hard_classes():
 
 
 class Like(fm.AdaFace):
-    """Prints as AdaFace does."""
+    """Another margin with the repr of AdaFace."""
 
     def _get_name(self):
         return "AdaFace"
@@ -117,7 +117,7 @@ def test_every_rank_sees_a_mistake(ranks, task):
 
 
 def accident(kind):
-    """What a rank gets to see, and after how many seconds."""
+    """The error of a rank, and after how many seconds it came."""
     it, unlucky = head(topk=1), dist.get_rank() == 1
     it(F, Y).loss.backward()
     start = time.monotonic()
@@ -136,7 +136,7 @@ def accident(kind):
     return None, 0
 
 
-DEATHS = ("dies before a pass", "dies within a pass")  # which the other rank sees at once
+DEATHS = ("dies before a pass", "dies within a pass")  # the other rank raises at once
 ACCIDENTS = (*DEATHS, "has other embeddings", "makes no backward pass")
 
 

@@ -1,4 +1,4 @@
-"""What a head in a group does beside its loss, and what it sends. Each task below runs on every rank."""
+"""Services of a head in a group other than its loss, and its communication. Each task below runs on every rank."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ D = 16
 
 
 def problem(C=50, margin=None, B=12, dtype=torch.float64, **options):
-    """A head of one process and its twin in the group, with the same weights; embeddings and labels of all ranks."""
+    """A head of one process and one in the group, with equal weights; embeddings and labels of all ranks."""
     torch.manual_seed(0)
     heads = []
     for group in (None, dist.group.WORLD):
@@ -35,8 +35,8 @@ def problem(C=50, margin=None, B=12, dtype=torch.float64, **options):
     return *heads, 9 * torch.randn(B, D, dtype=dtype), torch.randint(0, C, (B,))
 
 
-def own(t, uneven=False):
-    """This rank's part of what all have: as many as the others, or 0, 1, 2, ... and the last all that is left."""
+def local(t, uneven=False):
+    """This rank's part of t: equal parts, or 0, 1, 2, ... rows and the remaining ones on the last rank."""
     rank, N = dist.get_rank(), dist.get_world_size()
     if not uneven:
         return t.chunk(N)[rank]
@@ -75,7 +75,7 @@ def grow():
             assert head.num_classes == C + n and head.class_range == distributed_range(C + n)
             assert torch.equal(whole(head.weight, head.classes), one.weight)
             assert head.bias is None or torch.equal(head.bias, one.bias)
-            want, got = one(f, y).loss, head(own(f), own(y)).loss
+            want, got = one(f, y).loss, head(local(f), local(y)).loss
             dist.all_reduce(got)
             assert error(got / dist.get_world_size(), want) < 1e-6
     with pytest.raises(ValueError, match="class_weight"):
@@ -92,17 +92,17 @@ def test_extend_moves_rows_to_the_ranks_that_hold_them_now(ranks, N):
     ranks(N, grow)
 
 
-# ---------------------------------------------------------------------------------------------- neighbours, ties
+# ---------------------------------------------------------------------------------------------- neighbors, ties
 
 
-def neighbours():
+def neighbors():
     for margin in (fm.ArcFace(), fm.L2Softmax()):
         for C in (1, 2, 700):
             one, head, f, _ = problem(C, margin)
             for k in (0, 1, 5):
-                (scores, classes), (want_scores, want) = head.nearest(own(f, uneven=True), k), one.nearest(f, k)
-                assert torch.equal(classes, own(want, uneven=True))
-                torch.testing.assert_close(scores, own(want_scores, uneven=True), rtol=1e-12, atol=0)
+                (scores, classes), (want_scores, want) = head.nearest(local(f, uneven=True), k), one.nearest(f, k)
+                assert torch.equal(classes, local(want, uneven=True))
+                torch.testing.assert_close(scores, local(want_scores, uneven=True), rtol=1e-12, atol=0)
 
 
 def ties():
@@ -110,9 +110,9 @@ def ties():
     w = torch.eye(4, D, dtype=torch.float64).repeat(5, 1)  # each row five times, on different ranks; products are exact
     for h in (one, head):
         h.load_full_weight(w)
-    got, want = head(own(f), own(y)), one(f, y)
-    assert torch.equal(got.hard_classes, own(want.hard_classes))
-    assert torch.equal(head.nearest(own(f), 20)[1], own(one.nearest(f, 20)[1]))
+    got, want = head(local(f), local(y)), one(f, y)
+    assert torch.equal(got.hard_classes, local(want.hard_classes))
+    assert torch.equal(head.nearest(local(f), 20)[1], local(one.nearest(f, 20)[1]))
     scores, classes = want.hard_scores, want.hard_classes
     tied = scores[:, 1:] == scores[:, :-1]
     assert tied.sum() > len(f) and (classes[:, 1:] > classes[:, :-1])[tied].all()
@@ -123,19 +123,19 @@ def logits():
     for margin in (fm.ArcFace(30.0, learn_scale=True), fm.L2Softmax()):
         for C in (1, 11):
             one, head, f, y = problem(C, margin)
-            part = own(f).requires_grad_()
+            part = local(f).requires_grad_()
             f.requires_grad_()
             want, got = one.get_logits(f), head.get_logits(part)
-            torch.testing.assert_close(got, own(want), rtol=1e-12, atol=0)
+            torch.testing.assert_close(got, local(want), rtol=1e-12, atol=0)
             F.cross_entropy(want, y).backward()
-            F.cross_entropy(got, own(y)).backward()
-            assert error(part.grad / N, own(f.grad)) < 1e-12
+            F.cross_entropy(got, local(y)).backward()
+            assert error(part.grad / N, local(f.grad)) < 1e-12
             assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
             for p, q in zip(head.replicated_parameters(), one.replicated_parameters(), strict=True):
                 assert error(p.grad, q.grad) < 1e-12
 
 
-@pytest.mark.parametrize("task", [neighbours, ties, logits], ids=lambda task: task.__name__)
+@pytest.mark.parametrize("task", [neighbors, ties, logits], ids=lambda task: task.__name__)
 @pytest.mark.parametrize("N", [1, 3])
 def test_inference(ranks, N, task):
     ranks(N, task)
@@ -147,14 +147,14 @@ def imprinted():
         classes = torch.tensor([9, 4, 9, 9, 0, 1, 4, 3, 3, 0, 9, 8])
         before = head.weight.detach().clone()
         one.imprint(classes, f)
-        head.imprint(own(classes, uneven=True), own(f, uneven=True))
+        head.imprint(local(classes, uneven=True), local(f, uneven=True))
         torch.testing.assert_close(whole(head.weight, head.classes), one.weight.data, rtol=1e-12, atol=1e-14)
         before.copy_(head.weight.detach())
-        bad = torch.full_like(own(classes), 10 if dist.get_rank() == 1 else 2)
+        bad = torch.full_like(local(classes), 10 if dist.get_rank() == 1 else 2)
         with pytest.raises(ValueError, match=r"classes run from 2 to 10: want \[0, 10\)"):
-            head.imprint(bad, own(f))
+            head.imprint(bad, local(f))
         with pytest.raises(ValueError, match="class 5 add up to nothing"):
-            head.imprint(torch.full_like(bad, 5), 0 * own(f))
+            head.imprint(torch.full_like(bad, 5), 0 * local(f))
         assert torch.equal(head.weight, before)
 
 
@@ -170,7 +170,7 @@ def accumulation():
     one, head, f, y = problem(11, fm.ArcFace(m=nn.Parameter(torch.full((11,), 0.4)), learn_scale=True))
     for half in (slice(0, 6), slice(6, 12)):
         one(f[half], y[half]).loss.backward()
-        head(own(f[half]), own(y[half])).loss.backward()
+        head(local(f[half]), local(y[half])).loss.backward()
     assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     for p, q in zip(head.replicated_parameters(), one.replicated_parameters(), strict=True):
         assert error(p.grad, q.grad) < 1e-12
@@ -180,64 +180,64 @@ def accumulation():
 
 
 def copies():
-    """A copy, or a margin that came later, averages its gradients too."""
+    """A copy of a head, or a margin replaced later, averages its gradients, too."""
     one, head, f, y = problem(11, fm.ArcFace(learn_scale=True))
     head = copy.deepcopy(head)
     one.margin, head.margin = (fm.CosFace(learn_scale=True).double() for _ in range(2))
     one(f, y).loss.backward()
-    copy.deepcopy(head)(own(f), own(y)).loss.backward()
-    head(own(f), own(y)).loss.backward()
+    copy.deepcopy(head)(local(f), local(y)).loss.backward()
+    head(local(f), local(y)).loss.backward()
     assert error(head.margin.s.grad, one.margin.s.grad) < 1e-12
 
 
 def state():
-    """The count of passes, and with it what is drawn, is part of the state."""
+    """The number of passes, on which the random numbers depend, is part of the state."""
     _, head, f, y = problem(11, fm.ElasticFace(sigma=0.2), sample_rate=0.5)
-    first = [head(own(f), own(y)).loss.item() for _ in range(3)]
+    first = [head(local(f), local(y)).loss.item() for _ in range(3)]
     assert len(set(first)) == 3 and head.counter.step == 3
     _, again, _, _ = problem(11, fm.ElasticFace(sigma=0.2), sample_rate=0.5)
     again.load_state_dict(head.state_dict())
     assert again.counter.step == 3 and torch.equal(again.weight, head.weight)
     before = torch.get_rng_state()
-    assert again(own(f), own(y)).loss.item() == head(own(f), own(y)).loss.item()
+    assert again(local(f), local(y)).loss.item() == head(local(f), local(y)).loss.item()
     assert torch.equal(torch.get_rng_state(), before)
-    head.eval()(own(f), own(y))
+    head.eval()(local(f), local(y))
     assert head.counter.step == 4
 
 
 def frozen():
-    """A rank without rows may bring such that want no gradient; a frozen backbone needs no collective for one."""
+    """The rows of an empty rank need not require a gradient; with a frozen backbone there is no backward collective."""
     one, head, f, y = problem(11, uneven=True)
-    rows = own(f, uneven=True)
+    rows = local(f, uneven=True)
     rows = rows.requires_grad_() if len(rows) else rows
-    head(rows, own(y, uneven=True)).loss.backward()
+    head(rows, local(y, uneven=True)).loss.backward()
     one(f, y).loss.backward()
     assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     head.zero_grad()
-    head(own(f), own(y)).loss.backward()
+    head(local(f), local(y)).loss.backward()
     assert error(head.weight.grad, head.classes.local_slice(one.weight.grad)) < 1e-12
     head.weight.requires_grad_(False)
-    rows = own(f).clone().requires_grad_()
-    head(rows, own(y)).loss.backward()
-    assert rows.grad.any() and head(own(f), own(y)).loss.requires_grad is False
+    rows = local(f).clone().requires_grad_()
+    head(rows, local(y)).loss.backward()
+    assert rows.grad.any() and head(local(f), local(y)).loss.requires_grad is False
 
 
 def low_precision():
-    """Autocast changes nothing; rows that travel in bfloat16 are scored as rounded."""
+    """Autocast changes nothing; with gather_dtype=bfloat16 the scores are those of rounded rows."""
     one, head, f, y = problem(40, dtype=torch.float32, topk=2)
     _, coarse, _, _ = problem(40, dtype=torch.float32, gather_dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = own(f).bfloat16().requires_grad_()
-        got = head(half, own(y))
+        half = local(f).bfloat16().requires_grad_()
+        got = head(half, local(y))
         got.loss.backward()
     want = one(f.bfloat16().float(), y)
-    assert error(got.hard_scores, own(want.hard_scores)) < 1e-5 and half.grad.dtype == torch.bfloat16
-    rows = own(f).clone().requires_grad_()
-    out = coarse(rows, own(y))
+    assert error(got.hard_scores, local(want.hard_scores)) < 1e-5 and half.grad.dtype == torch.bfloat16
+    rows = local(f).clone().requires_grad_()
+    out = coarse(rows, local(y))
     out.loss.backward()
-    x = (64 * F.normalize(own(f))).bfloat16().float() / 64
-    cos = (x * F.normalize(one.weight)[own(y)]).sum(1)
-    assert error(out.target_score, cos) < 1e-6 < error(out.target_score, own(one(f, y).target_score))
+    x = (64 * F.normalize(local(f))).bfloat16().float() / 64
+    cos = (x * F.normalize(one.weight)[local(y)]).sum(1)
+    assert error(out.target_score, cos) < 1e-6 < error(out.target_score, local(one(f, y).target_score))
     assert rows.grad.dtype == torch.float32 and rows.grad.isfinite().all()
 
 
@@ -260,7 +260,7 @@ def counted(sent, name, call):
 
 
 def travelling():
-    """Bytes of each collective, of the whole batch: what distributed.py says of them."""
+    """Bytes of each collective, of the whole batch: as the docstring of distributed/functions.py has them."""
     B, k, sent = 12, 2, []
     _, plain, f, y = problem(50, topk=k, dtype=torch.float32)
     _, coarse, _, _ = problem(50, fm.AdaFace(), topk=k, dtype=torch.float32, gather_dtype=torch.bfloat16)
@@ -269,10 +269,10 @@ def travelling():
     for (module, name), call in zip(names, before, strict=True):
         setattr(module, name, counted(sent, name.removesuffix("_single"), call))
     try:
-        sizes = ("all_gather", 16 * dist.get_world_size())  # on the CPU alone, which looks at them
+        sizes = ("all_gather", 16 * dist.get_world_size())  # on the CPU alone, where they are compared
         for head, row, statistics in ((plain, 4 * D, []), (coarse, 2 * D, [("all_gather", 8 * B)])):
             sent.clear()
-            loss = head(own(f).requires_grad_(), own(y)).loss
+            loss = head(local(f).requires_grad_(), local(y)).loss
             forward = [sizes, ("all_gather", 8 * B), ("all_gather", row * B)]
             assert sent == [*forward, ("all_to_all", 8 * B), ("all_to_all", 12 * k * B), *statistics]
             sent.clear()

@@ -53,7 +53,7 @@ def test_the_target_is_scored_in_float32(rounding, margin):
 @margins
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_autocast_leaves_weights_and_results_alone(rounding, margin, dtype):
-    head = fm.MarginHead(12, 50, margin(), topk=3, **rounding).eval()  # statistics stay
+    head = fm.MarginHead(12, 50, margin(), topk=3, **rounding).eval()  # eval(): AdaFace's statistics do not change
     f, y = torch.randn(20, 12).to(dtype), torch.randint(0, 50, (20,))
     storage, before = head.weight.data_ptr(), head.weight.detach().clone()
     want = step(head, f, y)
@@ -74,16 +74,16 @@ def test_a_scaled_loss_does_not_overflow(rounding):
 
 
 def test_training_goes_as_in_float32(rounding):
-    """Twenty classes a batch of noisy class centres: the loss falls alike."""
+    """Batches of noisy class centers: the loss falls as it does in float32."""
 
     def losses(**options):
         generator = torch.Generator().manual_seed(0)
-        centres = torch.randn(200, 32, generator=generator)
+        centers = torch.randn(200, 32, generator=generator)
         head = fm.MarginHead(32, 200, fm.ArcFace(s=16.0, m=0.2), **options)
         optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9)
         for _ in range(150):
             y = torch.randint(0, 200, (64,), generator=generator)
-            loss = head(centres[y] + 0.3 * torch.randn(64, 32, generator=generator), y).loss
+            loss = head(centers[y] + 0.3 * torch.randn(64, 32, generator=generator), y).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

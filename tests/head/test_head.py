@@ -19,7 +19,7 @@ CLASSES = 309
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():  # on tensors this small a second one only waits; threads are the primitive's tests' business
+def one_thread():  # faster for tensors this small; the tests of the op cover threads
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,8 +49,8 @@ def combined(t, of):
     return monotone(of("m1") * t + of("m2")) - of("m3")
 
 
-def per_class(C, lo, hi, learnt=False):
-    return (nn.Parameter if learnt else torch.clone)(torch.linspace(lo, hi, C))
+def per_class(C, lo, hi, learned=False):
+    return (nn.Parameter if learned else torch.clone)(torch.linspace(lo, hi, C))
 
 
 # name: (C, **options -> margin; theta, c, norms, margin of the rows -> psi). None: a plain layer.
@@ -66,17 +66,17 @@ CASES = {
         lambda C: fm.SphereFace(m=per_class(C, 1.3, 4), lam=1.0), lambda t, c, n, of: sphere(t, of, 1),
     ),
     "CosFace": (lambda C, **o: fm.CosFace(**o), lambda t, c, n, of: c - 0.35),
-    "CosFace [C] learnt": (lambda C: fm.CosFace(m=per_class(C, 0.1, 0.5, True)), lambda t, c, n, of: c - of("m")),
+    "CosFace [C] learned": (lambda C: fm.CosFace(m=per_class(C, 0.1, 0.5, True)), lambda t, c, n, of: c - of("m")),
     "AMSoftmax": (lambda C, **o: fm.AMSoftmax(**o), lambda t, c, n, of: c - 0.35),
     "ArcFace": (lambda C, **o: fm.ArcFace(**o), lambda t, c, n, of: monotone(t + 0.5)),
     "ArcFace m<0": (lambda C: fm.ArcFace(m=-0.2), lambda t, c, n, of: monotone(t - 0.2)),
     "ArcFace [C]": (lambda C: fm.ArcFace(m=per_class(C, 0.2, 0.6)), lambda t, c, n, of: monotone(t + of("m"))),
-    "ArcFace s, [C] learnt": (
+    "ArcFace s, [C] learned": (
         lambda C: fm.ArcFace(30.0, m=per_class(C, 0.2, 0.6, True), learn_scale=True),
         lambda t, c, n, of: monotone(t + of("m")),
     ),
     "Combined": (lambda C, **o: fm.CombinedMargin(**o), lambda t, c, n, of: combined(t, of)),
-    "Combined [C] learnt": (
+    "Combined [C] learned": (
         lambda C: fm.CombinedMargin(
             m1=per_class(C, 0.9, 1.7), m2=per_class(C, -0.1, 0.4, True), m3=per_class(C, 0, 0.3, True)
         ),
@@ -114,16 +114,16 @@ def build(name, fn=None, C=CLASSES, dtype=F64, **options):
     return head
 
 
-def batch(head, B=17, cosine=None):  # -> [B, d], [B]; with `cosine`, that near to the own class
+def batch(head, B=17, cosine=None):  # -> [B, d], [B]; cosine: with the weight of the own class
     w = head.weight.detach().double()
     y = torch.randint(0, len(w), (B,))
     norms = 8 + (112 if isinstance(head.margin, fm.MagFace) else 32) * torch.rand(B, 1, dtype=F64)
-    f, own = F.normalize(torch.randn(B, w.shape[1], dtype=F64)), F.normalize(w[y])
+    f, center = F.normalize(torch.randn(B, w.shape[1], dtype=F64)), F.normalize(w[y])
     if cosine == 1:  # to the bit
         norms, f = (norms / w[y].norm(dim=1, keepdim=True)).log2().round().exp2(), w[y]
     elif cosine is not None:
-        across = F.normalize(f - (f * own).sum(1, keepdim=True) * own)
-        f = cosine * own + math.sqrt(1 - cosine**2) * across
+        across = F.normalize(f - (f * center).sum(1, keepdim=True) * center)
+        f = cosine * center + math.sqrt(1 - cosine**2) * across
     return (norms * f).to(head.weight.dtype), y
 
 
@@ -131,10 +131,10 @@ def cross_entropy(z, y):
     return F.cross_entropy(z, y, reduction="none")
 
 
-def careful_cross_entropy(z, y):  # keeps the digits of a row that is right by far, where lse - target is 0
-    own = F.one_hot(y, z.shape[1]).bool()
-    rest = z.masked_fill(own, -INF).logsumexp(1)
-    return torch.logaddexp(rest.new_zeros(()), rest - z[own])
+def careful_cross_entropy(z, y):  # accurate for confident rows, too, where lse - target rounds to 0
+    is_target = F.one_hot(y, z.shape[1]).bool()
+    rest = z.masked_fill(is_target, -INF).logsumexp(1)
+    return torch.logaddexp(rest.new_zeros(()), rest - z[is_target])
 
 
 def dense(head, name, f, y, upstream, dtype, entropy=cross_entropy):
@@ -167,7 +167,7 @@ def dense(head, name, f, y, upstream, dtype, entropy=cross_entropy):
 
 
 def run(head, f, y, upstream=None, **given):
-    """[loss, df, and the gradients of the head's parameters] of a copy: AdaFace's statistics move."""
+    """[loss, df, and the gradients of the head's parameters] of a copy, as AdaFace's statistics change."""
     torch.manual_seed(1)
     head = copy.deepcopy(head)
     f = f.detach().clone().requires_grad_()
@@ -178,12 +178,12 @@ def run(head, f, y, upstream=None, **given):
 
 @functools.cache
 def problem(name, fn, cosine, dtype, B=17, C=CLASSES, seed=0):
-    """A head, a batch, and what the dense composition makes of it in float64 and in `dtype`."""
+    """A head, a batch, and the results of the dense composition in float64 and in `dtype`."""
     torch.manual_seed(seed)
     head = build(name, fn, C, dtype, reduction="none")
     f, y = batch(head, B, cosine)
     loss = dense(head, name, f, y, torch.ones(B), F64, careful_cross_entropy)[0].detach()
-    upstream = 1 / loss.clamp(1e-30, 1)  # a row that is right by far, with its tiny loss, weighs as much as any other
+    upstream = 1 / loss.clamp(1e-30, 1)  # a confident row, with its tiny loss, counts as much as any other
     truth = dense(head, name, f, y, upstream, F64, careful_cross_entropy if cosine or C < 9 else cross_entropy)
     plain = dense(head, name, f, y, upstream, dtype)
     return head, (f, y, upstream), truth, plain
@@ -226,7 +226,7 @@ def test_small_batches_and_few_classes(backend, name, B, C):
 @settings
 def test_float32_errs_at_most_twice_as_much_as_plain_pytorch(backend, name, fn, cosine):
     draws = []
-    for seed in (0, 1):  # with the worse of two batches, few rows do not decide
+    for seed in (0, 1):  # the worse of two batches depends less on single rows
         head, given, truth, plain = problem(name, fn, cosine, F32, B=257, seed=seed)
         draws.append(zip(run(on(head, backend), *given), plain, truth, strict=True))
     for pair in zip(*draws, strict=True):
@@ -271,15 +271,15 @@ def test_detached_slope_has_the_same_value_and_the_gradient_of_softmax(backend, 
         assert torch.equal(loss, exact[0])
         f, w = f.double().requires_grad_(), head.weight.detach().double().requires_grad_()
         cos = F.linear(F.normalize(f), F.normalize(w))
-        own = F.one_hot(y, CLASSES).bool()
-        z = torch.where(own, head.margin(cos[own], f.norm(dim=1), y)[:, None], cos).detach() * head.margin.s
-        upstream = head.margin.s * (z.softmax(1) - own.double())
+        is_target = F.one_hot(y, CLASSES).bool()
+        z = torch.where(is_target, head.margin(cos[is_target], f.norm(dim=1), y)[:, None], cos).detach() * head.margin.s
+        upstream = head.margin.s * (z.softmax(1) - is_target.double())
         for got, want in zip((df, dw), torch.autograd.grad(cos, (f, w), upstream), strict=True):
             assert error(got, want) < (1e-10 if dtype == F64 else 2e-5)
 
 
 def test_gradient_falls_as_the_norm_rises(backend):
-    for name in ("NormFace", "CosFace", "ArcFace", "ArcFace s, [C] learnt", "L2Softmax"):
+    for name in ("NormFace", "CosFace", "ArcFace", "ArcFace s, [C] learned", "L2Softmax"):
         for dtype, limit in ((F64, 1e-10), (F32, 2e-5)):
             head = build(name, dtype=dtype, backend=backend)
             f, y = batch(head)
@@ -310,7 +310,7 @@ def test_hard_classes_are_the_nearest_wrong_classes_for_every_margin(backend):
 @pytest.mark.parametrize("name", CASES)
 def test_permuting_rows_permutes_outputs(backend, name):
     head = build(name, topk=3, reduction="none", backend=backend)
-    head.train(not name.startswith("Elastic"))  # whose draws go by the place in the batch
+    head.train(not name.startswith("Elastic"))  # its random margins depend on the row's position in the batch
     f, y = batch(head)
     order = torch.randperm(len(y))
     here, there = copy.deepcopy(head)(f, y), copy.deepcopy(head)(f[order], y[order])

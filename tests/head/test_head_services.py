@@ -1,4 +1,4 @@
-"""What a MarginHead does beside its loss: compilation, neighbours, initial rows, growing, autocast, mistakes."""
+"""Services of a MarginHead other than its loss: compilation, nearest, initial rows, extend, autocast, errors."""
 
 import copy
 
@@ -25,7 +25,7 @@ def problem(margin=None, C=50, d=16, B=12, **options):
 
 
 def step(head, f, y):
-    """Outputs, df and dw of one step of a head, which is left as it was."""
+    """Outputs, df and dw of one pass of a head, whose state does not change."""
     head.zero_grad()
     f = f.detach().clone().requires_grad_()
     out = head(f, y)
@@ -80,7 +80,7 @@ def test_two_runs_are_equal_to_the_bit(backend, dtype):
     assert equal(step(head, f, y), step(head, f, y))
 
 
-# ---------------------------------------------------------------------------------------------- neighbours and weights
+# ---------------------------------------------------------------------------------------------- neighbors and weights
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_load_full_weight():
 
 
 def test_replicated_parameters():
-    learnt = fm.ArcFace(m=nn.Parameter(torch.full((50,), 0.5)), learn_scale=True)
-    head, _, _ = problem(learnt)
-    assert {id(p) for p in head.replicated_parameters()} == {id(learnt.s), id(learnt.m)}
+    learned = fm.ArcFace(m=nn.Parameter(torch.full((50,), 0.5)), learn_scale=True)
+    head, _, _ = problem(learned)
+    assert {id(p) for p in head.replicated_parameters()} == {id(learned.s), id(learned.m)}
     head, _, _ = problem(fm.L2Softmax(), bias=True)
     assert {id(p) for p in head.replicated_parameters()} == {id(head.margin.s), id(head.bias)}
     assert problem()[0].replicated_parameters() == []
@@ -243,8 +243,8 @@ def test_statistics_move_in_training_only():
 
 def test_training_reaches_every_row():
     C, n = 20, 200
-    centres, labels = torch.randn(C, 24), torch.arange(n) % C
-    images = centres[labels] + 0.3 * torch.randn(n, 24)
+    centers, labels = torch.randn(C, 24), torch.arange(n) % C
+    images = centers[labels] + 0.3 * torch.randn(n, 24)
     backbone, head = nn.Linear(24, 16), MarginHead(16, C, fm.ArcFace(s=16.0, m=0.3))
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.02, momentum=0.9)
     angles = []
@@ -273,7 +273,7 @@ def test_training_reaches_every_row():
         ({"margin": fm.ArcFace}, "want a Margin"),
         ({"margin": fm.ArcFace(m=torch.ones(4))}, "length of m is 4; want 5"),
         ({"reduction": "avg"}, "reduction = 'avg': want 'mean', 'sum' or 'none'"),
-        ({"bias": True}, "ArcFace normalises the weights"),
+        ({"bias": True}, "ArcFace normalizes the weights"),
         ({"class_weight": torch.ones(4)}, r"class_weight is \[4\]: want a tensor \[5\]"),
         ({"topk": -1}, "topk = -1: want an int of 0 or more"),
         ({"topk": 1.5}, "topk = 1.5: want an int of 0 or more"),
@@ -356,7 +356,7 @@ def test_extend_keeps_what_was_frozen():
 
 
 def test_statistics_compile():
-    """AdaFace's statistics skip ignored rows without choosing them: no host sync, no change of shape."""
+    """AdaFace's statistics skip ignored rows without boolean indexing: no host sync, no dynamic shape."""
     torch._dynamo.reset()
     head, f, y = problem(fm.AdaFace(momentum=0.5))
     y[2] = -100

@@ -1,4 +1,4 @@
-"""Sampled classes: what is drawn, and that a head that draws is a head of those classes."""
+"""Sampled classes: which are drawn, and that a head that samples is a head of those classes."""
 
 import copy
 import math
@@ -20,15 +20,15 @@ FIRST = derive_seed(0, 0)  # seed 0, step 0
 
 
 class Rank:
-    """Of a group, as much as a layout asks for."""
+    """The part of a ProcessGroup that a layout uses."""
 
     def __init__(self, rank, size):
         self.rank, self.size = (lambda: rank), (lambda: size)
 
 
-def drawn(C, rate, number=FIRST, needed=NONE, N=1):
+def drawn(C, rate, number=FIRST, required=NONE, N=1):
     layouts = [chunks(C, Rank(rank, N)) for rank in range(N)]
-    return torch.cat([sampled_classes(layout, needed, rate, number) + layout.start for layout in layouts])
+    return torch.cat([sampled_classes(layout, required, rate, number) + layout.start for layout in layouts])
 
 
 # ---------------------------------------------------------------------------------------------- the draw
@@ -55,11 +55,11 @@ def test_of_each_block_its_share_is_drawn(C, rate):
 @pytest.mark.parametrize("N", [2, 3, 7])
 @pytest.mark.parametrize("C", [1, 3, 1000, 2049, 5003])
 def test_ranks_draw_together_what_one_draws(monkeypatch, C, N):
-    needed = torch.randint(0, C, (30,))
-    want = drawn(C, 0.1, needed=needed)
-    assert torch.equal(drawn(C, 0.1, needed=needed, N=N), want)
+    required = torch.randint(0, C, (30,))
+    want = drawn(C, 0.1, required=required)
+    assert torch.equal(drawn(C, 0.1, required=required, N=N), want)
     monkeypatch.setattr(sampling, "AT_ONCE", BLOCK)
-    assert torch.equal(drawn(C, 0.1, needed=needed, N=N), want)
+    assert torch.equal(drawn(C, 0.1, required=required, N=N), want)
 
 
 def test_every_class_gets_its_turn():
@@ -68,17 +68,17 @@ def test_every_class_gets_its_turn():
     often = counts.sum(0)
     assert often.sum() == steps * C / 4
     assert (often - steps / 4).abs().max() < 5 * math.sqrt(steps * 0.25 * 0.75)
-    together = counts.T @ counts[:, :9]  # two classes of a block are in one draw as if drawn without replacement
+    together = counts.T @ counts[:, :9]  # pairs of classes of a block: as in draws without replacement
     together = torch.cat([together[i + 1 : BLOCK, i] for i in range(9)])
     assert abs(together.mean() / (steps * 0.25 * 255 / 1023) - 1) < 0.01
     assert not torch.equal(drawn(C, 0.25, derive_seed(7, 1)), drawn(C, 0.25, derive_seed(8, 1)))
 
 
-def test_what_is_needed_is_there_above_the_share():
-    needed = torch.randint(0, 2 * BLOCK, (900,))
-    needed[::7] = -1
-    classes, share = drawn(2 * BLOCK, 0.01, needed=needed), drawn(2 * BLOCK, 0.01)
-    assert torch.equal(classes, torch.cat((share, needed[needed >= 0])).unique()) and len(classes) > 4 * len(share)
+def test_what_is_required_is_there_above_the_share():
+    required = torch.randint(0, 2 * BLOCK, (900,))
+    required[::7] = -1
+    classes, share = drawn(2 * BLOCK, 0.01, required=required), drawn(2 * BLOCK, 0.01)
+    assert torch.equal(classes, torch.cat((share, required[required >= 0])).unique()) and len(classes) > 4 * len(share)
 
 
 # ---------------------------------------------------------------------------------------------- the head
@@ -102,7 +102,7 @@ def test_it_is_a_head_of_the_sampled_classes(backend, margin):
     out = head(f, y)
     out.loss.backward()
     rows = head.sampled
-    assert torch.equal(rows, drawn(2500, 0.1, needed=y)) and head.counter.step == 1
+    assert torch.equal(rows, drawn(2500, 0.1, required=y)) and head.counter.step == 1
     small = MarginHead(16, len(rows), copy.deepcopy(margin), bias=margin.plain, topk=5).double()
     small.load_full_weight(head.weight[rows])
     if small.bias is not None:
@@ -112,8 +112,8 @@ def test_it_is_a_head_of_the_sampled_classes(backend, margin):
     want.loss.backward()
     assert error(out.loss, want.loss) < 1e-12 and error(f.grad, g.grad) < 1e-12
     assert torch.equal(out.target_score.isnan(), y < 0)
-    found = want.hard_classes
-    assert torch.equal(out.hard_classes, torch.where(found < 0, -1, rows[found]))
+    index = want.hard_classes
+    assert torch.equal(out.hard_classes, torch.where(index < 0, -1, rows[index]))
     assert error(out.hard_scores, want.hard_scores) < 1e-12
     assert head.weight.grad.is_sparse and torch.equal(head.weight.grad.coalesce().indices()[0], rows)
     assert error(head.weight.grad.coalesce().values(), small.weight.grad) < 1e-12
@@ -167,7 +167,7 @@ def test_few_classes():
         out = head(f, y)
         out.loss.backward()
         assert out.loss.isfinite() and (C > 1 or out.loss == 0)
-        assert torch.equal(head.sampled, drawn(C, 0.1, needed=y))
+        assert torch.equal(head.sampled, drawn(C, 0.1, required=y))
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

@@ -1,4 +1,4 @@
-"""Center loss and the bank of centres against loops over rows and classes; ranks against one process."""
+"""Center loss and the bank of centers against loops over rows and classes; ranks against one process."""
 
 import math
 
@@ -17,7 +17,7 @@ RULES = {"paper": lambda n: 1 / (1 + n), "sgd": lambda n: 1.0, "ema": lambda n: 
 
 
 def batch(dtype=F64):
-    """Rows, labels of some classes only, centres of all."""
+    """Rows, labels of some classes only, centers of all."""
     return torch.randn(B, D, dtype=dtype), torch.randint(0, C - 3, (B,)), torch.randn(C, D, dtype=dtype)
 
 
@@ -156,7 +156,7 @@ def test_order_of_the_rows_does_not_matter(rule):
 
 
 def test_rates_of_the_paper_rule():
-    """An average of the centre and the batch mean with rate alpha n / (1 + n): alpha for many rows."""
+    """An average of the center and the batch mean with rate alpha n / (1 + n): alpha for many rows."""
     for n in (1, 3, 10_000):
         bank = filled_bank(torch.zeros(2, D, dtype=F64), alpha=0.5)
         x = torch.randn(n, D, dtype=F64) + 3
@@ -196,9 +196,9 @@ def test_updated_is_the_update_and_differentiable(rule):
     assert torch.autograd.gradcheck(lambda x: bank.updated(x, labels)[1], (x,))
     upstream = torch.randn(len(classes), D, dtype=F64)
     (grad,) = torch.autograd.grad(bank.updated(x, labels)[1], x, upstream)
-    place = torch.searchsorted(classes, labels)
+    index = torch.searchsorted(classes, labels)
     rate = torch.tensor([0.4 * RULES[rule](int((labels == y).sum())) for y in labels], dtype=F64)
-    torch.testing.assert_close(grad, rate[:, None] * upstream[place])
+    torch.testing.assert_close(grad, rate[:, None] * upstream[index])
 
 
 def test_batch_means():
@@ -243,11 +243,11 @@ SHARES = (9, 14)  # rows of the two ranks
 def rank_main(rank, path, x, labels, centers):
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(SHARES))
     bank = filled_bank(centers, group=dist.group.WORLD)
-    own, y = x.split(SHARES)[rank].requires_grad_(), labels.split(SHARES)[rank]
-    classes, fresh = bank.updated(own, y)
+    local, y = x.split(SHARES)[rank].requires_grad_(), labels.split(SHARES)[rank]
+    classes, fresh = bank.updated(local, y)
     fm.minimum_margin_loss(fresh, margin=30.0).backward()
-    bank.update(own, y)
-    torch.save((classes, fresh.detach(), own.grad, bank.centers), f"{path}/{rank}")
+    bank.update(local, y)
+    torch.save((classes, fresh.detach(), local.grad, bank.centers), f"{path}/{rank}")
     dist.destroy_process_group()
 
 

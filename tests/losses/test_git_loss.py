@@ -1,4 +1,4 @@
-"""The Git loss against B x B brute force in each reading, and along every route of the gradient."""
+"""The Git loss against B x B brute force in each variant, and every way of its gradient."""
 
 import math
 
@@ -17,7 +17,7 @@ PAIRS = ("classes", "samples", "original")
 
 
 def batch(dtype=F64):
-    """Rows about as far from the centres as the push reaches."""
+    """Rows near enough to the centers for the push to matter."""
     x, centers = 0.4 * torch.randn(B, D, dtype=dtype), 0.4 * torch.randn(C, D, dtype=dtype)
     return x, torch.randint(0, C - 3, (B,)), centers
 
@@ -60,10 +60,10 @@ def test_reductions(pairs):
 
 def test_the_readings_differ_by_the_samples_of_the_same_class():
     x, labels, centers = batch()
-    own = 1 / (1 + (x - centers[labels]).square().sum(1))
+    own_center = 1 / (1 + (x - centers[labels]).square().sum(1))
     others = (labels[:, None] == labels).sum(1) - 1
     classes, samples = (git_loss(x, labels, centers, pairs=p, reduction="none") for p in ("classes", "samples"))
-    torch.testing.assert_close(samples - classes, others * own)
+    torch.testing.assert_close(samples - classes, others * own_center)
     assert (others > 0).any()
     torch.testing.assert_close(git_loss(x, labels, centers), classes.mean(), msg="classes is the default")
 
@@ -103,11 +103,11 @@ def test_gradcheck_of_centres_made_from_the_batch(pairs, route):
     x, labels, centers = batch()
     bank = CenterBank(C, D).double()
     bank.centers.copy_(centers)
-    place = labels.unique(return_inverse=True)[1]
+    index = labels.unique(return_inverse=True)[1]
     made = {"through_update": bank.updated, "batch_means": batch_means}[route]
 
     def loss(x):
-        return git_loss(x, place, made(x, labels)[1], pairs=pairs)
+        return git_loss(x, index, made(x, labels)[1], pairs=pairs)
 
     assert torch.autograd.gradcheck(loss, (x.requires_grad_(),))
 
@@ -152,7 +152,7 @@ def test_descent_moves_a_row_away_from_the_other_centre():
     row, labels = x.clone().requires_grad_(), torch.tensor([1, 0])
     both = torch.cat([row, torch.zeros(1, 2)])
     git_loss(both, labels, centers, reduction="sum").backward()
-    assert row.grad[0, 0] < -0.3, "descent is away from the origin, class 0's centre"
+    assert row.grad[0, 0] < -0.3, "descent is away from the origin, class 0's center"
 
 
 @pytest.mark.usefixtures("potential")

@@ -1,4 +1,4 @@
-"""The minimum margin against a loop over pairs, its sign by descent, and every route of its gradient."""
+"""The minimum margin against a loop over pairs, its sign by gradient descent, and every way of its gradient."""
 
 import math
 
@@ -39,11 +39,11 @@ def filled_bank(centers):
 
 def test_classes_of_the_batch():
     centers, labels = torch.randn(C, D, dtype=F64), torch.randint(0, C - 3, (B,))
-    own = centers[sorted(set(labels.tolist()))]
-    expected = dense(own)
+    present = centers[sorted(set(labels.tolist()))]
+    expected = dense(present)
     assert 0 < expected < dense(centers)
     torch.testing.assert_close(minimum_margin_loss(centers, labels, margin=M), expected)
-    torch.testing.assert_close(minimum_margin_loss(own, margin=M), expected)
+    torch.testing.assert_close(minimum_margin_loss(present, margin=M), expected)
     torch.testing.assert_close(minimum_margin_loss(centers, labels, margin=M, scope="all"), dense(centers))
     torch.testing.assert_close(minimum_margin_loss(centers, margin=M, scope="all"), dense(centers))
 
@@ -72,7 +72,7 @@ def test_all_classes_equal_the_dense_matrix(classes, d):
 
 
 def test_gradient_of_the_printed_scale():
-    """-4 (deg_i c_i - sum of its neighbours) for ordered pairs."""
+    """-4 (deg_i c_i - sum of its neighbors) for ordered pairs."""
     centers = torch.randn(C, D, dtype=F64, requires_grad=True)
     minimum_margin_loss(centers, margin=M, ordered=True).backward()
     held = centers.detach()
@@ -109,7 +109,7 @@ def test_descent_pushes_near_centres_apart_and_leaves_far_ones():
 
 
 def test_descent_of_the_printed_sign_does_not():
-    """What the tests above would catch: the printed hinge leaves near pairs as they are and pulls far ones together."""
+    """The tests above detect the hinge as printed: it ignores near pairs and pulls far ones together."""
     centers = torch.cat([torch.randn(8, D, dtype=F64) * 0.3, torch.full((1, D), 5.0, dtype=F64)])
     before = torch.pdist(centers).square()
     after = descend(centers, printed)
@@ -143,8 +143,8 @@ def test_route_through_the_update():
     classes, fresh = bank.updated(x, labels)
     fresh.retain_grad()
     minimum_margin_loss(fresh, margin=M).backward()
-    place, n = torch.searchsorted(classes, labels), labels.bincount()[labels]
-    torch.testing.assert_close(x.grad, (0.4 / (1 + n))[:, None] * fresh.grad[place])
+    index, n = torch.searchsorted(classes, labels), labels.bincount()[labels]
+    torch.testing.assert_close(x.grad, (0.4 / (1 + n))[:, None] * fresh.grad[index])
     assert x.grad.abs().max() > 0
 
 
@@ -155,12 +155,12 @@ def test_route_of_batch_means():
     _, means = batch_means(x, labels)
     means.retain_grad()
     minimum_margin_loss(means, margin=M).backward()
-    place, n = labels.unique(return_inverse=True)[1], labels.bincount()[labels]
-    torch.testing.assert_close(x.grad, means.grad[place] / n[:, None])
+    index, n = labels.unique(return_inverse=True)[1], labels.bincount()[labels]
+    torch.testing.assert_close(x.grad, means.grad[index] / n[:, None])
 
 
 def test_routes_gradcheck_in_every_reduction_over_all_classes():
-    """The batch's centres put in their places among all others."""
+    """The batch's centers at their indices among all others."""
     x, labels, centers = problem()
     for reduction in ("sum", "mean", "none"):
 

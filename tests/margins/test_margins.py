@@ -295,7 +295,7 @@ def feature_gradient(f: Tensor, psi_of: Callable[[Tensor, Tensor], Tensor]) -> T
     ],
 )
 def test_gradient_of_the_raw_feature(theta: float, median: float, worst: float, m1: float) -> None:
-    """Beside the truth (float64, atan2) the float32 gradient is right down to the floor of 1e-3, then fades."""
+    """Against the truth (float64, atan2) the float32 gradient is right down to the floor of 1e-3, then too small."""
     f, w = features_at(theta)
     w64 = nn.functional.normalize(w.double())
     margin = fm.CombinedMargin(m1=m1, m2=0.5, m3=0.0)
@@ -352,11 +352,11 @@ def test_detached_trains_cosines_with_s_times_p_minus_y() -> None:
     generator = torch.Generator().manual_seed(0)
     cos = torch.rand(6, 9, generator=generator, dtype=torch.float64).mul(2).sub(1).requires_grad_()
     labels = torch.tensor([0, 3, 3, 8, 1, 5])
-    own = nn.functional.one_hot(labels, 9)
+    is_target = nn.functional.one_hot(labels, 9)
     value = psi(fm.ArcFace(slope="detached"), cos[range(6), labels], labels=labels)
-    z = 64.0 * torch.where(own.bool(), value[:, None], cos)
+    z = 64.0 * torch.where(is_target.bool(), value[:, None], cos)
     nn.functional.cross_entropy(z, labels, reduction="sum").backward()
-    torch.testing.assert_close(cos.grad, 64.0 * (z.softmax(1) - own).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cos.grad, 64.0 * (z.softmax(1) - is_target).detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_detached_still_trains_margins_and_norms() -> None:

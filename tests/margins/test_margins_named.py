@@ -89,9 +89,9 @@ def test_per_class_margins(form: Callable[..., fm.Margin]) -> None:
 
 def test_per_class_margins_are_buffers_or_parameters_of_the_module() -> None:
     given = torch.tensor([0.1, 0.2])
-    buffer, learnt, number = fm.CosFace(m=given), fm.CosFace(m=nn.Parameter(given)), fm.CosFace(m=0.3)
+    buffer, learned, number = fm.CosFace(m=given), fm.CosFace(m=nn.Parameter(given)), fm.CosFace(m=0.3)
     assert list(buffer.state_dict()) == ["m"] and not list(buffer.parameters())
-    assert [name for name, _ in learnt.named_parameters()] == ["m"]
+    assert [name for name, _ in learned.named_parameters()] == ["m"]
     assert not number.state_dict() and number.m == 0.3
     given.zero_()
     assert buffer.m.tolist() == pytest.approx([0.1, 0.2])  # a copy, not the user's tensor
@@ -148,7 +148,7 @@ def test_adaface_clips_and_one_row_teaches_nothing() -> None:
     margin = fm.AdaFace()
     margin.observe(torch.tensor([5.0]), torch.zeros(1))
     assert (margin.mu.item(), margin.sd.item(), margin.beyond) == (20.0, 100.0, "clip")
-    long = torch.full((1,), 1e4)  # m2 = -0.4, m3 = 0.8: below an angle of 0.4 there is no more to win
+    long = torch.full((1,), 1e4)  # m2 = -0.4, m3 = 0.8: psi is constant below an angle of 0.4
     assert psi(margin, torch.tensor([math.cos(0.2)]), long).item() == pytest.approx(1 - 0.8, abs=1e-6)
 
 
@@ -209,11 +209,11 @@ def test_scale() -> None:
     free = fm.CosFace(normalize_features=False).scale(norms)
     assert free.tolist() == pytest.approx([1e-6, 1e-6, 3.0])
     assert torch.autograd.grad(free.sum(), norms)[0].tolist() == [0.0, 0.0, 1.0]
-    learnt = fm.NormFace(s=20.0, learn_scale=True)
-    assert [name for name, _ in learnt.named_parameters()] == ["s"]
-    (learnt.scale(norms) * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
-    assert learnt.s.item() == 20.0 and learnt.s.grad.item() == 7.0
-    assert learnt.double().scale(norms.double()).dtype == torch.float64
+    learned = fm.NormFace(s=20.0, learn_scale=True)
+    assert [name for name, _ in learned.named_parameters()] == ["s"]
+    (learned.scale(norms) * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    assert learned.s.item() == 20.0 and learned.s.grad.item() == 7.0
+    assert learned.double().scale(norms.double()).dtype == torch.float64
 
 
 def test_defaults_are_the_papers() -> None:

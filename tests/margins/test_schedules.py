@@ -1,4 +1,4 @@
-"""Schedules: their laws, what they write, resuming, and compiled margins that do not compile again at each step."""
+"""Schedules: their formulas, the attributes they write, resuming, and compiled margins without recompilation."""
 
 from collections.abc import Callable
 
@@ -76,7 +76,7 @@ def gradient(psi_of: Callable[..., Tensor]) -> Tensor:  # [33]
     ],
 )
 def test_compiled_whole_and_once(margin: fm.Margin, scheduled: Callable[[fm.Margin], Schedule] | None) -> None:
-    """The first change of a number makes it a variable of the graph, and 0 is a graph of its own."""
+    """torch.compile makes a number symbolic at its first change, and specializes on 0."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(margin, backend=counter, fullgraph=True)
@@ -94,7 +94,7 @@ def test_compiled_whole_and_once(margin: fm.Margin, scheduled: Callable[[fm.Marg
         (lambda: LambdaSchedule(fm.SphereFace(), gamma=-0.1), "gamma is -0.1; want"),
         (lambda: MarginRamp(fm.ArcFace(), "m2", 10), "attribute is 'm2'; want a number of ArcFace"),
         (lambda: MarginRamp(fm.ArcFace(), "beyond", 10), "attribute is 'beyond'"),
-        (lambda: MarginRamp(fm.ArcFace(m=nn.Parameter(torch.ones(3))), "m", 10), "that is not learnt"),
+        (lambda: MarginRamp(fm.ArcFace(m=nn.Parameter(torch.ones(3))), "m", 10), "that is not learned"),
         (lambda: MarginRamp(fm.ArcFace(), "m", 0), "steps is 0; want at least 1"),
     ],
 )

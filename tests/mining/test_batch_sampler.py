@@ -1,4 +1,4 @@
-"""The doppelganger batch sampler against the rules its module states."""
+"""The doppelganger batch sampler against the rules in the docstring of mining.py."""
 
 import itertools
 
@@ -16,7 +16,7 @@ NONE = -float("inf")
 
 
 def counts_by_the_rule(drawn, total, low):
-    """The words of the rule, one count at a time."""
+    """Rule 1, one count at a time."""
     counts = []
     for count in drawn:
         counts.append(min(count, total - sum(counts)))
@@ -45,7 +45,7 @@ def test_counts_of_every_possible_draw(low, high):
 
 
 def table_of(next_class):
-    """A table of k = 1 whose list is `next_class` [C]."""
+    """A table of k = 1 with the doppelgangers `next_class` [C]."""
     table = DoppelgangerTable(len(next_class))
     table.classes[:, 0] = torch.as_tensor(next_class)
     return table
@@ -85,8 +85,8 @@ def test_batches_follow_the_rules(random_classes, k):
         share = isinstance(random_classes, float)
         at_random = max(1, round(random_classes * len(classes))) if share else random_classes
         for i in range(at_random, len(classes)):
-            listed = table.classes[classes[i - at_random]].tolist()
-            fresh = [c for c in listed if c >= 0 and c not in classes[:i]]
+            doppelgangers = table.classes[classes[i - at_random]].tolist()
+            fresh = [c for c in doppelgangers if c >= 0 and c not in classes[:i]]
             assert not fresh or classes[i] == fresh[0]
         sizes = [sum(i % 60 == c for i in batch) for c in classes]
         assert all(2 <= n <= 5 for n in sizes) and len(set(batch)) == 60
@@ -114,10 +114,10 @@ def test_cycles_are_cut():
 
 
 def test_the_next_on_a_list_is_taken_where_the_first_is_in_the_batch():
-    """A and B are each other's first, and C = A + 2 the second of both: one chain goes on from pair to pair."""
+    """A and B are each other's first doppelganger, A + 2 and B + 2 their second: one chain visits pair after pair."""
     table = DoppelgangerTable(1000, k=3)
-    own = torch.arange(1000)
-    table.classes[:, 0], table.classes[:, 1] = own ^ 1, (own + 2) % 1000
+    label = torch.arange(1000)
+    table.classes[:, 0], table.classes[:, 1] = label ^ 1, (label + 2) % 1000
     for batch in first_batches(make(table, 20, random_classes=1, counts=(2, 2)), 20):
         classes = np.array(classes_in_order(batch, 1000))
         assert (classes[1::2] == classes[::2] ^ 1).all()
@@ -150,7 +150,7 @@ def test_batches_depend_on_seed_number_and_table_alone():
     assert len({tuple(b) for b in usual}) == 30
 
 
-def test_streams_of_neighbouring_batches_share_nothing():
+def test_streams_of_neighboring_batches_share_nothing():
     """Counters one apart would repeat the same random words four draws later."""
     batches = first_batches(make(DoppelgangerTable(100_000), images_each=3, random_classes=1.0), 50)
     classes = [set(classes_in_order(b, 100_000)) for b in batches]

@@ -1,4 +1,4 @@
-"""The doppelganger list against brute force."""
+"""The doppelganger table against brute force."""
 
 import itertools
 
@@ -122,7 +122,7 @@ def test_a_head_that_mines_nothing_is_said():
 
 
 def test_statistics_equal_brute_force():
-    """Over the updates since they were last taken; a class that is given no candidate has no list to count."""
+    """Over the updates since the last take(); a class without a candidate is not counted."""
     generator = torch.Generator().manual_seed(0)
     table, best = DoppelgangerTable(12, k=2), {}
     for updates in (1, 7, 0, 30):
@@ -158,8 +158,8 @@ def test_statistics_by_hand():
     assert table.statistics.take() == shares
 
 
-def test_listed_counts_the_lists_a_class_is_on():
+def test_doppelganger_counts_are_the_lists_a_class_is_on():
     table = DoppelgangerTable(5, k=2)
-    assert table.listed().tolist() == [0] * 5
+    assert table.doppelganger_counts().tolist() == [0] * 5
     table.update(torch.arange(4), torch.tensor([[4, 1], [4, 0], [0, 4], [-1, -1]]), torch.rand(4, 2))
-    assert table.listed().tolist() == [2, 1, 0, 0, 3]
+    assert table.doppelganger_counts().tolist() == [2, 1, 0, 0, 3]

@@ -1,4 +1,4 @@
-"""class_update, class_lazy_update and the backward pass that updates, against torch's optimisers and each other."""
+"""class_update, class_lazy_update and the backward pass that updates, against torch's optimizers and each other."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_catching_up(backend, class_ids, with_momentum):
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("selected", [False, True], ids=["all classes", "some classes"])
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("shape", [(30, 24, 700, 3), (0, 5, 300, 0), (300, 8, 40, 1)], ids=str)
 def test_a_backward_pass_that_updates(backend, shape, rule, plain, selected, threads):

@@ -1,4 +1,4 @@
-"""nontarget_lse with bfloat16 and float16 operands: what is rounded, what is not, and where no such kernels are."""
+"""nontarget_lse with bfloat16 and float16 operands: what is rounded, what is not, and machines without such kernels."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SHAPES = [(1, 2, 2, 1), (3, 95, 1009, 5), (256, 16, 700, 64), (257, 33, 301, 1),
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_err_as_float32_does_on_the_rounded_operands(rounding, shape, plain):
     B, d, C, k = shape
@@ -46,14 +46,14 @@ def test_values_err_as_float32_does_on_the_rounded_operands(rounding, shape, pla
 
 
 def rounded_gradients(dtype, x, w, y, bias, upstream, normalize_weight):
-    """dx, dw and db in float64 of the operands that the products see; the target's share of unrounded ones."""
+    """dx, dw and db in float64 from the rounded operands; the target's share from unrounded ones."""
     seen_x, seen_w = seen(dtype, x, w, normalize_weight)
     x, w, (d_rest, d_target, _) = x.double(), w.double(), upstream
     scale = 1 / w.norm(dim=1, keepdim=True) if normalize_weight else torch.ones(len(w), 1, dtype=F64)
-    own = (y[:, None] == torch.arange(len(w))).double()
+    is_target = (y[:, None] == torch.arange(len(w))).double()
     z = seen_x @ seen_w.T + (0 if bias is None else bias.double())
-    p = torch.where(own > 0, -torch.inf, z).softmax(1).nan_to_num(0)
-    g, target = d_rest[:, None] * p, d_target[:, None] * own
+    p = torch.where(is_target > 0, -torch.inf, z).softmax(1).nan_to_num(0)
+    g, target = d_rest[:, None] * p, d_target[:, None] * is_target
     dw = g.T @ seen_x + target.T @ x
     if normalize_weight:
         dw = scale * (dw - (dw * (scale * w)).sum(1, keepdim=True) * (scale * w))
@@ -61,7 +61,7 @@ def rounded_gradients(dtype, x, w, y, bias, upstream, normalize_weight):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_err_by_the_rounding_of_e_and_g_alone(rounding, shape, plain, threads):
     B, d, C, _ = shape
@@ -108,7 +108,7 @@ def test_ties_go_to_the_smaller_class(rounding, threads):
 
 @pytest.mark.parametrize("norm", [74.0, 76.0, 80.0, 84.0, 85.6, 90.0])
 def test_far_classes_keep_their_gradient(rounding, norm):
-    """The only other class lies opposite: exp(z - offset) and what it multiplies must not vanish."""
+    """The only other class has cosine -1: exp(z - offset) and its products must not underflow."""
     w = torch.randn(1, 512)
     w = torch.cat((w, -w)).requires_grad_()
     x = (norm * torch.nn.functional.normalize(w[:1].detach())).requires_grad_()
@@ -141,14 +141,14 @@ def test_gradients_err_at_most_twice_as_much_as_eager_of_the_same_dtype(rounding
         assert_as_good(a, p, t)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 @pytest.mark.parametrize("k", [0, 2])
 def test_the_target_and_the_best_are_not_rounded_in_native_gradients(plain, k):
-    """Where only they carry a gradient, it is the float32 one."""
+    """If only these outputs have a gradient, it is that of float32."""
     if BF16 not in backends.CPU_COMPUTE:
         pytest.skip("no bfloat16 kernels on this machine")
     x, w, y, bias, (_, *upstream) = problem(20, 24, 300, k, plain=plain)
-    if k:  # of rounded numbers, so that both find the same best
+    if k:  # of rounded operands, so that both have the same top-k classes
         x, w = cast(BF16, x, w)
     given, upstream = cast(F32, x, w, y, bias), (torch.zeros(20), *upstream)
     options = dict(normalize_weight=not plain, topk=k, backend="native")
@@ -160,7 +160,7 @@ def test_the_target_and_the_best_are_not_rounded_in_native_gradients(plain, k):
 
 
 def test_rounding_has_no_bias(rounding):
-    """To the nearest: what is lost by cutting off would add up, to 2^-9 of a gradient in bfloat16."""
+    """Round to nearest: the error of truncation would add up, to 2^-9 of a gradient in bfloat16."""
     *given, upstream = problem(256, 64, 2000)
     given32 = cast(F32, *given)
     ours, _ = run(nontarget_lse, *given32, upstream, **rounding)
@@ -180,7 +180,7 @@ def test_the_gradient_of_a_weight_has_no_part_along_it():
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 def test_rows_are_the_whole_of_a_smaller_problem(rounding, plain, threads):
     x, w, _, bias, upstream = problem(40, 13, 800, 3, plain=plain)
     class_ids = torch.randperm(800)[:333].sort().values

@@ -15,7 +15,7 @@ SHAPES = [(1, 2, 2, 1), (3, 96, 1009, 5), (256, 16, 700, 64), (257, 33, 300, 1),
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64_equals_the_definition(backend, shape, plain):
     B, d, C, k = shape
@@ -42,7 +42,7 @@ def test_float32_errs_at_most_twice_as_much_as_plain_pytorch(backend, cosine, s)
         assert_as_good(a, p, t)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 def test_gradcheck(backend, plain):
     x, w, _, bias, _ = problem(4, 3, 7, s=2.0, plain=plain)
     y = torch.tensor([1, -1, 3, 0])
@@ -135,12 +135,12 @@ def test_any_strides(backend, layout):
     truth = torch.autograd.grad(expected[:3], (x, w), upstream)
     for a, b in zip((*out[:3], got[0]), (*expected[:3], truth[0]), strict=True):
         assert error(a, b) < 1e-12
-    if layout != "one row repeated":  # ties: which class gets the top-k gradient is not the definition's choice
+    if layout != "one row repeated":  # ties: the definition does not say which class gets the top-k gradient
         assert error(got[1], truth[1]) < 1e-12
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("plain", [False, True], ids=["normalised", "bias"])
+@pytest.mark.parametrize("plain", [False, True], ids=["normalized", "bias"])
 def test_rows_are_the_whole_of_a_smaller_problem(backend, plain):
     x, w, _, bias, upstream = problem(40, 12, 800, 3, plain=plain)
     class_ids = torch.randperm(800)[:333].sort().values

@@ -151,7 +151,7 @@ def test_lines_far_apart():
 
 @native_only
 def test_an_older_instruction_set():
-    """oneDNN's kernel then is a BLAS call, made by every thread for itself."""
+    """Every thread makes its own BLAS call there, instead of oneDNN's kernel."""
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41"}
     child = subprocess.run([sys.executable, "-c", PLAIN_BLAS], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
@@ -171,7 +171,7 @@ def step(B, C, d):
     x, w = torch.randn(B, d).requires_grad_(), torch.randn(C, d).requires_grad_()
     y = torch.randint(0, C, (B,))
     with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak starts anew
+        reset.write("5")  # resets the peak
     before = memory("VmRSS")
     rest, target, *_ = nontarget_lse(x, w, y, topk=1, compute_dtype=compute_dtype, backend="native")
     (rest - target).sum().backward()

@@ -1,4 +1,4 @@
-"""The shadow of class weights: a step with one equals a step without to the bit, whoever else writes the weights.
+"""OperandCache: steps with and without it are equal to the bit, whatever else writes the weights.
 
 By the CUDA kernels on the CPU (emulation.py); `pytest -m gpu` runs the steps on a device.
 """
@@ -17,7 +17,7 @@ from fastmargin.ops.backends import native_can_run
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 BF16, F16 = torch.bfloat16, torch.float16
-C, D, B = 800, 37, 20  # three waves
+C, D, B = 800, 37, 20  # three class chunks
 OPTIMIZERS = {
     "sgd": lambda head, **options: optim.ClassSGD(head, 0.5, 0.9, 5e-2, in_backward=True, **options),
     "nesterov": lambda head, **options: optim.ClassSGD(head, 0.5, 0.9, nesterov=True, in_backward=True, **options),
@@ -28,7 +28,7 @@ OPTIMIZERS = {
 
 @pytest.fixture
 def made(emulated, monkeypatch):
-    """A list that grows by an entry each time that a shadow is made other than by a step."""
+    """A list that grows by an entry each time that the operands are made other than by a step."""
     calls, functions = [], IMPLS["emulated"].functions
     counted = {**functions, "operands": lambda *args: (calls.append(args), functions["operands"](*args))}
     monkeypatch.setitem(IMPLS, "emulated", IMPLS["emulated"]._replace(functions=counted))
@@ -36,7 +36,7 @@ def made(emulated, monkeypatch):
 
 
 def build(kind="sgd", dtype=BF16, shape=(C, D), plain=False, place=("cpu", "emulated"), **options):
-    """A head, one class of no length in it, and its optimiser."""
+    """A head, one of whose class weights is zero, and its optimizer."""
     margin = fm.Softmax() if plain else fm.CosFace(s=16.0)
     device, backend = place
     head = fm.MarginHead(shape[1], shape[0], margin, bias=plain, topk=1, compute_dtype=dtype, backend=backend).to(
@@ -48,7 +48,7 @@ def build(kind="sgd", dtype=BF16, shape=(C, D), plain=False, place=("cpu", "emul
 
 
 def step(t, head, optimizer, rows=B):
-    """The loss, the gradient of the rows, and all that a step has changed."""
+    """The loss, the gradient of the rows, and all tensors that the step changed."""
     generator = torch.Generator().manual_seed(t)
     device = head.weight.device
     x = torch.randn(rows, head.in_features, generator=generator).to(device).requires_grad_()
@@ -62,8 +62,8 @@ def same(got, want):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, want, strict=True))
 
 
-def shadow_is_fresh(head, optimizer):
-    """It holds what one made of the weights as they are would hold."""
+def cache_is_fresh(head, optimizer):
+    """It holds the operands of the weights as they are now."""
     kept = optimizer.operand_cache.parts
     fresh = {name: torch.full_like(t, torch.nan) for name, t in kept.items()}
     ops = torch.ops.fastmargin if head.weight.is_cuda else torch.ops.fastmargin_emulated
@@ -84,7 +84,7 @@ def test_steps_are_the_same_to_the_bit(made, kind, shape, plain, dtype):
     for t in range(4):
         rows = 0 if t == 2 else B
         assert same(step(t, *ours, rows), step(t, *theirs, rows))
-        assert shadow_is_fresh(*ours)
+        assert cache_is_fresh(*ours)
     assert len(made) == 1  # by the first pass
 
 
@@ -100,11 +100,11 @@ def test_steps_on_a_gpu_are_the_same_to_the_bit(kind, shape, dtype):
     ours, theirs = build(kind, dtype, shape, place=place, cache_operands=True), build(kind, dtype, shape, place=place)
     for t in range(4):
         assert same(step(t, *ours, rows=300), step(t, *theirs, rows=300))
-        assert shadow_is_fresh(*ours)
+        assert cache_is_fresh(*ours)
 
 
 @wants_compiler
-def test_what_a_pass_reads_is_the_shadow(made):
+def test_passes_read_the_cache(made):
     ours, theirs = build(cache_operands=True), build()
     assert same(step(0, *ours), step(0, *theirs))
     ours[1].operand_cache.parts["operands"][3] += 1
@@ -112,7 +112,7 @@ def test_what_a_pass_reads_is_the_shadow(made):
 
 
 def by_another_backend(head, optimizer):
-    """Whose step writes no shadow."""
+    """A backend whose step does not write the cache."""
     head.backend = "reference"
     step(9, head, optimizer)
     head.backend = "emulated"
@@ -136,18 +136,18 @@ def assign(head, optimizer):
 
 
 def assign_twice(head, optimizer):
-    """The second may find the memory of the first weights free, if it is."""
+    """The second may be allocated in the memory of the first weights, if that was freed."""
     head.weight.data = head.weight.data * 2
     head.weight.data = head.weight.data * 2
 
 
 @torch.no_grad()
-def put(head, optimizer):
+def assign_a_row(head, optimizer):
     head.weight[5] = 1.0
 
 
 WRITES = {
-    "an index": put,
+    "an index": assign_a_row,
     "copy_ of a detached alias": lambda head, optimizer: head.weight.detach().copy_(other_weights()),
     "load_full_weight": lambda head, optimizer: head.load_full_weight(other_weights()),
     "load_state_dict": lambda head, optimizer: head.load_state_dict({"weight": other_weights()}, strict=False),
@@ -170,7 +170,7 @@ def test_any_other_write_makes_it_anew(made, write):
         write(*pair)
     for t in (1, 2):
         assert same(step(t, *ours), step(t, *theirs))
-    assert len(made) == 2 and shadow_is_fresh(*ours)
+    assert len(made) == 2 and cache_is_fresh(*ours)
 
 
 @wants_compiler
@@ -195,7 +195,7 @@ def test_passes_that_do_not_step_leave_it(made):
     head(torch.ones(3, D, requires_grad=True), torch.arange(3)).loss.backward()
     head.weight.requires_grad_(True)
     step(1, head, optimizer)
-    assert len(made) == 1 and shadow_is_fresh(head, optimizer)
+    assert len(made) == 1 and cache_is_fresh(head, optimizer)
 
 
 @wants_compiler
@@ -209,14 +209,14 @@ def test_a_write_between_the_passes_is_refused_as_ever(made):
 
 
 @wants_compiler
-def test_a_lost_shadow_is_made_again_in_the_backward_pass(made):
+def test_an_invalidated_cache_is_made_again_in_the_backward_pass(made):
     ours, theirs = build(cache_operands=True), build()
     for head, _ in (ours, theirs):
         loss = head(torch.ones(3, D), torch.arange(3)).loss
         if head is ours[0]:
             ours[1].operand_cache.invalidate()
         loss.backward()
-    assert torch.equal(ours[0].weight, theirs[0].weight) and len(made) == 2 and shadow_is_fresh(*ours)
+    assert torch.equal(ours[0].weight, theirs[0].weight) and len(made) == 2 and cache_is_fresh(*ours)
 
 
 @wants_compiler
@@ -244,7 +244,7 @@ def test_classes_whose_gradient_overflows_keep_their_operands(emulated, kind):
 
 
 @wants_compiler
-def test_a_shadow_is_no_state(made):
+def test_the_cache_is_no_state(made):
     ours, theirs = build(cache_operands=True), build()
     step(0, *ours), step(0, *theirs)
     assert ours[1].state_dict()["state"][0].keys() == theirs[1].state_dict()["state"][0].keys()
@@ -277,7 +277,7 @@ def test_where_there_can_be_none(emulated, make, options, changes, message):
 
 
 @wants_compiler
-def test_the_ops_check_a_shadow(emulated):
+def test_the_ops_check_cached_operands(emulated):
     x, w, y = torch.randn(3, 5), torch.randn(9, 5), torch.arange(3)
     fwd, make = IMPLS["emulated"].functions["fwd"], IMPLS["emulated"].functions["operands"]
     o, scales = torch.zeros(9, 5, dtype=BF16), torch.zeros(2, 9)

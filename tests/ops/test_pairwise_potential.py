@@ -55,7 +55,7 @@ def test_values_and_gradients(backend, shape, weighted, kind, margin, dtype, thr
 @pytest.mark.parametrize(("kind", "margin"), KINDS)
 @pytest.mark.parametrize("workers", [1, 5])
 def test_points_among_themselves(backend, n, uneven, kind, margin, workers):
-    """Strips of points meet as in a tournament: every size of field, byes included, for every number of threads."""
+    """Strips of points are paired as in a round-robin tournament: odd and even numbers, every number of threads."""
     a, _, ids, _ = points(n, 0, 12)
     a[n // 2 : n // 2 + n // 4] = a[: n // 4] + 1e-3 * torch.randn(n // 4, 12)
     g = torch.randn(n) if uneven else None
@@ -102,7 +102,7 @@ def test_small_distances_of_long_vectors(backend, distance, norm):
 
 
 def test_without_the_near_path_small_distances_are_lost(monkeypatch):
-    """What the test above would say of products alone."""
+    """The test above detects errors of matrix products alone."""
     monkeypatch.setattr(portable, "NEAR", 0.0)
     a = 100 * torch.nn.functional.normalize(torch.ones(1, 64))
     b = torch.cat((a + 1e-3, -a))
@@ -123,7 +123,7 @@ def test_a_hinge_that_no_pair_reaches_has_no_slope(backend):
 
 
 def test_a_slope_between_near_points_far_from_the_others(backend):
-    """Two points 1e-3 apart, 100 from the rest: the pull between them is as exact as their difference."""
+    """Two points 1e-3 apart, 100 from the rest: the slope between them is as exact as their difference."""
     a = torch.zeros(2, 32)
     a[:, 0] = 100.0
     a[1, 1] = 1e-3

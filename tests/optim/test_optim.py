@@ -1,4 +1,4 @@
-"""ClassSGD and ClassAdamW against torch's optimisers: full classes, sampled classes, in the backward pass, on ranks."""
+"""ClassSGD and ClassAdamW against torch's optimizers: full classes, sampled classes, in the backward pass, on ranks."""
 
 import copy
 
@@ -67,7 +67,7 @@ def test_full_classes_step_as_torch_does(kind, in_backward, backend):
         two = torch.optim.SGD([theirs.weight], 0.5, **SGD[kind])
     lr = None if kind == "adamw" else falling
     dx, want = train(ours, one, 6, lr), train(theirs, two, 6, lr)
-    assert torch.equal(dx, want)  # of weights as they were
+    assert torch.equal(dx, want)  # with the weights before the step
     assert error(ours.weight - build().weight, theirs.weight - build().weight) < 1e-12
     assert ours.weight.grad is None if in_backward else ours.weight.grad is not None
 
@@ -85,8 +85,8 @@ def dense_steps(head, optimizer, steps, lr):
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
 @pytest.mark.parametrize("kind", SGD)
-def test_sampled_sgd_is_the_dense_optimiser(kind, in_backward, backend, monkeypatch):
-    """Momentum and decay of the steps a class sat out, changing rates included; the list of products is cut once."""
+def test_sampled_sgd_is_the_dense_optimizer(kind, in_backward, backend, monkeypatch):
+    """Momentum and decay of the steps that a class skipped, at changing rates; the list of products is cut once."""
     monkeypatch.setattr(optim, "HISTORY", 20)
     ours, theirs = (build(sample_rate=0.1, backend=backend) for _ in range(2))
     one = optim.ClassSGD(ours, 0.5, **SGD[kind], in_backward=in_backward)
@@ -95,7 +95,7 @@ def test_sampled_sgd_is_the_dense_optimiser(kind, in_backward, backend, monkeypa
     assert len(one.products) == 1 + 30 - 20
     stale = error(ours.weight, theirs.weight)
     dense_steps(theirs, two, 30, falling)
-    assert stale > 1e-3 and error(ours.weight, theirs.weight) > 1e-6  # some still sit out
+    assert stale > 1e-3 and error(ours.weight, theirs.weight) > 1e-6  # some rows are not updated yet
     one.apply_lazy_updates()
     assert error(ours.weight, theirs.weight) < 1e-12
     if "momentum" in SGD[kind]:
@@ -114,7 +114,7 @@ def test_float32_catches_up_after_a_thousand_steps():
 
     ours, one = begin()
     for _ in range(1000):
-        one.class_ids = torch.empty(0, dtype=torch.int64)
+        one.subset = torch.empty(0, dtype=torch.int64)
         one.advance()
     one.apply_lazy_updates()
     fresh, again = begin()
@@ -169,7 +169,7 @@ def test_whoever_reads_the_weights_reads_them_caught_up(in_backward):
         lambda head: optim.ClassSGD(head, 0.1),
         lambda head: copy.deepcopy(head),
     ],
-    ids=["imprint", "load_full_weight", "load_state_dict", "extend", "another optimiser", "a copy"],
+    ids=["imprint", "load_full_weight", "load_state_dict", "extend", "another optimizer", "a copy"],
 )
 def test_whoever_writes_the_weights_finds_them_caught_up(write):
     ours, theirs = (build(sample_rate=0.1) for _ in range(2))
@@ -185,7 +185,7 @@ def test_whoever_writes_the_weights_finds_them_caught_up(write):
 
 
 def test_a_dense_gradient_of_a_sampled_head(monkeypatch):
-    """A term beside the head's loss makes it dense: rows that sat out are caught up first."""
+    """A term beside the head's loss makes it dense: skipped rows are updated first."""
     ours, theirs = (build(sample_rate=0.1) for _ in range(2))
     one, two = optim.ClassSGD(ours, 0.5, 0.9, 5e-2), torch.optim.SGD([theirs.weight], 0.5, 0.9, weight_decay=5e-2)
     train(ours, one, 5, falling)
@@ -316,12 +316,12 @@ def test_in_backward_every_pass_is_a_step():
         loss.backward()
     one.step()
     with torch.no_grad():
-        head(*batch(1))  # looks, and is no step
+        head(*batch(1))  # a forward pass under no_grad is no step
         head(*batch(2))
     head(*batch(1)).loss.backward()
     one.step()
     assert one.state[head.weight]["step"] == 2
-    one.step()  # nothing was done since
+    one.step()  # without a pass since the last one
     assert one.state[head.weight]["step"] == 2
 
 
@@ -355,7 +355,7 @@ def test_mistakes(make, message):
         make(build())
 
 
-# Ranks: every rank steps its own classes
+# Ranks: every rank steps the classes that it holds
 
 
 def sharded(kind, in_backward, sample_rate, whole):
@@ -367,9 +367,9 @@ def sharded(kind, in_backward, sample_rate, whole):
     }[kind]()
     for t in range(4):
         x, y = batch(t)
-        own = slice(None) if whole else slice(*(B * (dist.get_rank() + i) // dist.get_world_size() for i in (0, 1)))
+        local = slice(None) if whole else slice(*(B * (dist.get_rank() + i) // dist.get_world_size() for i in (0, 1)))
         made.zero_grad()
-        head(x[own], y[own]).loss.backward()
+        head(x[local], y[local]).loss.backward()
         made.step()
     made.apply_lazy_updates()
     return head.weight.detach()

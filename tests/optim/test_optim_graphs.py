@@ -1,4 +1,4 @@
-"""A step of the class weights is a write that autograd counts: what holds the weights of before it raises."""
+"""A step of the class weights bumps their version counter: graphs that saved the old weights raise."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastmargin import optim
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_term_on_the_weights_sees_those_of_before_the_step_or_raises(backend):
-    """The backward pass takes last what was made first."""
+    """The backward pass visits last what was computed first."""
 
     def gradient(head, in_backward, head_first):
         optim.ClassSGD(head, 5.0, in_backward=in_backward)
@@ -49,7 +49,7 @@ def test_a_scaled_gradient_without_the_scaler_is_refused():
     optimizer = fm.optim.ClassSGD(head, lr=0.1, in_backward=True)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(head(torch.randn(3, 4), torch.arange(3)).loss).backward()
-    with pytest.raises(RuntimeError, match="give scaler= to the optimiser"):
+    with pytest.raises(RuntimeError, match="give scaler= to the optimizer"):
         scaler.step(optimizer)
     with pytest.raises(RuntimeError, match="no gradient of the class weights"):
         head.grad_norm()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 F32, F64 = torch.float32, torch.float64
-NAN_BITS = (0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1)  # of float32: not a number, some with a payload
+NAN_BITS = (0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1)  # float32 NaNs, some with a payload
 
 
 def dense(x, w, y, bias=None, class_ids=None, normalize_weight=True, topk=0):
@@ -14,10 +14,10 @@ def dense(x, w, y, bias=None, class_ids=None, normalize_weight=True, topk=0):
     w = w if class_ids is None else w[class_ids]
     w = F.normalize(w, eps=1e-12) if normalize_weight else w
     z = x @ w.T if bias is None else x @ w.T + (bias if class_ids is None else bias[class_ids])
-    own = y[:, None] == torch.arange(len(w))
-    rest = z.masked_fill(own, -torch.inf).logsumexp(1)
-    target = torch.where(own, z, 0.0).sum(1)
-    order = z.masked_fill(own, -torch.inf).sort(dim=1, descending=True, stable=True)
+    is_target = y[:, None] == torch.arange(len(w))
+    rest = z.masked_fill(is_target, -torch.inf).logsumexp(1)
+    target = torch.where(is_target, z, 0.0).sum(1)
+    order = z.masked_fill(is_target, -torch.inf).sort(dim=1, descending=True, stable=True)
     return rest, target, order.values[:, :topk], order.indices[:, :topk]
 
 
@@ -41,16 +41,16 @@ def problem(B, d, C, k=0, s=16.0, cosine=None, plain=False):
     y = torch.randint(0, C, (B,))
     f = F.normalize(torch.randn(B, d, dtype=F64))
     if cosine is not None:
-        own = F.normalize(w[y])
-        across = F.normalize(f - (f * own).sum(1, keepdim=True) * own)
-        f = cosine * own + math.sqrt(1 - cosine**2) * across
+        center = F.normalize(w[y])
+        across = F.normalize(f - (f * center).sum(1, keepdim=True) * center)
+        f = cosine * center + math.sqrt(1 - cosine**2) * across
     bias = torch.randn(C, dtype=F64) if plain else None
     upstream = torch.rand(B, dtype=F64) + 0.1, -torch.rand(B, dtype=F64), 0.1 * torch.rand(B, k, dtype=F64)
     return s * f, w, y, bias, upstream
 
 
 def seen(dtype, x, w, normalize_weight=True):
-    """The operands that products of `dtype` see, in float64: x, and w as unit rows where weights are normalised."""
+    """The operands that products of `dtype` see, in float64: x, and w as unit rows where weights are normalized."""
     if not normalize_weight:
         return x.to(dtype).double(), w.to(dtype).double()
     norm = w.double().norm(dim=1, keepdim=True)

@@ -31,6 +31,7 @@ from fastmargin.driver.log import Log
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import Backbone, adapted, embed_images, load, load_backbone
+from fastmargin.ops.common import rank_in_group
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
 BLOCK = 4096  # images embedded, and centers compared, at a time
@@ -174,7 +175,7 @@ def image_rows(
 ) -> Iterator[tuple[object, ...]]:
     """The columns IMAGES of each image."""
     labels = given.identities.labels[order]
-    rank = torch.arange(len(order)) - (given.sizes.cumsum(0) - given.sizes)[labels] + 1
+    rank = rank_in_group(labels) + 1
     columns = (labels, given.sizes[labels], rank, given.cosines[order], order)
     for label, size, nth, cosine, row in zip(*(column.numpy() for column in columns), strict=True):
         yield given.identities.names[label], size, nth, f"{cosine:.6f}", given.identities.title(row)

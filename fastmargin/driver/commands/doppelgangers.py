@@ -59,7 +59,7 @@ def pairs_of(table: DoppelgangerTable, names: Sequence[str], limit: int) -> str:
 
 def most_listed(table: DoppelgangerTable, names: Sequence[str], limit: int) -> str:
     """A line for each class that is on a list, in order of falling number of lists."""
-    lists = table.listed()
+    lists = table.doppelganger_counts()
     order = lists.argsort(descending=True, stable=True)[:limit].tolist()
     return "\n".join(f"{lists[label]:8}  {names[label]}" for label in order if lists[label])
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastmargin.driver.data.order import Permutation
+from fastmargin.ops.common import rank_in_group
 
 EACH = 10  # images of an identity that an evaluation takes at least, if it has so many
 
@@ -140,7 +141,7 @@ class Identities:
         taken[order[taken[order].cumsum() > limit]] = 0
         rows = labels.argsort(kind="stable")
         identity = labels[rows]
-        rank = np.arange(len(rows)) - (sizes.cumsum() - sizes)[identity]  # of an image in its identity
+        rank = rank_in_group(self.labels[rows]).numpy()  # of an image in its identity
         return self.take(np.sort(rows[rank * taken[identity] % sizes[identity] < taken[identity]]))
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastmargin.splitmix64 import INCREMENT, finalize_
+
 ORDER, AUGMENT, SYNTHETIC = 1, 2, 3  # first words of a key
 
 ROUNDS = 4
@@ -25,13 +27,7 @@ def mix64(
     x: NDArray[np.uint64],  # any shape
 ) -> NDArray[np.uint64]:  # the same
     """One splitmix64 output for the state x: a bijection of the 64-bit words."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+    return finalize_(x.view(np.int64) + INCREMENT).view(np.uint64)
 
 
 def hash64(*words: ArrayLike) -> NDArray[np.uint64]:
