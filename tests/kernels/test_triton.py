@@ -70,7 +70,14 @@ def test_info_does_not_claim_a_gpu():
 # ---------------------------------------------------------------------------------------------- compilation
 
 
-POINTERS = {"y": "*i64", "rows": "*i64", "places": "*i64", "entry_row": "*i64", "entry_place": "*i32", "bounds": "*i32"}
+POINTERS = {
+    "y": "*i64",
+    "class_ids": "*i64",
+    "places": "*i64",
+    "entry_row": "*i64",
+    "entry_place": "*i32",
+    "bounds": "*i32",
+}
 NUMBERS = dict.fromkeys(
     ("B", "n", "m", "first", "strips", "splits", "w_row", "g_row", "groups_row", "fresh_row"), "i32"
 )
