@@ -5,7 +5,7 @@ gpu.sh, or by hand:
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
 of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
-measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json): kernels/tiles.py takes the
+measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json): kernels/tile_table.py takes the
 fastest. --device cpu is for trying the script out.
 """
 
@@ -107,7 +107,7 @@ def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., 
 
 def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
     """The Triton head in every candidate tile; the table of tiles holds one of them while it is measured."""
-    tiles = import_module("fastmargin.kernels.tiles")
+    tiles = import_module("fastmargin.kernels.tile_table")
     for dtype in (None, BF16):
         key = tiles.key_of(torch.empty(1, 512, dtype=dtype, device=device))
         chosen = tiles.TABLE[key]
@@ -143,7 +143,7 @@ def once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """The rate of a bfloat16 product of one wave, and of a copy of 2 GiB, read plus written."""
+    """The rate of a bfloat16 product of one chunk of classes, and of a copy of 2 GiB, read plus written."""
     small = device.type != "cuda"
     m, n, k = (64, 64, 64) if small else (1024, 8448, 512)
     a, b = torch.randn(m, k, device=device, dtype=BF16), torch.randn(n, k, device=device, dtype=BF16)

@@ -1,4 +1,4 @@
-"""Small steps on a GPU by our own kernels, for a sanitizer: several waves, ragged sizes, rows, bias, steps, pairs."""
+"""Small steps on a GPU by our own kernels, for a sanitizer: several chunks, ragged sizes, class_ids, bias, pairs."""
 
 import torch
 
@@ -19,7 +19,7 @@ def step(B: int, d: int, C: int, plain: bool, **options: object) -> None:
 
 
 def class_step(B: int, d: int, C: int, **options: object) -> None:
-    """Two steps made in the backward pass; the second reads the shadow that the first has written."""
+    """Two steps made in the backward pass; the second reads the operand cache that the first has written."""
     head = MarginHead(d, C, ArcFace(), backend="native", **options).cuda()
     optimizer = optim.ClassSGD(head, 0.1, 0.9, 5e-4, in_backward=True, cache_operands=True)
     for _ in range(2):
@@ -29,7 +29,7 @@ def class_step(B: int, d: int, C: int, **options: object) -> None:
 
 
 def pair_step(N: int, M: int, d: int, **options: object) -> None:
-    """Backward, too many rows for one wave."""
+    """Backward, with too many rows for one chunk."""
     b = torch.randn(M, d, device="cuda")
     a = (b[:N] + 1e-3 * torch.randn(N, d, device="cuda")).requires_grad_()
     a_ids, b_ids = (torch.randint(0, 9, (n,), device="cuda") for n in (N, M))
