@@ -46,8 +46,7 @@ inline Tensor padded(const Tensor& t /* [unpadded, ...] */, int64_t B, double fi
   return out;
 }
 
-// A matrix as operand of products: float32 and float64 are used in place; bfloat16 is rounded, and packed for the
-// right.
+// A matrix as operand of products: float32 and float64 in place; for bfloat16 a rounded copy, and one in VNNI layout.
 template <typename O>
 struct PackedOperand {
   using T = Sum<O>;
@@ -126,12 +125,9 @@ struct Problem {
   }
 
   int64_t width() const { return at::divup(d, lanes); }  // words of a row
-  const Word<O>* transposed(int64_t i0) const {
-    return transposed_.data() + i0 * width();
-  }  // x^T [width, m] of the tile from row i0
-  const Word<O>* right(int64_t i0) const {
-    return x_operand.right + i0 / lanes * x_operand.ld_right;
-  }  // [m / lanes, d]
+  // Of the tile from row i0: x^T [width, m], and x as right operand [m / lanes, d].
+  const Word<O>* transposed(int64_t i0) const { return transposed_.data() + i0 * width(); }
+  const Word<O>* right(int64_t i0) const { return x_operand.right + i0 / lanes * x_operand.ld_right; }
   int64_t blocks() const { return at::divup(C, kBlock); }
 };
 

@@ -4,10 +4,10 @@
 //   then the targets and the top-k, row by row, and the projection
 //
 // dx needs no sweep over the classes: dx_i = d_rest_i expected_weight_i + d_target_i w^_y + the top-k terms, and
-// expected_weight was summed in the forward pass.
-// With compute_dtype bfloat16 the operands of the products (x, w, g) are rounded to it, and nothing else is: z, all
-// sums, the targets and the top-k terms are float32. One parallel region; thread t owns a fixed range of blocks, and a
-// block's gradient is complete when its thread leaves it: an optimizer step may follow at once, on one block of dw.
+// expected_weight was summed in the forward pass. With compute_dtype bfloat16 the operands of the products (x, w, g)
+// are rounded to it, and nothing else is: z, all sums, the targets and the top-k terms are float32. One parallel
+// region; thread t owns a fixed range of blocks, and a block's gradient is complete when its thread leaves it: an
+// optimizer step may follow at once, on one block of dw.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -106,7 +106,7 @@ template <typename O, typename T = Sum<O>>
 void backward_rows(const Problem<O>& p, const Saved& s, Tensor& dx /* [B, d] */) {
   const int64_t k = s.d_topk ? s.topk_classes.size(1) : 0;
   const int64_t* id = s.topk_classes.const_data_ptr<int64_t>();
-  const T *top = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr, *d_target = s.d_target.const_data_ptr<T>();
+  const T *d_topk = s.d_topk ? s.d_topk->const_data_ptr<T>() : nullptr, *d_target = s.d_target.const_data_ptr<T>();
   at::parallel_for(0, p.unpadded, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer(p.d);
     for (int64_t i = begin; i < end; ++i) {
@@ -121,7 +121,7 @@ void backward_rows(const Problem<O>& p, const Saved& s, Tensor& dx /* [B, d] */)
         for (int64_t c = 0; c < p.d; ++c) out[c] += g * scale * w[c];
       };
       add(p.y[i], d_target[i]);
-      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], top[c]);
+      for (int64_t c = i * k; c < (i + 1) * k; ++c) add(id[c], d_topk[c]);
     }
   });
 }

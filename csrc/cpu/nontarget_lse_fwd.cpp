@@ -40,15 +40,15 @@ bool fixed_offset(const Problem<O>& p, T& offset) {
 // What one thread has summed over its classes, for all rows.
 template <typename T>
 struct Partial {
-  std::vector<T> shift, top_values, expected_weight;
+  std::vector<T> shift, topk_values, expected_weight;
   std::vector<double> sum;
-  std::vector<int64_t> top_classes;
+  std::vector<int64_t> topk_classes;
 
   void reset(int64_t B, int64_t d, T start, int64_t k, bool need_expected_weight) {
     shift.assign(B, start);
     sum.assign(B, 0.0);
-    top_values.assign(B * k, -INFINITY);
-    top_classes.assign(B * k, -1);
+    topk_values.assign(B * k, -INFINITY);
+    topk_classes.assign(B * k, -1);
     if (need_expected_weight) expected_weight.assign(B * d, T(0));
   }
 };
@@ -90,12 +90,12 @@ void sum_blocks(const Problem<O>& p, Partial<T>& part, int64_t first, int64_t la
     block.load(index, need_expected_weight);
     for (int64_t i0 = 0; i0 < p.B; i0 += p.tile) {
       const Tile<T> tile = block.products(i0, std::min(p.tile, p.B - i0));
-      // e / ||w|| must stay finite, too. With the fixed offset e <= exp(86 - ln C): enough for 1 / ||w|| up to 7 C.
-      // For shorter weights the running maximum is used, which makes e <= 1.
+      // exp(z - shift) / ||w|| must stay finite, too. With the fixed offset the exponential is at most exp(86) / C, so
+      // it does for 1 / ||w|| <= 7 C. For shorter weights the shift is raised, and the exponential is at most 1.
       if (!fixed || block.largest_scale > T(7) * T(p.C)) raise_shift(tile, i0, p, part, top);
       p.kernels.lse(tile,
-                    {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.top_values.data() + i0 * k,
-                     part.top_classes.data() + i0 * k, k},
+                    {part.shift.data() + i0, sum.data(), threshold.data() + i0, part.topk_values.data() + i0 * k,
+                     part.topk_classes.data() + i0 * k, k},
                     block.operand());
       for (int64_t i = 0; i < tile.m; ++i) part.sum[i0 + i] += double(sum[i]);
       if (need_expected_weight)
@@ -116,8 +116,8 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
   std::fill_n(values, k, -T(INFINITY));
   std::fill_n(classes, k, -1);
   for (const auto& part : parts)
-    for (int64_t c = i * k; c < (i + 1) * k && part.top_values[c] > values[k - 1]; ++c)
-      insert(values, classes, k, part.top_values[c], part.top_classes[c]);
+    for (int64_t c = i * k; c < (i + 1) * k && part.topk_values[c] > values[k - 1]; ++c)
+      insert(values, classes, k, part.topk_values[c], part.topk_classes[c]);
   if (!expected_weight) return;
   std::fill_n(expected_weight, d, T(0));
   for (const auto& part : parts) {

@@ -86,8 +86,8 @@ void offer(const LseState<T>& s, const T* v, const int32_t* target, int32_t inde
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = i0 + i;
     if (v[i] > s.threshold[row] && target[row] != index) {
-      insert(s.top_values + row * s.k, s.top_classes + row * s.k, s.k, v[i], class_index);
-      s.threshold[row] = s.top_values[row * s.k + s.k - 1];
+      insert(s.topk_values + row * s.k, s.topk_classes + row * s.k, s.k, v[i], class_index);
+      s.threshold[row] = s.topk_values[row * s.k + s.k - 1];
     }
   }
 }

@@ -41,11 +41,11 @@ struct Tile {
 
 template <typename T>
 struct LseState {
-  T* shift;              // [m] exponent offset
-  T* sum;                // [m] sum over this tile of exp(z - shift), overwritten
-  T* threshold;          // [m] the k-th best value so far; +inf where k = 0
-  T* top_values;         // [m, k]
-  int64_t* top_classes;  // [m, k] class indices
+  T* shift;               // [m] exponent offset
+  T* sum;                 // [m] sum over this tile of exp(z - shift), overwritten
+  T* threshold;           // [m] the k-th best value so far; +inf where k = 0
+  T* topk_values;         // [m, k]
+  int64_t* topk_classes;  // [m, k] class indices
   int64_t k;
 };
 

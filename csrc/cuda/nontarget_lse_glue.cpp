@@ -32,8 +32,7 @@
 namespace fastmargin::cuda {
 namespace {
 
-constexpr int64_t kMostClasses =
-    1 << 14;  // of a chunk: with few rows, longer chunks would keep few multiprocessors busy
+constexpr int64_t kMostClasses = 1 << 14;               // of a chunk: blocks of few long rows leave a GPU idle
 constexpr int64_t kMaxScaleExponent = 100;              // of d_rest_scale: a float32 ends at 2^127
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's tile, about
 constexpr int64_t kMultiprocessors = 132, kMostSplits = 8;
@@ -64,8 +63,8 @@ struct ClassChunks {
   at::ScalarType type;    // of the products' operands
   int64_t B, d, C, step;  // rows, features, classes, classes of a chunk
   Tensor x, z;            // [B, d], [B step]
-  Tensor o, exponent_scale,
-      residual_scale;  // [step, d], [step], [step]; the cache's, of all classes, where there is one
+  // [step, d], [step], [step]; or the cache's, of all classes
+  Tensor o, exponent_scale, residual_scale;
   void* stream;
   OperandCache cache;
 
@@ -81,8 +80,7 @@ struct ClassChunks {
         x(in.x.to(type)),
         stream(device::stream_of(in.x)),
         cache(operand_cache_of(in.w, in.normalize_weight, type, operands, scales)) {
-    TORCH_CHECK_VALUE(!operands || !in.class_ids,
-                      "cached operands are of all classes: want them, or class_ids, not both");
+    TORCH_CHECK_VALUE(!operands || !in.class_ids, "want the operands of all classes, or class_ids, not both");
     const auto options = in.x.options();
     z = at::empty({B * step}, options);
     if (operands) {

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kNumbers = kChunkBytes / 4;   // of a chunk, at most
 constexpr int64_t kMostRows = kNumbers / 1024;  // leaves at least 1024 columns: few products with long sums
-constexpr int64_t kMostColumns = 1 << 14;       // with few rows, longer ones would keep few multiprocessors busy
+constexpr int64_t kMostColumns = 1 << 14;       // blocks of few long rows leave a GPU idle
 constexpr int64_t kLeastColumns = 64;
 
 // One side: all points as the caller gave them, and the points of a chunk.
