@@ -6,7 +6,7 @@ by every contestant at every shape. Run by gpu.sh, or by hand:
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
 of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
 measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json), so that the table in
-kernels/tiles.py can be given the fastest. --device cpu is for trying the script out.
+kernels/tile_table.py can be given the fastest. --device cpu is for trying the script out.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., 
 
 def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
     """The Triton head in every candidate tile; the table of tiles holds one of them while it is measured."""
-    tiles = import_module("fastmargin.kernels.tiles")
+    tiles = import_module("fastmargin.kernels.tile_table")
     for dtype in (None, BF16):
         key = tiles.key_of(torch.empty(1, 512, dtype=dtype, device=device))
         chosen = tiles.TABLE[key]

@@ -1,5 +1,5 @@
 // Checks of op arguments: they keep memory safe and name the offending label. Messages about shapes are for callers of
-// the raw ops; the Python functions say the same in more words.
+// the raw ops; the Python functions check the same first, with longer messages.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,11 +9,11 @@
 
 namespace fastmargin {
 
-// What every op reads: checked, and contiguous but for w.
+// The inputs of the class ops: checked, and contiguous except for w.
 struct Operands {
   at::Tensor x;                         // [B, d]
   at::Tensor w;                         // [C, d] any strides
-  at::Tensor y;                         // [B] in [-1, C), or in [-1, n) with class_ids
+  at::Tensor y;                         // [B] class indices: in [-1, C), or with class_ids in [-1, n)
   std::optional<at::Tensor> bias;       // [C]
   std::optional<at::Tensor> class_ids;  // [n] sorted, unique, in [0, C)
   bool normalize_weight;
@@ -41,20 +41,20 @@ inline void check_layout(const Operands& o) {
                       other->device());
 }
 
-// What the schemas carry for kernels to come is refused, not ignored.
+// bend and pool are in the schemas already, but no kernel implements them yet: refused, not ignored.
 inline void refuse(const std::optional<at::Tensor>& bend, int64_t pool) {
   TORCH_CHECK_VALUE(!bend, "bend (rules that bend negatives) is not supported by this backend");
-  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centres) is not supported by this backend; want 1");
+  TORCH_CHECK_VALUE(pool == 1, "pool = ", pool, " (sub-centers) is not supported by this backend; want 1");
 }
 
-inline void refuse_shadow(const std::optional<at::Tensor>& operands, const std::optional<at::Tensor>& scales) {
-  TORCH_CHECK_VALUE(!operands && !scales, "a shadow of the weights (operands, scales) is for GPUs");
+inline void refuse_cached_operands(const std::optional<at::Tensor>& operands, const std::optional<at::Tensor>& scales) {
+  TORCH_CHECK_VALUE(!operands && !scales, "cached operands of the weights (operands, scales) are for GPUs only");
 }
 
 inline void check_class_ids(const at::Tensor& class_ids /* [n] contiguous */, int64_t classes) {
-  const int64_t* r = class_ids.const_data_ptr<int64_t>();
+  const int64_t* id = class_ids.const_data_ptr<int64_t>();
   for (int64_t j = 0; j < class_ids.size(0); ++j)
-    TORCH_CHECK_VALUE(r[j] >= 0 && r[j] < classes && (j == 0 || r[j - 1] < r[j]), "class_ids[", j, "] = ", r[j],
+    TORCH_CHECK_VALUE(id[j] >= 0 && id[j] < classes && (j == 0 || id[j - 1] < id[j]), "class_ids[", j, "] = ", id[j],
                       ": want sorted, unique class ids in [0, ", classes, ")");
 }
 
@@ -65,10 +65,10 @@ inline void check_labels(const Operands& o) {
                       o.classes(), ")");
 }
 
-// The operands of an op, of shapes and types that fit; no look at their values.
-inline Operands laid_out(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
-                         bool normalize_weight) {
+// Checks shapes, dtypes and devices, but reads no values: on a GPU that would wait for the device.
+inline Operands checked_layout(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                               const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
+                               bool normalize_weight) {
   Operands o{x, w, y, bias, class_ids, normalize_weight};
   check_layout(o);
   o.x = x.contiguous();
@@ -78,11 +78,11 @@ inline Operands laid_out(const at::Tensor& x, const at::Tensor& w, const at::Ten
   return o;
 }
 
-// The same on a CPU, where every label and every selected row is read.
-inline Operands checked(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
-                        bool normalize_weight) {
-  Operands o = laid_out(x, w, y, bias, class_ids, normalize_weight);
+// The same for the CPU, where every label and every class id is checked, too.
+inline Operands checked_values(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                               const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_ids,
+                               bool normalize_weight) {
+  Operands o = checked_layout(x, w, y, bias, class_ids, normalize_weight);
   if (o.class_ids) check_class_ids(*o.class_ids, w.size(0));
   check_labels(o);
   return o;
@@ -96,7 +96,7 @@ inline at::Tensor checked_like(const char* name, const at::Tensor& t, at::IntArr
   return t.contiguous();
 }
 
-// What pairwise_potential reads: checked, contiguous. Without b the points meet among themselves.
+// The inputs of pairwise_potential: checked, contiguous. Without b, the pairs are those of a with itself.
 struct Pairs {
   at::Tensor a, b, a_ids, b_ids;       // [N, d], [M, d], [N], [M]; b is a where there is none
   std::optional<at::Tensor> b_weight;  // [M]

@@ -1,4 +1,4 @@
-// The rule of an optimiser step as op arguments give it, checked.
+// The rule of an optimizer step, from op arguments that are checked here.
 //
 //   sgd      hyper lr, momentum, weight_decay, nesterov (0 or 1);  state v, or none without momentum
 //   adamw    hyper lr, weight_decay, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t);  state m, s
@@ -31,7 +31,7 @@ inline Rule rule_of(std::string_view name, at::ArrayRef<double> hyper, const at:
            t.device() == w.device();
   };
   TORCH_CHECK_VALUE(like_w(w) && std::all_of(state.begin(), state.end(), like_w),
-                    "want a weight and states of one shape, dtype and device, contiguous");
+                    "want a weight and optimizer states of one shape, dtype and device, contiguous");
   if (is_sgd) return {true, {hyper[0], hyper[1], hyper[2], hyper[3] != 0}, {}};
   return {false, {}, {hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6]}};
 }

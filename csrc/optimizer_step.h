@@ -1,6 +1,6 @@
-// One optimiser step of one number of a class weight; plain C++ that a GPU compiler takes too.
+// One optimizer step of one element of a class weight; plain C++ that nvcc compiles, too.
 //
-//   sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov's look ahead  w -= lr (g + mu v)
+//   sgd      g += lam w;  v = mu v + g;  w -= lr v,  or with Nesterov momentum  w -= lr (g + mu v)
 //   adamw    w -= lr lam w;  m += (1 - b1)(g - m);  s += (1 - b2)(g^2 - s);  w -= (lr / c1) m / (sqrt(s / c2) + eps)
 //
 // The rules of torch.optim.SGD (dampening 0) and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t of step t.
@@ -10,7 +10,7 @@
 
 namespace fastmargin {
 
-// What a step needs beside the numbers it changes: two states of a weight, of which a rule may use fewer.
+// The hyper-parameters of a rule. step() takes a weight and two optimizer states, of which a rule may use fewer.
 struct Sgd {
   double lr, momentum, weight_decay;
   bool nesterov;

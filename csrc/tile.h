@@ -1,11 +1,11 @@
-// The arithmetic of a tile of logits; plain C++ that a GPU compiler takes too.
+// The arithmetic of a tile of logits; plain C++ that nvcc compiles, too.
 //
 //   rest = log sum_j exp(z_j)   is carried as (shift, sum):  rest = shift + log(sum)
 //   g_j  = d_rest exp(z_j - rest)
 //   topk = the k largest (z_j, j), larger z first, equal z by the smaller j
 //
-// Everything here has internal linkage: each translation unit is compiled for another instruction set, and a weak
-// function shared between them would let the linker hand AVX-512 code to a machine without it.
+// Everything here has internal linkage: translation units are compiled for different instruction sets, and of a weak
+// function that they share the linker might keep the AVX-512 copy for machines without AVX-512.
 #pragma once
 
 #include <math.h>
@@ -21,11 +21,11 @@
 
 namespace fastmargin {
 
-// Stands for "nothing seen yet" in a running maximum; finite, so that differences of two of them are 0 and not NaN.
+// A running maximum before its first value; finite, so that the difference of two of them is 0 and not NaN.
 constexpr float kNoShift = -1e30f;
 
-// e^x for x <= 88, by a GPU's own or within 1.03 ulp (measured over all floats), without branches, so that a loop over
-// it vectorises; 0 below -87.3, where the result is no longer a normal number. x = n ln2 + r with |r| <= ln2 / 2; ln2
+// e^x for x <= 88. On a GPU: expf. On a CPU: within 1.03 ulp (measured over all floats), without branches, so that a
+// loop over it vectorizes; 0 below -87.3, where the result would be denormal. x = n ln2 + r with |r| <= ln2 / 2; ln2
 // is split in two so that r is exact to the last bit.
 FM_INLINE float exp_(float x) {
 #if defined(__CUDA_ARCH__)
@@ -57,7 +57,7 @@ FM_INLINE double exp_(double x) { return ::exp(x); }
 // A bfloat16 number: the upper half of a float32.
 enum class Bf16 : uint16_t {};
 
-// The bits of x rounded to bfloat16, to the nearest, ties to even; as a float32's, zeros below. Not a number stays one.
+// x rounded to bfloat16, to the nearest, ties to even, as the bits of a float32 whose lower half is 0. NaN stays NaN.
 FM_INLINE uint32_t bf16_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -65,26 +65,26 @@ FM_INLINE uint32_t bf16_bits(float x) {
   return x == x ? rounded : 0x7fc00000u;
 }
 
-// x as an operand of a product: itself, or rounded. The second argument names the type.
+// x as an operand of a matrix product: itself, or rounded. The second argument only selects the type.
 template <typename T>
 FM_INLINE T rounded(T x, T) {
   return x;
 }
 FM_INLINE Bf16 rounded(float x, Bf16) { return Bf16(bf16_bits(x) >> 16); }
 
-// Multiplies a sum that was taken at shift `from` so that it stands at shift `to`.
+// The number that turns a sum of exp(z - from) into a sum of exp(z - to).
 template <typename T>
 FM_INLINE T rescale(T from, T to) {
   return from == to ? T(1) : exp_(from - to);
 }
 
-// A sum of exponentials as shift + log(sum), the shift being the largest exponent so far.
+// Log-sum-exp as shift + log(sum); shift is the largest exponent so far.
 template <typename T>
 struct Running {
   T shift, sum;
 };
 
-// Several exponents at once: one rescaling for all of them, where there is any.
+// Adds several exponents at once, with at most one rescaling for all of them.
 template <typename T, int N>
 FM_INLINE void add(Running<T>& r, const T (&z)[N]) {
   T top = r.shift;
@@ -96,7 +96,7 @@ FM_INLINE void add(Running<T>& r, const T (&z)[N]) {
   for (int l = 0; l < N; ++l) r.sum += exp_(z[l] - r.shift);
 }
 
-// Commutes to the bit, so that the order of two partners in a reduction does not matter.
+// merge(a, b) and merge(b, a) are equal bit for bit: both partners of a shuffle compute the same.
 template <typename T>
 FM_INLINE Running<T> merge(const Running<T>& a, const Running<T>& b) {
   const T shift = a.shift > b.shift ? a.shift : b.shift;
@@ -116,7 +116,7 @@ FM_INLINE void insert(T* values, int64_t* indices, int64_t k, T value, int64_t i
   indices[p] = index;
 }
 
-// The share of one non-target logit in the gradient. `rest` is +inf-like where there is no other class: g is 0.
+// g of one non-target logit. Where there is no other class, the caller passes a huge `rest`: g is 0.
 template <typename T>
 FM_INLINE T gradient(T z, T rest, T d_rest) {
   return d_rest * exp_(z - rest);

@@ -1,11 +1,13 @@
 """Gradients of rows and weights from the products of a backward pass; the targets and the top-k are added in float32.
 
-    dx_i = sum_j g_ij o_j / lift + sum of e w^_c over the row's entries (c, e)
-    dw_j = power_j (I - w^_j w^_j^T) (sum_i g_ij x_i / lift + factor_j * sum of e x_i over the class's entries (i, e))
-    db_j = sum_i g_ij / lift + sum of e over the class's entries
+    dx_i = sum_j g_ij o_j / d_rest_scale + sum of e w^_c over the row's entries (c, e)
+    dw_j = exponent_scale_j (I - w^_j w^_j^T)
+           (sum_i g_ij x_i / d_rest_scale + residual_scale_j * sum of e x_i over the class's entries (i, e))
+    db_j = sum_i g_ij / d_rest_scale + sum of e over the class's entries
 
-Entries are d_target at the row's own class and d_topk at its best; sorted by class, so that no sum depends on timing.
-g carries factor_j. Letters: B rows, C classes, n classes of a wave, d features, k, m entries in all.
+Entries are d_target at the row's own class and d_topk at its top-k classes. They are sorted by class, so that no sum
+depends on timing. g includes residual_scale_j. Letters: B rows, C classes, n classes of a chunk, d features, k, m
+entries in all.
 """
 
 from typing import NamedTuple
@@ -15,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import Wave, whole_rows
+from .operands import ClassChunk, whole_rows
 from .tile import inverse_norms, weight_rows
-from .tiles import H100
+from .tile_table import H100
 
 MOST_SPLITS = 8
 TILE_ROWS, TILE_FEATURES = 128, 256  # of a product's tile, about
@@ -30,13 +32,13 @@ def weight_gradient_kernel(
     x,  # [B, d] float32
     w,  # [C, d]
     class_ids,  # [all] or None
-    power,  # [n] or None
-    factor,  # [n] or None
+    exponent_scale,  # [n] or None
+    residual_scale,  # [n] or None
     bounds,  # [blocks + 1] int32: where the entries of each block of all classes begin
-    entry_place,  # [m] int32
+    entry_class,  # [m] int32
     entry_row,  # [m] int64
     entry_value,  # [m] float32
-    lift,  # []
+    d_rest_scale,  # []
     first,
     n,
     w_row,
@@ -52,27 +54,28 @@ def weight_gradient_kernel(
     entries = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
     count = tl.zeros((BLOCK_C,), dtype=tl.float32)
     while at < last:
-        own, value = first + j == tl.load(entry_place + at), tl.load(entry_value + at)
+        own, value = first + j == tl.load(entry_class + at), tl.load(entry_value + at)
         xt = tl.load(x + tl.load(entry_row + at) * d + f, mask=in_d, other=0.0)
         entries += tl.where(own[:, None], value * xt[None, :], 0.0)
         count += tl.where(own, value, 0.0)
         at += 1
-    drop = 1 / tl.load(lift)
+    inverse = 1 / tl.load(d_rest_scale)
     if db is not None:
-        tl.store(db + j, tl.load(db + j, mask=inside, other=0.0) * drop + count, mask=inside)
+        tl.store(db + j, tl.load(db + j, mask=inside, other=0.0) * inverse + count, mask=inside)
     if dw is not None:
         out, mask = dw + j.to(tl.int64)[:, None] * d + f[None, :], inside[:, None] & in_d[None, :]
-        products = tl.load(out, mask=mask, other=0.0) * drop
-        if factor is None:
+        products = tl.load(out, mask=mask, other=0.0) * inverse
+        if residual_scale is None:
             products += entries
         else:
-            p, q = tl.load(power + j, mask=inside, other=0.0), tl.load(factor + j, mask=inside, other=0.0)
+            exponent = tl.load(exponent_scale + j, mask=inside, other=0.0)
+            residual = tl.load(residual_scale + j, mask=inside, other=0.0)
             unit = (
                 weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
-                * (p * q)[:, None]
+                * (exponent * residual)[:, None]
             )
-            products += q[:, None] * entries
-            products = p[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
+            products += residual[:, None] * entries
+            products = exponent[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
         tl.store(out, products, mask=mask)
 
 
@@ -82,9 +85,9 @@ def row_gradient_kernel(
     sums,  # [splits, B, d]
     w,  # [C, d]
     class_ids,  # [n] or None
-    places,  # [B, entries] int64
+    classes,  # [B, entries] int64 class indices
     values,  # [B, entries]
-    lift,  # []
+    d_rest_scale,  # []
     B,
     n,
     splits,
@@ -105,13 +108,13 @@ def row_gradient_kernel(
     while split < splits:
         total += tl.load(sums + tl.cast(split, tl.int64) * B * d + at, mask=mask, other=0.0)
         split += 1
-    total = total / tl.load(lift)
+    total = total / tl.load(d_rest_scale)
     t = 0
     while t < ENTRIES:
-        place = tl.load(places + i * ENTRIES + t, mask=in_b, other=-1)
-        inside = (place >= 0) & (place < n)
+        index = tl.load(classes + i * ENTRIES + t, mask=in_b, other=-1)
+        inside = (index >= 0) & (index < n)
         value = tl.load(values + i * ENTRIES + t, mask=inside, other=0.0)
-        wt = weight_rows(w, class_ids, place, inside, w_row, w_feature, d, BLOCK_D)
+        wt = weight_rows(w, class_ids, index, inside, w_row, w_feature, d, BLOCK_D)
         if NORMALIZE:
             value = value * inverse_norms(wt)
         total += value[:, None] * wt
@@ -120,14 +123,14 @@ def row_gradient_kernel(
 
 
 class Entries(NamedTuple):
-    """d_target and d_topk, by row and sorted by class."""
+    """d_target and d_topk: first by row, then sorted by class."""
 
-    places: Tensor  # [B, 1 + k]
+    classes: Tensor  # [B, 1 + k] class indices
     values: Tensor  # [B, 1 + k]
-    bounds: Tensor  # [blocks + 1] int32: where each block of classes begins in what follows
-    place: Tensor  # [m] int32
-    row: Tensor  # [m]
-    value: Tensor  # [m]
+    bounds: Tensor  # [blocks + 1] int32: where each block of classes begins in the sorted entries
+    sorted_class: Tensor  # [m] int32
+    sorted_row: Tensor  # [m]
+    sorted_value: Tensor  # [m]
 
 
 def entries_of(
@@ -138,29 +141,29 @@ def entries_of(
     n: int,
     block: int,
 ) -> Entries:
-    places, values = y[:, None], d_target.contiguous()[:, None]
+    classes, values = y[:, None], d_target.contiguous()[:, None]
     if d_topk is not None:
-        places, values = torch.cat((places, topk_classes), 1), torch.cat((values, d_topk), 1)
-    place, order = places.flatten().clamp(-1, n).int().sort(stable=True)
+        classes, values = torch.cat((classes, topk_classes), 1), torch.cat((values, d_topk), 1)
+    sorted_class, order = classes.flatten().clamp(-1, n).int().sort(stable=True)
     edges = torch.arange(0, n + block, block, dtype=torch.int32, device=y.device)
-    bounds = torch.searchsorted(place, edges, out_int32=True)
-    return Entries(places, values, bounds, place, order // places.shape[1], values.flatten()[order])
+    bounds = torch.searchsorted(sorted_class, edges, out_int32=True)
+    return Entries(classes, values, bounds, sorted_class, order // classes.shape[1], values.flatten()[order])
 
 
-def finish_wave(
-    wave: Wave,
+def finish_chunk(
+    chunk: ClassChunk,
     dw: Tensor | None,  # [n, d] sum_i g_ij x_i, changed
     db: Tensor | None,  # [n] sum_i g_ij, changed
     x: Tensor,  # [B, d] float32
     w: Tensor,  # [C, d]
     class_ids: Tensor | None,  # [all]
     entries: Entries,
-    lift: Tensor,  # []
+    d_rest_scale: Tensor,  # []
 ) -> None:
-    n, blocks = len(wave.o), whole_rows(w.shape[1])
+    n, blocks = len(chunk.o), whole_rows(w.shape[1])
     weight_gradient_kernel[(triton.cdiv(n, blocks["BLOCK_C"]),)](
-        dw, db, x, w, class_ids, wave.power, wave.factor, entries.bounds, entries.place, entries.row,
-        entries.value, lift, wave.first, n, *w.stride(), d=w.shape[1], **blocks,
+        dw, db, x, w, class_ids, chunk.exponent_scale, chunk.residual_scale, entries.bounds, entries.sorted_class,
+        entries.sorted_row, entries.sorted_value, d_rest_scale, chunk.first, n, *w.stride(), d=w.shape[1], **blocks,
     )  # fmt: skip
 
 
@@ -170,24 +173,27 @@ def finish_rows(
     w: Tensor,  # [C, d]
     class_ids: Tensor | None,  # [n]
     entries: Entries,
-    lift: Tensor,  # []
+    d_rest_scale: Tensor,  # []
     n: int,
     normalize_weight: bool,
 ) -> None:
     splits, B, d = sums.shape
     blocks = whole_rows(d)
     row_gradient_kernel[(triton.cdiv(B, blocks["BLOCK_C"]),)](
-        dx, sums, w, class_ids, entries.places, entries.values, lift, B, n, splits, *w.stride(),
-        d=d, ENTRIES=entries.places.shape[1], NORMALIZE=normalize_weight,
+        dx, sums, w, class_ids, entries.classes, entries.values, d_rest_scale, B, n, splits, *w.stride(),
+        d=d, ENTRIES=entries.classes.shape[1], NORMALIZE=normalize_weight,
         BLOCK_B=blocks["BLOCK_C"], BLOCK_D=blocks["BLOCK_D"],
     )  # fmt: skip
 
 
-def lift_of(
+def d_rest_scale_of(
     d_rest: Tensor,  # [B]
     compute_dtype: torch.dtype | None,
 ) -> Tensor:  # []
-    """float16 has few exponents: a power of two, 1 for other types, lifts g up to where the largest is near 2^14."""
+    """A power of two that scales d_rest so that the largest g is near 2^14: float16 has a small exponent range.
+
+    1 for other types.
+    """
     one = d_rest.new_ones(())
     if compute_dtype != torch.float16 or d_rest.numel() == 0:
         return one
@@ -195,7 +201,10 @@ def lift_of(
 
 
 def splits_of(B: int, d: int) -> int:
-    """Into how many products dx = g o is split, so that its few tiles keep a GPU busy: a power of two divides waves."""
+    """Into how many products dx = g o is split along the classes (split-K): its few tiles would not keep a GPU busy.
+
+    A power of two, since chunks are multiples of 64 classes.
+    """
     tiles = triton.cdiv(B, TILE_ROWS) * triton.cdiv(d, TILE_FEATURES)
     return 1 << min(max(H100 // tiles, 1).bit_length() - 1, MOST_SPLITS.bit_length() - 1)
 
@@ -205,7 +214,7 @@ def add_row_products(
     g: Tensor,  # [B, n]
     o: Tensor,  # [n, d]
 ) -> None:
-    """sums += g o in parts; a wave that does not divide evenly goes to the first."""
+    """sums += g o in parts; a chunk that is not divisible by their number is added to the first."""
     n = g.shape[1]
     s = 1 if n % len(sums) else len(sums)
     parts = g.unflatten(1, (s, n // s)).transpose(0, 1), o.unflatten(0, (s, n // s))
@@ -224,7 +233,7 @@ def multiply(
     a: Tensor,  # [m, k]
     b: Tensor,  # [k, n]
 ) -> None:
-    """With float32 sums of operands of any type."""
+    """out = a b, with float32 sums whatever the operands' type."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     elif a.is_cuda:

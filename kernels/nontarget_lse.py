@@ -1,4 +1,4 @@
-"""nontarget_lse in Triton: masked exp-sum and group maxima beside the GEMM, no B x C logits.
+"""nontarget_lse in Triton: the GEMM, the masked exp-sum and group maxima in one kernel, no B x C logits.
 
     z_ij   = <x_i, w_j / ||w_j||>                  (or <x_i, w_j> + b_j); 1/||w|| := 0 for ||w|| < 1e-12
     rest_i = log sum_{j != y_i} exp(z_ij)          partial (max, sum) per strip of classes, merged at the end
@@ -6,13 +6,14 @@
     g_ij   = d_rest_i exp(z_ij - rest_i) for j != y_i, d_target_i at y_i; plus d_topk at its classes
     dx_i   = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
 
-Both passes walk over waves of classes whose operands fit a workspace (operands.py); tiles.py says in which tiles, and
-gradients.py has what follows the products. A program holds a block of rows and works on a strip of class blocks, its
-loop flattened with that over features, so that the copies of the next block overlap the exponentials of this one.
+Both passes iterate over chunks of classes whose operands fit a workspace (operands.py); tile_table.py chooses the
+tiles, and gradients.py has what follows the products. A program keeps its block of rows and iterates over a strip of
+class blocks. This loop is flattened with the loop over features, so that the loads of the next block overlap the
+exponentials of this one.
 
-Loops have constant bounds or are `while`: the interpreter of Triton 3.6 takes no others beside numpy 2.4. Hence a
-compilation per d and per length of a strip. No atomics and no locks: a run repeats bit for bit. All sums are float32.
-Compiled ahead of time, not yet run on a GPU. Letters: B rows, C classes, n classes of a wave, d features, k.
+Loops have constant bounds or are `while`: with numpy 2.4 the interpreter of Triton 3.6 supports no others. Hence a
+compilation per d and per length of a strip. No atomics and no locks: runs repeat bit for bit. All sums are float32.
+Compiled ahead of time, not yet run on a GPU. Letters: B rows, C classes, n classes of a chunk, d features, k.
 """
 
 import math
@@ -22,28 +23,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradients import add_row_products, entries_of, finish_rows, finish_wave, lift_of, multiply, splits_of
-from .operands import GROUP, Wave, waves, whole_rows
+from .gradients import add_row_products, d_rest_scale_of, entries_of, finish_chunk, finish_rows, multiply, splits_of
+from .operands import GROUP, ClassChunk, class_chunks, whole_rows
 from .tile import contains_any, logits, own_columns
-from .tiles import Plan, plan_of
+from .tile_table import Plan, plan_of
 from .topk import Best, classes_of_best
 
-LOW = -1e30  # a running maximum that has seen nothing; finite, so that LOW - LOW is 0
+LOW = -1e30  # a running maximum before its first value; finite, so that LOW - LOW is 0
 
 
 @triton.jit(do_not_specialize=["B", "n", "first", "strips", "groups_row"])
 def nontarget_lse_fwd_kernel(
     high,  # [B, strips] float32, changed: running maximum
     total,  # [B, strips] float32, changed: sum of exp(z - high)
-    groups,  # [B, ...] float32, out: the largest z of each group of the wave, or None
+    groups,  # [B, ...] float32, out: the largest z of each group of the chunk, or None
     x,  # [B, d] operands, or a descriptor
     o,  # [n, d] operands, or a descriptor
     y,  # [B] int64
-    factor,  # [n] or None
+    residual_scale,  # [n] or None
     bias,  # [n] or None
     B,
     n,
-    first,  # place of the wave
+    first,  # class index of the chunk
     strips,
     groups_row,
     d: tl.constexpr,
@@ -58,12 +59,12 @@ def nontarget_lse_fwd_kernel(
     at = row + tl.arange(0, BLOCK_B)
     in_b = at < B
     own = own_columns(y, at, B, first, n)
-    place = at.to(tl.int64) * strips + tl.program_id(1)
-    m = tl.load(high + place, mask=in_b, other=0.0)
-    s = tl.load(total + place, mask=in_b, other=0.0)
+    partial = at.to(tl.int64) * strips + tl.program_id(1)
+    m = tl.load(high + partial, mask=in_b, other=0.0)
+    s = tl.load(total + partial, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
         col = (tl.program_id(1) * STRIP + block) * BLOCK_C
-        z = logits(x, o, factor, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
+        z = logits(x, o, residual_scale, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
         if contains_any(own, col, BLOCK_C) | (col + BLOCK_C > n):
             cols = col + tl.arange(0, BLOCK_C)
             z = tl.where((cols[None, :] == own[:, None]) | (cols >= n)[None, :], float("-inf"), z)
@@ -78,8 +79,8 @@ def nontarget_lse_fwd_kernel(
         higher = tl.maximum(m, top)
         s = s * tl.exp(m - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
         m = higher
-    tl.store(high + place, m, mask=in_b)
-    tl.store(total + place, s, mask=in_b)
+    tl.store(high + partial, m, mask=in_b)
+    tl.store(total + partial, s, mask=in_b)
 
 
 @triton.jit(do_not_specialize=["B", "n", "first"])
@@ -88,13 +89,13 @@ def nontarget_lse_bwd_kernel(
     x,  # [B, d] operands, or a descriptor
     o,  # [n, d] operands, or a descriptor
     y,  # [B] int64
-    factor,  # [n] or None
+    residual_scale,  # [n] or None
     bias,  # [n] or None
-    above,  # [B] float32: rest, +inf where there is no other class
+    safe_rest,  # [B] float32: rest, but +inf where there is no other class: g is 0 there
     d_rest,  # [B] float32
     B,
     n,
-    first,  # place of the wave
+    first,  # class index of the chunk
     g_row,
     d: tl.constexpr,
     STRIP: tl.constexpr,
@@ -103,20 +104,20 @@ def nontarget_lse_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g_ij = d_rest_i exp(z_ij - rest_i) factor_j, 0 at the targets."""
+    """g_ij = d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets."""
     row = tl.program_id(0) * BLOCK_B
     at = row + tl.arange(0, BLOCK_B)
     in_b = at < B
     own = own_columns(y, at, B, first, n)
-    rest = tl.load(above + at, mask=in_b, other=0.0)
-    up = tl.load(d_rest + at, mask=in_b, other=0.0)
+    rest = tl.load(safe_rest + at, mask=in_b, other=0.0)
+    upstream = tl.load(d_rest + at, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
         col = (tl.program_id(1) * STRIP + block) * BLOCK_C
         cols = col + tl.arange(0, BLOCK_C)
-        z = logits(x, o, factor, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
-        value = tl.exp(z - rest[:, None]) * up[:, None]
-        if factor is not None:
-            value = value * tl.load(factor + cols, mask=cols < n, other=0.0)[None, :]
+        z = logits(x, o, residual_scale, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
+        value = tl.exp(z - rest[:, None]) * upstream[:, None]
+        if residual_scale is not None:
+            value = value * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
         if contains_any(own, col, BLOCK_C):
             value = tl.where(cols[None, :] == own[:, None], 0.0, value)
         if TMA:
@@ -138,8 +139,8 @@ def forward(
     topk: int,
     compute_dtype: torch.dtype | None,
     need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], a [0]
-    """`want_a` changes nothing: dx is summed in the backward pass."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], expected_weight [0]
+    """need_expected_weight is ignored: the backward pass computes all of dx."""
     assert bend is None and pool == 1
     x, y, bias, class_ids = prepared(x, y, bias, class_ids, compute_dtype)
     (B, d), n = x.shape, len(w) if class_ids is None else len(class_ids)
@@ -149,15 +150,15 @@ def forward(
     best = Best(B, topk, triton.cdiv(n, GROUP), x.device)
     groups = w.new_empty(B, plan.step // GROUP) if topk else None
     with torch.cuda.device_of(x):
-        for wave in waves(w, class_ids, normalize_weight, compute_dtype, plan.step) if B else ():
-            size = len(wave.o)
+        for chunk in class_chunks(w, class_ids, normalize_weight, compute_dtype, plan.step) if B else ():
+            size = len(chunk.o)
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
-                high, total, groups, *plan.operands(x, wave.o), y, wave.factor,
-                None if bias is None else bias[wave.at], B, size, wave.first, strips, plan.step // GROUP,
+                high, total, groups, *plan.operands(x, chunk.o), y, chunk.residual_scale,
+                None if bias is None else bias[chunk.at], B, size, chunk.first, strips, plan.step // GROUP,
                 d=d, GROUP=GROUP, **plan.options(),
             )  # fmt: skip
             if groups is not None:
-                best.add(groups[:, : triton.cdiv(size, GROUP)], wave.first // GROUP)
+                best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
         values, classes = classes_of_best(best, x, w, y, bias, class_ids, normalize_weight)
     return merged(high, total), values, classes, w.new_empty(0)
 
@@ -168,8 +169,8 @@ def prepared(
     bias: Tensor | None,  # [C]
     class_ids: Tensor | None,  # [n]
     compute_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # x [B, d] operands, y [B], bias [n], rows [n]
-    """Contiguous; x rounded, bias of the classes that were selected."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # x [B, d] operands, y [B], bias [n], class_ids [n]
+    """Contiguous; x is rounded, bias is that of the selected classes."""
     if bias is not None and class_ids is not None:
         bias = bias[class_ids]
     bias, class_ids = (None if t is None else t.contiguous() for t in (bias, class_ids))
@@ -212,43 +213,44 @@ def backward(
     dx, dw, db = (w.new_empty(shape) if B else w.new_zeros(shape) for shape in shapes)
     if B == 0:
         return dx, dw, db
-    lift = lift_of(d_rest, compute_dtype)
-    above = rest.masked_fill(rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
-    given = y, bias, above, d_rest.contiguous() * lift
+    d_rest_scale = d_rest_scale_of(d_rest, compute_dtype)
+    safe_rest = rest.masked_fill(rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
+    given = y, bias, safe_rest, d_rest.contiguous() * d_rest_scale
     entries = entries_of(y, d_target, topk_classes, d_topk, n, whole_rows(d)["BLOCK_C"])
     plan = plan_of(x, n, max(B, d) * x.element_size())
-    room, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
+    workspace, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
     with torch.cuda.device_of(x):
-        for wave in waves(w, class_ids, normalize_weight, compute_dtype, plan.step):
-            g, at = gradient_of_logits(plan, room, x, wave, *given), wave.at
+        for chunk in class_chunks(w, class_ids, normalize_weight, compute_dtype, plan.step):
+            g, at = gradient_of_logits(plan, workspace, x, chunk, *given), chunk.at
             if need_dx:
-                add_row_products(sums, g, wave.o)
+                add_row_products(sums, g, chunk.o)
             if need_dw:
                 multiply(dw[at], g.T, x)
             if need_db:
                 torch.sum(g, 0, dtype=torch.float32, out=db[at])
             if need_dw or need_db:
                 parts = dw[at] if need_dw else None, db[at] if need_db else None
-                finish_wave(wave, *parts, exact, w, class_ids, entries, lift)
+                finish_chunk(chunk, *parts, exact, w, class_ids, entries, d_rest_scale)
         if need_dx:
-            finish_rows(dx, sums, w, class_ids, entries, lift, n, normalize_weight)
+            finish_rows(dx, sums, w, class_ids, entries, d_rest_scale, n, normalize_weight)
     return dx, dw, db
 
 
 def gradient_of_logits(
     plan: Plan,
-    room: Tensor,  # [B, step]
+    workspace: Tensor,  # [B, step]
     x: Tensor,  # [B, d] operands
-    wave: Wave,
+    chunk: ClassChunk,
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    above: Tensor,  # [B]
-    d_rest: Tensor,  # [B]
+    safe_rest: Tensor,  # [B]
+    d_rest: Tensor,  # [B] scaled
 ) -> Tensor:  # g [B, n]
-    (B, d), n = x.shape, len(wave.o)
-    g = room[:, :n]
+    (B, d), n = x.shape, len(chunk.o)
+    g = workspace[:, :n]
     nontarget_lse_bwd_kernel[plan.grid(B, n)](
-        plan.blocks(g, plan.tile.rows, plan.tile.classes), *plan.operands(x, wave.o), y, wave.factor,
-        None if bias is None else bias[wave.at], above, d_rest, B, n, wave.first, plan.step, d=d, **plan.options(),
+        plan.blocks(g, plan.tile.rows, plan.tile.classes), *plan.operands(x, chunk.o), y, chunk.residual_scale,
+        None if bias is None else bias[chunk.at], safe_rest, d_rest, B, n, chunk.first, plan.step,
+        d=d, **plan.options(),
     )  # fmt: skip
     return g

@@ -1,16 +1,16 @@
-"""pairwise_potential in Triton, in waves of rows and columns whose 2 phi' fits a workspace.
+"""pairwise_potential in Triton, in chunks of rows and columns whose 2 phi' fits a workspace.
 
-    u_ij        = |a'_i|^2 + |b'_j|^2 - 2 <a'_i, b'_j>       of points less the mean of b
+    u_ij        = |a'_i|^2 + |b'_j|^2 - 2 <a'_i, b'_j>       the mean of b subtracted from both
     potential_i = sum_j v_j phi(u_ij)                        partial sums per tile, added in float64
     slope_i     = sum_j q_ij a'_i - sum_j q_ij b'_j          q_ij = v_j 2 phi'(u_ij), 0 for pairs that do not count
 
-A tile that holds a near pair, u < 1e-2 (|a'|^2 + |b'|^2), is computed from the differences of the rows as given, whole:
-u over again, and its part of the slope as sum_j q_ij (a_i - b_j). Products are float32, whatever torch is set to:
-tl.dot is told so, and nothing is left to torch's. Where b is a, every pair is computed from both its ends.
+A tile with a near pair, u < 1e-2 (|a'|^2 + |b'|^2), is computed a second time, as a whole, from the differences of the
+points as given: u, and its part of the slope as sum_j q_ij (a_i - b_j). Products are float32 whatever torch is set to:
+they are all tl.dot with input_precision="ieee". Where b is a, every pair is computed from both its ends.
 
-Loops have constant bounds or are `while`: Triton's interpreter takes no others beside numpy 2.4. Hence a compilation
-per d. A program owns the rows that it sums for: no atomics and no locks, and a run repeats bit for bit.
-Letters: N and M points, n and m those of a wave, d features.
+Loops have constant bounds or are `while`: with numpy 2.4 Triton's interpreter supports no others. Hence a compilation
+per d. A program owns the rows that it sums for: no atomics and no locks, and runs repeat bit for bit.
+Letters: N and M points, n and m those of a chunk, d features.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Of pairs, and of slopes."""
+    """Sizes of a program's tile of pairs, or of slopes."""
 
     rows: int
     columns: int
@@ -34,11 +34,11 @@ class Tile(NamedTuple):
         return blocks | dict(num_warps=self.warps, num_stages=1)
 
 
-# Of those that were compiled, the largest that spill no register and leave an H100 room for two programs at once.
+# Of the tiles tried, the largest that spill no register and leave an H100's multiprocessor room for two programs.
 PAIRS = Tile(64, 64, 32, 8)
-SLOPES = Tile(PAIRS.rows, PAIRS.columns, 64, 8)  # in steps of a tile of pairs
-WORKSPACE = 2**23  # pairs of a wave, at most: 32 MiB
-ROWS, COLUMNS = 2**13, 2**14  # of a wave, at most
+SLOPES = Tile(PAIRS.rows, PAIRS.columns, 64, 8)  # sums over one tile of pairs at a time
+WORKSPACE = 2**23  # pairs of a chunk, at most: 32 MiB
+ROWS, COLUMNS = 2**13, 2**14  # of a chunk, at most
 NEAR = tl.constexpr(1e-2)  # share of |a|^2 + |b|^2 below which a squared distance is computed from the difference
 
 
@@ -53,7 +53,7 @@ def points(
     row,
     feature,
 ):
-    """A block of points less the mean [BLOCK, BLOCK_D]; 0 outside."""
+    """A block of points, the mean subtracted [BLOCK, BLOCK_D]; 0 outside."""
     inside = (at < n)[:, None] & (f < d)[None, :]
     block = tl.load(x + at[:, None] * row + f[None, :] * feature, mask=inside, other=0.0)
     if mean is not None:
@@ -66,7 +66,7 @@ def expanded(
     a, b, mean, rows, cols, n, m, a_row, a_feature, b_row, b_feature,
     d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squared distances from products [BLOCK_N, BLOCK_M], and the sums of squares that they are differences of."""
+    """Squared distances from products [BLOCK_N, BLOCK_M], and |a'|^2 + |b'|^2, which they are to be compared with."""
     products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     a_squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     b_squares = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -86,7 +86,7 @@ def differences(
     a, b, rows, cols, n, m, a_row, a_feature, b_row, b_feature,
     d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The same distances, feature by feature."""
+    """The same distances from differences, feature by feature."""
     u = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for f in range(0, d):
         at = tl.load(a + rows * a_row + f * a_feature, mask=rows < n, other=0.0)
@@ -137,7 +137,7 @@ def pairs_kernel(
         slope = -2 * value * value
     else:
         left = margin - u
-        value = tl.where(left < 0, 0.0, left)  # what is not a number stays one
+        value = tl.where(left < 0, 0.0, left)  # NaN stays NaN
         slope = tl.where(left > 0, -2.0, 0.0)
     value, slope = tl.where(counts, value, 0.0), tl.where(counts, slope, 0.0)
     if weight is not None:
@@ -167,13 +167,13 @@ def slopes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The wave's part of a block of slopes."""
+    """The chunk's part of a block of slopes."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (rows < n)[:, None] & (f < d)[None, :]
     blocks = tl.cdiv(m, BLOCK_M)
-    push = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # sum_j q_ij b'_j, or, where near, q_ij (b_j - a_i)
-    pull = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    q_b = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # sum_j q_ij b'_j; of tiles with near pairs q_ij (b_j - a_i)
+    q_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)  # sum_j q_ij of the other tiles
     block = 0
     while block < blocks:
         first = block * BLOCK_M
@@ -185,22 +185,22 @@ def slopes_kernel(
                 q_j = tl.load(q + rows * m + first + j, mask=(rows < n) & in_m, other=0.0)
                 b_j = tl.load(b + (first + j).to(tl.int64) * b_row + f * b_feature, mask=(f < d) & in_m, other=0.0)
                 part += q_j[:, None] * (b_j[None, :] - given)
-            push += part
+            q_b += part
         else:
             cols = first.to(tl.int64) + tl.arange(0, BLOCK_M)
             at = rows[:, None] * m + cols[None, :]
             qt = tl.load(q + at, mask=(rows < n)[:, None] & (cols < m)[None, :], other=0.0)
             bt = points(b, mean, cols, f, m, d, b_row, b_feature)
-            push = tl.dot(qt, bt, push, input_precision="ieee")
-            pull += tl.sum(qt, 1)
+            q_b = tl.dot(qt, bt, q_b, input_precision="ieee")
+            q_sum += tl.sum(qt, 1)
         block += 1
     at = slope + rows[:, None] * d + f[None, :]
-    centred = points(a, mean, rows, f, n, d, a_row, a_feature)
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + (pull[:, None] * centred - push), mask=inside)
+    centered = points(a, mean, rows, f, n, d, a_row, a_feature)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + (q_sum[:, None] * centered - q_b), mask=inside)
 
 
 class Side(NamedTuple):
-    """The points of one side of a wave."""
+    """The points of one side of a chunk."""
 
     points: Tensor  # [n, d]
     ids: Tensor  # [n]
@@ -211,7 +211,7 @@ class Side(NamedTuple):
         return Side(self.points[at], self.ids[at], None if self.weight is None else self.weight[at])
 
 
-def add_wave(
+def add_chunk(
     potential: Tensor,  # [n] float64, added to
     slope: Tensor | None,  # [n, d], added to
     a: Side,
@@ -255,5 +255,5 @@ def forward(
             rows = slice(i, i + ROWS)
             for j in range(0, len(b), columns):
                 slopes = slope[rows] if want_slope else None
-                add_wave(potential[rows], slopes, one.part(i, ROWS), two.part(j, columns), mean, of_hinge)
+                add_chunk(potential[rows], slopes, one.part(i, ROWS), two.part(j, columns), mean, of_hinge)
     return potential.to(a.dtype), slope

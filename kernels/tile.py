@@ -1,9 +1,11 @@
-"""What the kernels share: whole rows of weights, the scales that make operands of them, tiles of logits.
+"""What the kernels share: whole rows of weights, their scales as operands, tiles of logits.
 
-    operands  o_j = w_j power_j, rounded;  power_j factor_j = 1 / ||w_j||, := 0 for ||w_j|| < 1e-12
-    logits    z_ij = <x_i, o_j> factor_j     (or <x_i, o_j> + b_j), of rounded operands, summed in float32
+    operands  o_j = w_j exponent_scale_j, rounded
+              exponent_scale_j residual_scale_j = 1 / ||w_j||, := 0 for ||w_j|| < 1e-12
+    logits    z_ij = <x_i, o_j> residual_scale_j     (or <x_i, o_j> + b_j), of rounded operands, summed in float32
 
-Letters: B rows, C classes, n classes of a wave, d features.
+A class index counts in class_ids where they are given, else in w. Letters: B rows, C classes, n classes of a chunk, d
+features.
 """
 
 import triton
@@ -14,17 +16,17 @@ import triton.language as tl
 def weight_rows(
     w,  # [C, d] float32
     class_ids,  # [all] int64 or None
-    places,  # [BLOCK] int64
+    indices,  # [BLOCK] int64 class indices
     inside,  # [BLOCK]
     w_row,
     w_feature,
     d: tl.constexpr,
     BLOCK_D: tl.constexpr,  # d or more
 ):
-    """[BLOCK, BLOCK_D]; 0 past the last feature and where a place is not inside."""
-    ids = places
+    """[BLOCK, BLOCK_D]; 0 past the last feature and where `inside` is false."""
+    ids = indices
     if class_ids is not None:
-        ids = tl.load(class_ids + places, mask=inside, other=0)
+        ids = tl.load(class_ids + indices, mask=inside, other=0)
     f = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = inside[:, None] & (f < d)[None, :]
     return tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0)
@@ -44,16 +46,19 @@ def split_scale(
     scale,  # [BLOCK] 1/||w||
     COMPUTE: tl.constexpr,
 ):
-    """power, which brings a weight near to unit norm before it is rounded, and factor, the rest of its scale.
+    """exponent_scale and residual_scale, whose product is `scale`.
 
-    float16 has few exponents; a power of two changes no other bit.
+    exponent_scale, a power of two, brings a weight near unit norm before it is rounded: float16 has a small exponent
+    range, and a power of two changes nothing but the exponent. residual_scale, in [1, 2), multiplies the products.
+    For float32 operands exponent_scale is 1.
     """
-    power = tl.full(scale.shape, 1.0, tl.float32)
-    factor = scale
+    exponent_scale = tl.full(scale.shape, 1.0, tl.float32)
+    residual_scale = scale
     if COMPUTE != tl.float32:
-        power = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        factor = tl.where(power == 0, 0.0, scale / tl.where(power == 0, 1.0, power))
-    return power, factor
+        exponent_scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        zero = exponent_scale == 0
+        residual_scale = tl.where(zero, 0.0, scale / tl.where(zero, 1.0, exponent_scale))
+    return exponent_scale, residual_scale
 
 
 @triton.jit
@@ -81,7 +86,7 @@ def operand_tile(
 def logits(
     x,  # [B, d] operands, or a descriptor of them
     o,  # [n, d] likewise
-    factor,  # [n] or None
+    residual_scale,  # [n] or None
     bias,  # [n] or None
     row,
     col,
@@ -93,15 +98,15 @@ def logits(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """z [BLOCK_B, BLOCK_C] from `row` and `col` on; what lies past the last class is left to the caller."""
+    """z [BLOCK_B, BLOCK_C] from `row` and `col` on; the caller masks columns past the last class."""
     z = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
     for start in range(0, d, BLOCK_D):
         xt = operand_tile(x, row, start, B, d, BLOCK_B, BLOCK_D, TMA)
         ot = operand_tile(o, col, start, n, d, BLOCK_C, BLOCK_D, TMA)
         z = tl.dot(xt, ot.T, z, input_precision="ieee")
     cols = col + tl.arange(0, BLOCK_C)
-    if factor is not None:
-        z = z * tl.load(factor + cols, mask=cols < n, other=0.0)[None, :]
+    if residual_scale is not None:
+        z = z * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
     if bias is not None:
         z = z + tl.load(bias + cols, mask=cols < n, other=0.0)[None, :]
     return z
@@ -115,7 +120,7 @@ def own_columns(
     first,
     n,
 ):
-    """Each row's own class as a column of the wave that begins at place `first`; -1 where it is not there."""
+    """Each row's own class as a column of the chunk that begins at class index `first`; -1 where it is not there."""
     own = tl.load(y + at, mask=at < B, other=-1) - first
     return tl.where((own >= 0) & (own < n), own, -1).to(tl.int32)
 
@@ -126,5 +131,5 @@ def contains_any(
     col,
     BLOCK_C: tl.constexpr,
 ):
-    """Whether some row's own class is in the tile: few tiles pay for a mask, where there are many classes."""
+    """Whether some row's own class is in the tile: with many classes that is rare, and other tiles need no mask."""
     return tl.max(((own >= col) & (own < col + BLOCK_C)).to(tl.int32), 0) > 0

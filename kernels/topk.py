@@ -1,12 +1,13 @@
-"""Exact top-k beside the product, in memory that does not grow with the number of classes.
+"""Exact top-k from group maxima, in memory that does not grow with the number of classes.
 
     topk_i = the k largest z_ij, j != y_i          ties: the smaller class
 
-GROUP neighbouring classes are a group; the product leaves the largest logit of each, row by row, wave by wave. The k
-largest logits lie in the k groups with the largest maxima, equal maxima preferring the smaller group. So only the k
-best groups so far are held, and at the end they are scored once more. That second score is a dot of its own, not the
-product's: it may differ from it in the last bits, so classes that are that close may change places. Equal logits that
-are exact in both (equal weight rows, small integers) keep their order.
+GROUP neighboring classes are a group; for each chunk of classes the product kernel writes the largest logit of each
+group, for each row. The k largest logits lie in the k groups with the largest maxima, where of equal maxima the smaller
+group is taken. So only the k best groups so far are kept, and at the end the logits of their classes are computed once
+more (rescored). The rescore computes dot products of its own, which may differ from the GEMM's in the last bits, so
+classes whose logits are that close may change places. Equal logits that are exact in both (equal weight rows, small
+integers) keep their order.
 
 Letters: B rows, C classes, n classes in all, d features, k.
 """
@@ -22,14 +23,14 @@ from . import operands
 from .operands import GROUP, TYPES, whole_rows
 from .tile import inverse_norms, split_scale, weight_rows
 
-SEARCHED = 1024  # numbers looked through at a time
+SEARCHED = 1024  # numbers searched at a time
 
 
 @triton.jit(do_not_specialize=["fresh_row", "m", "first"])
 def keep_best_kernel(
-    values,  # [B, k] float32, changed: the best so far, in no order
-    places,  # [B, k] int32, changed
-    fresh,  # [B, m] float32, of the places from `first` on, which come after all that are held
+    values,  # [B, k] float32, changed: the best so far, unordered
+    indices,  # [B, k] int32, changed
+    fresh,  # [B, m] float32, new numbers of indices from `first` on; larger than all indices that are held
     fresh_row,
     m,
     first,
@@ -37,11 +38,11 @@ def keep_best_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A fresh number takes the place of the worst held one, of equal ones the last, as long as it is larger."""
+    """Replaces the smallest number held by a larger fresh one; of equal smallest ones, that of the largest index."""
     i = tl.program_id(0).to(tl.int64)
     slot, spot = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
     held = tl.load(values + i * k + slot, mask=slot < k, other=float("inf"))
-    at = tl.load(places + i * k + slot, mask=slot < k, other=-1)
+    at = tl.load(indices + i * k + slot, mask=slot < k, other=-1)
     worst = tl.min(held, 0)
     start = 0
     while start < m:
@@ -56,7 +57,7 @@ def keep_best_kernel(
             best, found = tl.max(v, 0, return_indices=True)
         start += BLOCK
     tl.store(values + i * k + slot, held, mask=slot < k)
-    tl.store(places + i * k + slot, at, mask=slot < k)
+    tl.store(indices + i * k + slot, at, mask=slot < k)
 
 
 @triton.jit(do_not_specialize=["n", "groups_row"])
@@ -79,38 +80,39 @@ def rescore_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z of one row and one group, by dots of their own; -inf at the row's own class and past the last."""
+    """z of one row and the classes of one group, without a GEMM; -inf at the row's own class and past the last."""
     i = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, BLOCK_D)
     xt = tl.load(x + i * d + f, mask=f < d, other=0.0).to(tl.float32)
     first = tl.load(groups + i * groups_row + tl.program_id(1)).to(tl.int64) * GROUP
     for part in range(0, GROUP, BLOCK_C):
-        place = first + part + tl.arange(0, BLOCK_C)
-        inside = place < n
-        wt = weight_rows(w, class_ids, place, inside, w_row, w_feature, d, BLOCK_D)
+        index = first + part + tl.arange(0, BLOCK_C)
+        inside = index < n
+        wt = weight_rows(w, class_ids, index, inside, w_row, w_feature, d, BLOCK_D)
         if NORMALIZE:
-            power, factor = split_scale(inverse_norms(wt), COMPUTE)
-            z = tl.sum((wt * power[:, None]).to(COMPUTE).to(tl.float32) * xt[None, :], 1) * factor
+            exponent_scale, residual_scale = split_scale(inverse_norms(wt), COMPUTE)
+            ot = (wt * exponent_scale[:, None]).to(COMPUTE)
+            z = tl.sum(ot.to(tl.float32) * xt[None, :], 1) * residual_scale
         else:
             z = tl.sum(wt.to(COMPUTE).to(tl.float32) * xt[None, :], 1)
         if bias is not None:
-            z = z + tl.load(bias + place, mask=inside, other=0.0)
-        z = tl.where(inside & (place != tl.load(y + i)), z, float("-inf"))
+            z = z + tl.load(bias + index, mask=inside, other=0.0)
+        z = tl.where(inside & (index != tl.load(y + i)), z, float("-inf"))
         out = (i * tl.num_programs(1) + tl.program_id(1)) * GROUP + part + tl.arange(0, BLOCK_C)
         tl.store(scores + out, z)
 
 
 class Best:
-    """The k best of the numbers that each of B rows was shown, and their places."""
+    """For each of B rows: the k largest of the numbers added so far, and their indices."""
 
-    def __init__(self, B: int, k: int, nowhere: int, device: torch.device) -> None:
+    def __init__(self, B: int, k: int, missing: int, device: torch.device) -> None:
         self.values = torch.full((B, k), -math.inf, dtype=torch.float32, device=device)
-        self.places = torch.full((B, k), nowhere, dtype=torch.int32, device=device)
+        self.indices = torch.full((B, k), missing, dtype=torch.int32, device=device)
 
-    def add(self, fresh: Tensor, first: int) -> None:  # [B, m] float32, of the places from `first` on
+    def add(self, fresh: Tensor, first: int) -> None:  # [B, m] float32, of indices from `first` on
         B, k = self.values.shape
         keep_best_kernel[(B,)](
-            self.values, self.places, fresh, fresh.stride(0), fresh.shape[1], first,
+            self.values, self.indices, fresh, fresh.stride(0), fresh.shape[1], first,
             k=k, BLOCK_K=triton.next_power_of_2(k), BLOCK=SEARCHED, num_warps=1,
         )  # fmt: skip
 
@@ -124,8 +126,8 @@ def classes_of_best(
     class_ids: Tensor | None,  # [n]
     normalize_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
-    """The k largest of the k best groups; (-inf, -1) where there are fewer."""
-    groups = best.places.sort(dim=1).values  # in order of class
+    """Values and class indices of the k largest logits in the k best groups; (-inf, -1) where there are fewer."""
+    groups = best.indices.sort(dim=1).values  # in order of class
     (B, k), n, d = groups.shape, len(w) if class_ids is None else len(class_ids), w.shape[1]
     found = Best(B, k, 0, x.device)
     at_once = max(operands.WORKSPACE // (4 * GROUP * max(B, 1)), 1)
@@ -137,8 +139,8 @@ def classes_of_best(
             d=d, GROUP=GROUP, COMPUTE=TYPES[x.dtype], NORMALIZE=normalize_weight, **whole_rows(d),
         )  # fmt: skip
         found.add(scores.flatten(1), first * GROUP)
-    places, order = found.places.long().sort(dim=1)
+    indices, order = found.indices.long().sort(dim=1)
     values, by_value = found.values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, by_value)
-    classes = groups.long().gather(1, places // GROUP) * GROUP + places % GROUP
+    indices = indices.gather(1, by_value)
+    classes = groups.long().gather(1, indices // GROUP) * GROUP + indices % GROUP
     return values, classes.masked_fill(values == -math.inf, -1)

@@ -1,4 +1,4 @@
-// Which of the kernel objects runs on this machine: the one ATen chose for itself (ATEN_CPU_CAPABILITY lowers it).
+// Chooses the kernel object that runs on this machine: the capability ATen chose (ATEN_CPU_CAPABILITY can lower it).
 #include "capability.h"
 
 #include <ATen/Version.h>
@@ -37,7 +37,7 @@ std::string cpu_kernels() {
 
 namespace {
 
-// oneDNN may have been told to use less than the chip has: one small product tells.
+// The environment may limit oneDNN to less than the CPU has: one small product finds out.
 bool multiplies_bfloat16() {
   constexpr int64_t n = 16, k = 2;
   const Bf16 one = Bf16(bf16_bits(1.f) >> 16), three = Bf16(bf16_bits(3.f) >> 16);

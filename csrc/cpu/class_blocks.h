@@ -1,4 +1,4 @@
-// Blocks of classes, shared out over threads: what the forward and the backward pass of nontarget_lse both walk over.
+// Blocks of classes, divided among threads: what the forward and the backward pass of nontarget_lse both iterate over.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -36,8 +36,8 @@ auto dispatch_operands(at::ScalarType dtype, const optional<at::ScalarType>& com
 constexpr int64_t kBlock = 256;    // classes of a tile
 constexpr int64_t kRowTile = 256;  // rows of a tile, at most
 
-// t with rows of `fill` after its own, B in all.
-inline Tensor padded(const Tensor& t /* [given, ...] */, int64_t B, double fill) {
+// t with rows of `fill` appended, B in all.
+inline Tensor padded(const Tensor& t /* [unpadded, ...] */, int64_t B, double fill) {
   if (t.size(0) == B) return t;
   auto sizes = t.sizes().vec();
   sizes[0] = B;
@@ -46,20 +46,20 @@ inline Tensor padded(const Tensor& t /* [given, ...] */, int64_t B, double fill)
   return out;
 }
 
-// Lines of numbers as operands of products: exact types serve as they are given, others are rounded first.
+// A matrix as operand of products: float32 and float64 in place; for bfloat16 a rounded copy, and one in VNNI layout.
 template <typename O>
-struct Lines {
+struct PackedOperand {
   using T = Sum<O>;
   static constexpr int64_t lanes = Operand<O>::lanes;
   std::vector<O> rounded_;
-  std::vector<Word<O>> joined_;
-  const O* left = nullptr;         // [n, ld], zeros after the d numbers of a line
+  std::vector<Word<O>> vnni_;
+  const O* left = nullptr;         // [n, ld], zeros after the d numbers of a row
   const Word<O>* right = nullptr;  // [n / lanes, ld_right]
   int64_t ld = 0, ld_right = 0;
 
-  static int64_t whole(int64_t size) { return at::divup(size, lanes) * lanes; }  // in full words
+  static int64_t whole(int64_t size) { return at::divup(size, lanes) * lanes; }  // rounded up to full words
 
-  void set(const T* in, int64_t ld_in, int64_t n, int64_t d, bool want_right) {
+  void set(const T* in, int64_t ld_in, int64_t n, int64_t d, bool need_right) {
     if constexpr (lanes == 1) {
       left = right = in;
       ld = ld_right = ld_in;
@@ -67,37 +67,37 @@ struct Lines {
       const auto& kernels = nontarget_lse_kernels<O>();
       ld = whole(d), ld_right = d;
       rounded_.resize(n * ld);
-      kernels.round_lines(in, ld_in, n, d, rounded_.data(), ld);
+      kernels.round_rows(in, ld_in, n, d, rounded_.data(), ld);
       left = rounded_.data();
-      if (!want_right) return;
-      joined_.resize(whole(n) / lanes * d);
-      kernels.join_lines(left, ld, n, d, joined_.data());
-      right = joined_.data();
+      if (!need_right) return;
+      vnni_.resize(whole(n) / lanes * d);
+      kernels.pack_vnni(left, ld, n, d, vnni_.data());
+      right = vnni_.data();
     }
   }
 };
 
-// What both passes read: the operands, and x packed for the products, with zero rows of no class up to a padded count.
+// What both passes read: the operands, and x packed for the products. Rows of zeros without a class pad x to B.
 template <typename O>
 struct Problem {
   using T = Sum<O>;
   static constexpr int64_t lanes = Operand<O>::lanes;
-  Operands o;              // owns w and class_ids
-  int64_t given, B, d, C;  // rows of the caller, with padding; features; classes
-  Tensor x_, y_, bias_;    // own what the pointers below point to
+  Operands o;                 // owns w and class_ids
+  int64_t unpadded, B, d, C;  // rows of the caller, rows with padding, features, classes
+  Tensor x_, y_, bias_;       // own what the pointers below point to
   ClassRows<T> w;
   const T *x, *bias;  // [B, d], [C] or null
   const int64_t* y;   // [B]
   int64_t tile;
   bool normalize;
   const NontargetLseKernels<O>& kernels = nontarget_lse_kernels<O>();
-  Lines<O> features;             // x as operand
-  std::vector<Word<O>> packed_;  // row tiles of x^T, one after the other
+  PackedOperand<O> x_operand;
+  std::vector<Word<O>> transposed_;  // tiles of rows, each as x^T, one after the other
 
   explicit Problem(const Operands& operands)
       : o(operands),
-        given(o.x.size(0)),
-        B(padded_count(given)),
+        unpadded(o.x.size(0)),
+        B(padded_count(unpadded)),
         d(o.x.size(1)),
         C(o.classes()),
         x_(padded(o.x, B, 0)),
@@ -113,32 +113,33 @@ struct Problem {
     }
     const int64_t tiles = std::max<int64_t>(1, at::divup(B, kRowTile));
     tile = std::max<int64_t>(kPad, padded_count(at::divup(B, tiles)));
-    features.set(x, d, B, d, true);
-    pack();
+    x_operand.set(x, d, B, d, true);
+    transpose();
   }
 
-  void pack() {
-    packed_.resize(B * width());
+  void transpose() {
+    transposed_.resize(B * width());
     for (int64_t i0 = 0; i0 < B; i0 += tile)
-      kernels.transpose(reinterpret_cast<const Word<O>*>(features.left + i0 * features.ld), std::min(tile, B - i0),
-                        width(), packed_.data() + i0 * width());
+      kernels.transpose(reinterpret_cast<const Word<O>*>(x_operand.left + i0 * x_operand.ld), std::min(tile, B - i0),
+                        width(), transposed_.data() + i0 * width());
   }
 
-  int64_t width() const { return at::divup(d, lanes); }                              // words of a row
-  const Word<O>* packed(int64_t i0) const { return packed_.data() + i0 * width(); }  // [width, m], from row i0
-  const Word<O>* lines(int64_t i0) const { return features.right + i0 / lanes * features.ld_right; }  // [m / lanes, d]
+  int64_t width() const { return at::divup(d, lanes); }  // words of a row
+  // Of the tile from row i0: x^T [width, m], and x as right operand [m / lanes, d].
+  const Word<O>* transposed(int64_t i0) const { return transposed_.data() + i0 * width(); }
+  const Word<O>* right(int64_t i0) const { return x_operand.right + i0 / lanes * x_operand.ld_right; }
   int64_t blocks() const { return at::divup(C, kBlock); }
 };
 
-// A thread's room for one block of classes and one tile of logits.
+// A thread's buffers for one block of classes and one tile of logits.
 template <typename O>
 struct Block {
   using T = Sum<O>;
   const Problem<O>& p;
   std::vector<T> scale_, z_, copy_;
-  std::vector<Word<O>> factors_;
+  std::vector<Word<O>> operand_;
   std::vector<int32_t> target_;
-  Lines<O> classes;  // w as operand
+  PackedOperand<O> w_operand;
   int64_t first = 0, n = 0, ld = 0;
   const T* w = nullptr;
   T largest_scale = 1;
@@ -148,37 +149,37 @@ struct Block {
         scale_(kBlock, T(1)),
         z_(kBlock * p.tile),
         copy_(p.w.copies() ? kBlock * p.d : 0),
-        factors_(p.lanes > 1 ? kBlock / p.lanes * p.tile : 0),
+        operand_(p.lanes > 1 ? kBlock / p.lanes * p.tile : 0),
         target_(p.tile) {}
   ~Block() { release<O>(); }
 
-  void load(int64_t index, bool want_right) {
+  void load(int64_t index, bool need_right) {
     first = index * kBlock;
     n = std::min(kBlock, p.C - first);
     w = p.w.block(first, n, copy_.data(), ld);
     if (p.normalize) p.kernels.inverse_norms(w, ld, n, p.d, scale_.data());
     largest_scale = *std::max_element(scale_.begin(), scale_.begin() + n);
-    classes.set(w, ld, n, p.d, want_right);
+    w_operand.set(w, ld, n, p.d, need_right);
   }
 
   // The products of this block with rows i0 .. i0 + m.
   Tile<T> products(int64_t i0, int64_t m) {
-    gemm(n, m, p.width() * p.lanes, classes.left, classes.ld, p.packed(i0), m, z_.data(), m, false);
+    gemm(n, m, p.width() * p.lanes, w_operand.left, w_operand.ld, p.transposed(i0), m, z_.data(), m, false);
     for (int64_t i = 0; i < m; ++i) {
-      const int64_t line = p.y[i0 + i] - first;
-      target_[i] = line >= 0 && line < n ? int32_t(line) : -1;
+      const int64_t own = p.y[i0 + i] - first;
+      target_[i] = own >= 0 && own < n ? int32_t(own) : -1;
     }
     return {z_.data(), n, m, first, scale_.data(), p.bias ? p.bias + first : nullptr, target_.data()};
   }
 
-  // Where the tile's e or g goes, as operand of the next product: exact types take the place of z.
-  Word<O>* factors() {
+  // Where the tile's e or g is written, as operand of the next product: over z, unless it is rounded.
+  Word<O>* operand() {
     if constexpr (Problem<O>::lanes == 1) return z_.data();
-    return factors_.data();
+    return operand_.data();
   }
 };
 
-// Calls work(thread, first block, last block) once per thread that has blocks, on equal contiguous shares.
+// Divides the blocks into equal contiguous ranges, one per thread, and calls work(thread, first block, end block).
 template <typename F>
 void share_blocks(int64_t blocks, int64_t threads, const F& work) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

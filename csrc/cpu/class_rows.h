@@ -1,4 +1,4 @@
-// The class weights as the caller gave them: any strides, all classes or a selection, read a block at a time.
+// Reads class weights a block at a time, with any strides; all classes or those of class_ids.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,15 +15,15 @@ class ClassRows {
       : data_(w.const_data_ptr<T>()),
         stride_(w.stride(0)),
         column_(w.size(1) == 1 ? 1 : w.stride(1)),
-        rows_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
+        class_ids_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
         count(class_ids ? class_ids->size(0) : w.size(0)),
         d(w.size(1)) {}
 
-  // Whether block() and row() need room to copy into: a selection, columns that are not adjacent, or lines that
-  // overlap or lie so far apart that a matrix product takes no such leading dimension.
-  bool copies() const { return rows_ != nullptr || column_ != 1 || stride_ < d || stride_ > (1 << 24); }
+  // Whether block() and row() copy into the caller's buffer: with class_ids, with columns that are not adjacent, and
+  // with rows that overlap or lie so far apart that a matrix product takes no such leading dimension.
+  bool copies() const { return class_ids_ != nullptr || column_ != 1 || stride_ < d || stride_ > (1 << 24); }
 
-  // n consecutive classes from `first`: in place, or gathered into buffer [n, d]; ld is set to the distance of lines.
+  // n consecutive classes from index `first`: in place, or gathered into buffer [n, d]; sets ld, the leading dimension.
   const T* block(int64_t first, int64_t n, T* buffer, int64_t& ld) const {
     ld = copies() ? d : stride_;
     if (!copies()) return data_ + first * stride_;
@@ -39,7 +39,8 @@ class ClassRows {
     return buffer;
   }
 
-  int64_t id(int64_t j) const { return rows_ ? rows_[j] : j; }
+  // The row of w of class index j.
+  int64_t id(int64_t j) const { return class_ids_ ? class_ids_[j] : j; }
 
   const T* row(int64_t j, T* buffer /* [d] */) const {
     int64_t ld;
@@ -51,7 +52,7 @@ class ClassRows {
 
   const T* data_;
   int64_t stride_, column_;
-  const int64_t* rows_;
+  const int64_t* class_ids_;
 
  public:
   const int64_t count, d;

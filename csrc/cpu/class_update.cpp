@@ -1,5 +1,5 @@
-// Optimiser steps of class weights on the CPU. The rules are in csrc/class_update.h, their contract in
-// fastmargin/optim.py.
+// Optimizer steps of class weights on the CPU. The rules are in csrc/optimizer_step.h, their contract in
+// fastmargin/ops/class_update.py.
 #include "class_update.h"
 
 #include <ATen/Parallel.h>
@@ -15,13 +15,13 @@ using std::optional;
 
 constexpr int64_t kGrain = 64;  // classes
 
-// The number of classes that change, and their ids if not all.
-struct Rows {
+// The number of classes that change, and their ids if not all do.
+struct Selection {
   int64_t n;
   optional<Tensor> ids;  // [n] contiguous
 };
 
-Rows checked_rows(const Tensor& w, const optional<Tensor>& class_ids) {
+Selection checked_selection(const Tensor& w, const optional<Tensor>& class_ids) {
   TORCH_CHECK_VALUE(w.dim() == 2 && (w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble),
                     "want a weight [C, d] of float32 or float64; got ", w.sizes(), " ", w.scalar_type());
   if (!class_ids) return {w.size(0), std::nullopt};
@@ -35,7 +35,7 @@ void class_update(const Tensor& w,                    // [C, d], changed
                   const Tensor& grad,                 // [n, d]
                   const optional<Tensor>& class_ids,  // [n]
                   c10::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale /* [] */) {
-  const Rows which = checked_rows(w, class_ids);
+  const Selection which = checked_selection(w, class_ids);
   const int64_t d = w.size(1);
   const Tensor g = checked_like("grad", grad, {which.n, d}, w.scalar_type());
   dispatch(w.scalar_type(), [&](auto t) {
@@ -47,12 +47,12 @@ void class_update(const Tensor& w,                    // [C, d], changed
   });
 }
 
-// (v, w) := p (v, w): what steps of SGD without a gradient have done to a class that sat out.
+// (v, w) := p (v, w): the steps of SGD that a class has missed while it had no gradient, as one 2 x 2 matrix.
 void class_lazy_update(const Tensor& w,                    // [C, d], changed
                        const optional<Tensor>& v,          // [C, d], changed
                        const optional<Tensor>& class_ids,  // [n]
                        const Tensor& products /* [n, 4] */) {
-  const Rows which = checked_rows(w, class_ids);
+  const Selection which = checked_selection(w, class_ids);
   const int64_t d = w.size(1);
   const Tensor p = checked_like("products", products, {which.n, 4}, w.scalar_type());
   TORCH_CHECK_VALUE(w.is_contiguous(), "want a contiguous weight");

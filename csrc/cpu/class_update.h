@@ -1,4 +1,4 @@
-// An optimiser step of class weights in place: which rule, on which rows.
+// An optimizer step of class weights, in place.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,32 +22,32 @@ class ClassUpdate {
         w_(w.data_ptr<T>()),
         first_(state.size() > 0 ? state[0].data_ptr<T>() : nullptr),
         second_(state.size() > 1 ? state[1].data_ptr<T>() : nullptr),
-        rows_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
+        class_ids_(class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr),
         d_(w.size(1)),
-        factor_(grad_scale ? T(1 / grad_scale->item<double>()) : T(1)),
-        finite_(grad_scale) {}
+        inverse_grad_scale_(grad_scale ? T(1 / grad_scale->item<double>()) : T(1)),
+        skip_not_finite_(grad_scale) {}
 
-  // The class at this place with its gradient.
-  void step(int64_t place, const T* g /* [d] */) const {
+  // Steps one class, by its index: in class_ids where given, else in w.
+  void step(int64_t index, const T* g /* [d] */) const {
     if (rule_.is_sgd) {
-      kernels_.sgd(rule_.sgd, row(place), g, factor_, finite_, d_);
+      kernels_.sgd(rule_.sgd, row(index), g, inverse_grad_scale_, skip_not_finite_, d_);
     } else {
-      kernels_.adamw(rule_.adamw, row(place), g, factor_, finite_, d_);
+      kernels_.adamw(rule_.adamw, row(index), g, inverse_grad_scale_, skip_not_finite_, d_);
     }
   }
 
  private:
-  ClassRow<T> row(int64_t place) const {
-    const int64_t at = (rows_ ? rows_[place] : place) * d_;
+  ClassRow<T> row(int64_t index) const {
+    const int64_t at = (class_ids_ ? class_ids_[index] : index) * d_;
     return {w_ + at, first_ ? first_ + at : nullptr, second_ ? second_ + at : nullptr};
   }
 
   Rule rule_;
   T *w_, *first_, *second_;
-  const int64_t* rows_;
+  const int64_t* class_ids_;
   int64_t d_;
-  T factor_;
-  bool finite_;
+  T inverse_grad_scale_;
+  bool skip_not_finite_;
   const ClassUpdateKernels<T>& kernels_ = class_update_kernels<T>();
 };
 

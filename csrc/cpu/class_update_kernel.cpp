@@ -7,35 +7,35 @@ namespace fastmargin {
 namespace {
 
 template <typename T>
-bool is_finite(const T* g, T factor, int64_t d) {
+bool is_finite(const T* g, T scale, int64_t d) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < d; ++c) sum += g[c] * factor * T(0);
+  for (int64_t c = 0; c < d; ++c) sum += g[c] * scale * T(0);
   return sum == T(0);
 }
 
 template <bool one, bool two, typename T, typename Rule>
-FM_INLINE void step(const Rule rule, const ClassRow<T> row, const T* g, T factor, int64_t d) {
+FM_INLINE void step(const Rule rule, const ClassRow<T> row, const T* g, T scale, int64_t d) {
 #pragma omp simd
   for (int64_t c = 0; c < d; ++c) {
     T first = one ? row.first[c] : T(0), second = two ? row.second[c] : T(0);
-    rule.step(row.w[c], first, second, g[c] * factor);
+    rule.step(row.w[c], first, second, g[c] * scale);
     if constexpr (one) row.first[c] = first;
     if constexpr (two) row.second[c] = second;
   }
 }
 
 template <typename T>
-bool sgd(const Sgd& rule, const ClassRow<T>& row, const T* g, T factor, bool finite, int64_t d) {
-  if (finite && !is_finite(g, factor, d)) return false;
-  row.first ? step<true, false>(rule, row, g, factor, d) : step<false, false>(rule, row, g, factor, d);
+bool sgd(const Sgd& rule, const ClassRow<T>& row, const T* g, T scale, bool skip_not_finite, int64_t d) {
+  if (skip_not_finite && !is_finite(g, scale, d)) return false;
+  row.first ? step<true, false>(rule, row, g, scale, d) : step<false, false>(rule, row, g, scale, d);
   return true;
 }
 
 template <typename T>
-bool adamw(const AdamW& rule, const ClassRow<T>& row, const T* g, T factor, bool finite, int64_t d) {
-  if (finite && !is_finite(g, factor, d)) return false;
-  step<true, true>(rule, row, g, factor, d);
+bool adamw(const AdamW& rule, const ClassRow<T>& row, const T* g, T scale, bool skip_not_finite, int64_t d) {
+  if (skip_not_finite && !is_finite(g, scale, d)) return false;
+  step<true, true>(rule, row, g, scale, d);
   return true;
 }
 

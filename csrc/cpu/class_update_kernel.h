@@ -1,4 +1,4 @@
-// What class_update.cpp asks of a compiled kernel object; there is one such table per type and CPU capability.
+// The kernels that class_update.cpp calls, as a table of function pointers: one table per type and CPU capability.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastmargin {
 
-// A class weight and the states of its optimiser; a state that the rule does not use is null.
+// A class weight and its optimizer states; a state that the rule does not use is null.
 template <typename T>
 struct ClassRow {
   T *w, *first, *second;  // [d]
@@ -15,9 +15,9 @@ struct ClassRow {
 
 template <typename T>
 struct ClassUpdateKernels {
-  // A step with the gradient g times `factor`. False, and nothing is done, where `finite` is asked for and g is not.
-  bool (*sgd)(const Sgd&, const ClassRow<T>&, const T* g /* [d] */, T factor, bool finite, int64_t d);
-  bool (*adamw)(const AdamW&, const ClassRow<T>&, const T* g /* [d] */, T factor, bool finite, int64_t d);
+  // A step with the gradient g * scale. With skip_not_finite: false, and no step, where g is not finite.
+  bool (*sgd)(const Sgd&, const ClassRow<T>&, const T* g /* [d] */, T scale, bool skip_not_finite, int64_t d);
+  bool (*adamw)(const AdamW&, const ClassRow<T>&, const T* g /* [d] */, T scale, bool skip_not_finite, int64_t d);
   // (first, w) := p (first, w) for each number, p [4] = a 2 x 2 matrix by rows
   void (*transform)(const ClassRow<T>&, const T* p /* [4] */, int64_t d);
 };

@@ -1,7 +1,7 @@
 // One thread's matrix product inside a parallel region.
 //
 // brgemm is oneDNN's kernel for blocks that fit the cache; on AVX-512 machines it runs float32 at more than twice the
-// rate of a BLAS call, and elsewhere it makes one. It knows no float64: those products go through ATen.
+// rate of a BLAS call, and on others it makes one. It has no float64: those products go through ATen.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,19 +19,20 @@
 
 namespace fastmargin {
 
-// Worker threads inherit neither grad mode nor autocast: below both, whatever the caller's state.
+// Worker threads inherit neither grad mode nor autocast: this switches both off, whatever the caller's state.
 struct PlainAten {
   at::AutoDispatchBelowAutograd below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// oneDNN compiles a kernel for every shape it meets and keeps it: sides come in multiples of this, so that shapes are
-// few whatever the batches.
+// oneDNN compiles and keeps a kernel for every shape it meets: sizes are padded to multiples of this, so that there are
+// few shapes, whatever the batch sizes.
 constexpr int64_t kPad = 16;
 
 inline int64_t padded_count(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-// c [m, n] = a [m, k] b [k, n], or += ; row-major with leading dimensions. b of bfloat16 is in words: [k / 2, n].
+// c [m, n] = a [m, k] b [k, n], or +=; row-major with leading dimensions. b of bfloat16 is in VNNI layout: [k / 2, n]
+// words of two.
 inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc, bool add) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
@@ -56,7 +57,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, 
   }
 }
 
-// Ends a thread's products: where bfloat16 ones use a matrix unit (AMX), it is in their state until then.
+// Ends a thread's products. bfloat16 ones may use AMX tiles, which stay configured until they are released.
 template <typename O>
 void release() {
   if constexpr (Operand<O>::lanes > 1) at::native::cpublas::brgemm_release();

@@ -15,7 +15,7 @@ T squared_distance(const T* a, const T* b, int64_t d) {
 }
 
 template <typename T>
-void turn(const T* in, int64_t n, int64_t d, int64_t padded, T* out) {
+void transpose(const T* in, int64_t n, int64_t d, int64_t padded, T* out) {
   constexpr int64_t side = 16;
   for (int64_t c0 = 0; c0 < d; c0 += side)
     for (int64_t i0 = 0; i0 < padded; i0 += side) {
@@ -28,10 +28,11 @@ void turn(const T* in, int64_t n, int64_t d, int64_t padded, T* out) {
 }
 
 template <typename T>
-void centre(const T* points, const T* mean, int64_t n, int64_t padded, int64_t d, T* centred, T* turned, T* squares) {
+void center(const T* points, const T* mean, int64_t n, int64_t padded, int64_t d, T* centered, T* transposed,
+            T* squares) {
   for (int64_t i = 0; i < n; ++i) {
     const T* in = points + i * d;
-    T* out = centred + i * d;
+    T* out = centered + i * d;
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < d; ++c) {
@@ -40,40 +41,41 @@ void centre(const T* points, const T* mean, int64_t n, int64_t padded, int64_t d
     }
     squares[i] = sum;
   }
-  memset(centred + n * d, 0, (padded - n) * d * sizeof(T));
+  memset(centered + n * d, 0, (padded - n) * d * sizeof(T));
   for (int64_t i = n; i < padded; ++i) squares[i] = T(INFINITY);
-  if (turned) turn(centred, n, d, padded, turned);
+  if (transposed) transpose(centered, n, d, padded, transposed);
 }
 
-// The slope of a pair at both ends, from the difference itself.
+// Adds the slope of one pair, from the difference of its points: to a's point, and with `both` to b's, too.
 template <typename T>
-void add_slope(const Side<T>& a, const Side<T>& b, int64_t i, int64_t j, int64_t d, bool both, T pull) {
+void add_slope(const Side<T>& a, const Side<T>& b, int64_t i, int64_t j, int64_t d, bool both, T coefficient) {
   const T *from = a.points + i * d, *to = b.points + j * d;
   T *one = a.slope + i * d, *two = b.slope + j * d;
 #pragma omp simd
-  for (int64_t c = 0; c < d; ++c) one[c] += pull * (from[c] - to[c]);
+  for (int64_t c = 0; c < d; ++c) one[c] += coefficient * (from[c] - to[c]);
   if (!both) return;
 #pragma omp simd
-  for (int64_t c = 0; c < d; ++c) two[c] += pull * (to[c] - from[c]);
+  for (int64_t c = 0; c < d; ++c) two[c] += coefficient * (to[c] - from[c]);
 }
 
-// Near pairs of row i are counted here, by their differences, and leave the tile for an infinite distance.
+// Adds the near pairs of row i, computed from differences. In u their distance becomes infinite, so that the sweep over
+// the tile counts them no more.
 template <typename T, typename Phi>
-void count_near(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t i, int64_t d, bool both, T* u,
-                double& potential) {
+void add_near(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t i, int64_t d, bool both, T* u,
+              double& potential) {
   for (int64_t j = 0; j < b.n; ++j) {
     if (b.id[j] == a.id[i] || !near(u[j], a.squares[i] + b.squares[j])) continue;
     const Potential<T> p = phi.at(squared_distance(a.points + i * d, b.points + j * d, d));
     potential += double(p.value * b.weight[j]);
     if (both) b.potential[j] += double(p.value);
-    if (a.slope && p.slope != 0) add_slope(a, b, i, j, d, both, p.slope * b.weight[j]);
+    if (a.slope && p.coefficient != 0) add_slope(a, b, i, j, d, both, p.coefficient * b.weight[j]);
     u[j] = T(INFINITY);
   }
 }
 
 template <bool both, typename T, typename Phi>
 void sweep_row(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t i, int64_t d, T* u, T* values /* [n] */,
-               Pull<T>& pull) {
+               CoefficientSums<T>& sums) {
   const T square = a.squares[i];
   const int32_t id = a.id[i];
   const T *squares = b.squares, *weight = b.weight;
@@ -86,45 +88,45 @@ void sweep_row(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t i, in
     u[j] = v;
   }
   double potential = 0;
-  if (close) count_near(phi, a, b, i, d, both, u, potential);
+  if (close) add_near(phi, a, b, i, d, both, u, potential);
   T total = 0, sum = 0, any = 0;
 #pragma omp simd reduction(+ : total, sum, any)
   for (int64_t j = 0; j < b.padded; ++j) {
     const Potential<T> p = phi.at(ids[j] == id ? T(INFINITY) : u[j]);
-    const T slope = p.slope * weight[j];
+    const T coefficient = p.coefficient * weight[j];
     total += p.value * weight[j];
-    sum += slope;
-    any += p.slope;
-    u[j] = -slope;
+    sum += coefficient;
+    any += p.coefficient;
+    u[j] = -coefficient;
     if constexpr (both) {
       values[j] += p.value;
-      pull.col[j] += slope;
+      sums.col[j] += coefficient;
     }
   }
   a.potential[i] += potential + double(total);
-  pull.row[i] = sum;
-  pull.active |= any != 0;  // before the weights, slopes have one sign
+  sums.row[i] = sum;
+  sums.active |= any != 0;  // without the weights, all have one sign: they cannot cancel
 }
 
 template <bool both, typename T, typename Phi>
-void sweep_tile(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t d, T* u, Pull<T>& pull) {
+void sweep_tile(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t d, T* u, CoefficientSums<T>& sums) {
   T values[kSide] = {};
-  for (int64_t j = 0; j < b.padded; ++j) pull.col[j] = 0;
-  pull.active = false;
-  for (int64_t i = 0; i < a.n; ++i) sweep_row<both>(phi, a, b, i, d, u + i * b.padded, values, pull);
+  for (int64_t j = 0; j < b.padded; ++j) sums.col[j] = 0;
+  sums.active = false;
+  for (int64_t i = 0; i < a.n; ++i) sweep_row<both>(phi, a, b, i, d, u + i * b.padded, values, sums);
   if (both)
     for (int64_t j = 0; j < b.n; ++j) b.potential[j] += double(values[j]);
 }
 
 template <typename T, typename Phi>
-void sweep(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t d, bool both, T* u, Pull<T>& pull) {
-  both ? sweep_tile<true>(phi, a, b, d, u, pull) : sweep_tile<false>(phi, a, b, d, u, pull);
+void sweep(const Phi& phi, const Side<T>& a, const Side<T>& b, int64_t d, bool both, T* u, CoefficientSums<T>& sums) {
+  both ? sweep_tile<true>(phi, a, b, d, u, sums) : sweep_tile<false>(phi, a, b, d, u, sums);
 }
 
 template <typename T>
-void pull_back(const T* pull, const T* centred, int64_t n, int64_t d, T* slope) {
+void add_scaled(const T* coefficients, const T* centered, int64_t n, int64_t d, T* slope) {
   for (int64_t i = 0; i < n; ++i) {
-    const T p = pull[i], *in = centred + i * d;
+    const T p = coefficients[i], *in = centered + i * d;
     T* out = slope + i * d;
 #pragma omp simd
     for (int64_t c = 0; c < d; ++c) out[c] += p * in[c];
@@ -133,10 +135,10 @@ void pull_back(const T* pull, const T* centred, int64_t n, int64_t d, T* slope) 
 
 }  // namespace
 
-#define FM_TABLE(T, name)                                                                                          \
-  extern const PairKernels<T> FM_CONCAT(pair_kernels_##name##_, CPU_CAPABILITY);                                   \
-  const PairKernels<T> FM_CONCAT(pair_kernels_##name##_, CPU_CAPABILITY) = {centre<T>, turn<T>, sweep<T, Inverse>, \
-                                                                            sweep<T, Hinge>, pull_back<T>};
+#define FM_TABLE(T, name)                                                        \
+  extern const PairKernels<T> FM_CONCAT(pair_kernels_##name##_, CPU_CAPABILITY); \
+  const PairKernels<T> FM_CONCAT(pair_kernels_##name##_, CPU_CAPABILITY) = {     \
+      center<T>, transpose<T>, sweep<T, Inverse>, sweep<T, Hinge>, add_scaled<T>};
 FM_TABLE(float, float)
 FM_TABLE(double, double)
 

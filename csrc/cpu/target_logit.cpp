@@ -41,7 +41,7 @@ Tensor target_logit(const Tensor& x,                    // [B, d]
                     const optional<Tensor>& bias,       // [C]
                     const optional<Tensor>& class_ids,  // [n]
                     bool normalize_weight) {
-  const Operands o = checked(x, w, y, bias, class_ids, normalize_weight);
+  const Operands o = checked_values(x, w, y, bias, class_ids, normalize_weight);
   return dispatch(x.scalar_type(), [&](auto t) { return dots<decltype(t)>(o); });
 }
 

@@ -1,5 +1,5 @@
-// A step of class weights on a GPU, and the shadow of them that it keeps: host code of the op and of the backward pass
-// that steps.
+// An optimizer step of class weights on a GPU, and the operand cache that it keeps up to date: host code shared by
+// class_update and nontarget_lse_bwd_update.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,8 +9,8 @@
 
 #include "../check.h"
 #include "../class_rule.h"
-#include "glue.h"
 #include "launch.h"
+#include "ops.h"
 
 namespace fastmargin::cuda {
 
@@ -18,31 +18,31 @@ inline OperandType operand_type(at::ScalarType t) {
   return t == at::kBFloat16 ? OperandType::kBf16 : t == at::kHalf ? OperandType::kHalf : OperandType::kFloat;
 }
 
-// Of the weights w [C, d], checked; without operands there is none.
-inline Shadow shadow_of(const Tensor& w, bool normalize, at::ScalarType type,
-                        const optional<Tensor>& operands /* [C, d] */,
-                        const optional<Tensor>& scales /* [2, C] power, factor */) {
+// The operand cache of the weights w [C, d], checked; empty without operands.
+inline OperandCache operand_cache_of(const Tensor& w, bool normalize, at::ScalarType type,
+                                     const optional<Tensor>& operands /* [C, d] */,
+                                     const optional<Tensor>& scales /* [2, C] exponent_scale, residual_scale */) {
   TORCH_CHECK_VALUE(operands.has_value() == scales.has_value(), "want operands with their scales, or neither");
   if (!operands) return {OperandType::kFloat, nullptr, nullptr, nullptr, normalize};
   TORCH_CHECK_VALUE(type == at::kBFloat16 || type == at::kHalf, "want operands of bfloat16 or float16; got ", type);
   const int64_t C = w.size(0);
-  const bool whole = checked_like("operands", *operands, w.sizes(), type, w.device()).is_same(*operands) &&
-                     checked_like("scales", *scales, {2, C}, at::kFloat, w.device()).is_same(*scales);
-  TORCH_CHECK_VALUE(whole, "want contiguous operands and scales");
-  float* power = scales->data_ptr<float>();
-  return {operand_type(type), operands->data_ptr(), power, power + C, normalize};
+  const bool contiguous = checked_like("operands", *operands, w.sizes(), type, w.device()).is_same(*operands) &&
+                          checked_like("scales", *scales, {2, C}, at::kFloat, w.device()).is_same(*scales);
+  TORCH_CHECK_VALUE(contiguous, "want contiguous operands and scales");
+  float* exponent_scale = scales->data_ptr<float>();
+  return {operand_type(type), operands->data_ptr(), exponent_scale, exponent_scale + C, normalize};
 }
 
 struct ClassStep {
   Rule rule;
   ClassStates states;
-  Shadow shadow;
+  OperandCache cache;
   void* stream;
 
   ClassStep(const Tensor& w /* [C, d] */, at::TensorList state /* [C, d] each */,
             const optional<Tensor>& class_ids /* [n] */, std::string_view name, at::ArrayRef<double> hyper,
-            const optional<Tensor>& grad_scale /* [] */, const Shadow& kept, void* on)
-      : rule(rule_of(name, hyper, w, state)), shadow(kept), stream(on) {
+            const optional<Tensor>& grad_scale /* [] */, const OperandCache& operand_cache, void* on)
+      : rule(rule_of(name, hyper, w, state)), cache(operand_cache), stream(on) {
     const auto data = [&](size_t i) { return state.size() > i ? state[i].data_ptr<float>() : nullptr; };
     states = {w.data_ptr<float>(),
               data(0),
@@ -52,10 +52,10 @@ struct ClassStep {
               w.size(1)};
   }
 
-  // Of the classes from place `first`.
+  // Steps n classes from class index `first`.
   void make(const float* g /* [n, d] */, int64_t first, int64_t n) const {
-    check(rule.is_sgd ? launch_class_update(rule.sgd, states, shadow, g, first, n, stream)
-                      : launch_class_update(rule.adamw, states, shadow, g, first, n, stream));
+    check(rule.is_sgd ? launch_class_update(rule.sgd, states, cache, g, first, n, stream)
+                      : launch_class_update(rule.adamw, states, cache, g, first, n, stream));
   }
 };
 

@@ -1,5 +1,5 @@
-// Optimiser steps of class weights on a GPU: a warp a class. The rules are in csrc/class_update.h. Where a shadow of
-// the weights is kept (fastmargin/ops/shadow.py), the step writes it too, in the same pass over the row.
+// Optimizer steps of class weights on a GPU, one warp per class. The rules are in csrc/optimizer_step.h. Where there is
+// an operand cache (fastmargin/ops/operand_cache.py), the step also writes it, in the same pass over the row.
 #include "block.cuh"
 #include "classes.cuh"
 #include "launch.h"
@@ -8,28 +8,28 @@
 namespace fastmargin {
 namespace {
 
-__device__ inline int64_t offset_of(const ClassStates& s, int64_t place) {
-  return (s.class_ids ? s.class_ids[place] : place) * s.d;
+__device__ inline int64_t offset_of(const ClassStates& s, int64_t index) {
+  return (s.class_ids ? s.class_ids[index] : index) * s.d;
 }
 
-constexpr int kHeld = 16;  // numbers of its new row that a lane keeps: up to d = 512 none is read again
+constexpr int kHeld = 16;  // numbers of the new row that a lane keeps in registers: for d <= 512 none is read again
 
-// Places first .. first + n. With a scale, a class whose gradient is not finite stays as it is, and so does its shadow.
-// A shadow, of operands of type O, has all classes; float: there is none.
+// Steps n classes from class index `first`. With a grad_scale, a class whose gradient is not finite keeps its weights,
+// states and cached operands. The cache holds all classes, as operands of type O; O = float: there is no cache.
 template <typename Rule, typename O>
-__global__ void class_update_kernel(Rule rule, ClassStates s, Shadow kept, const float* g /* [n, d] */, int64_t first,
-                                    int64_t n) {
+__global__ void class_update_kernel(Rule rule, ClassStates s, OperandCache cache, const float* g /* [n, d] */,
+                                    int64_t first, int64_t n) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (j >= n) return;
   const int64_t at = offset_of(s, first + j), tail = lane + kHeld * kWarp;
-  const float factor = s.grad_scale ? 1.0f / *s.grad_scale : 1.0f;
-  float lost = 0;
-  for (int64_t f = lane; s.grad_scale && f < s.d; f += kWarp) lost += g[j * s.d + f] * factor * 0.0f;
-  if (over_warp(lost, [](float a, float b) { return a + b; }) != 0.0f) return;
+  const float inverse_grad_scale = s.grad_scale ? 1.0f / *s.grad_scale : 1.0f;
+  float not_finite = 0;  // stays 0 if all numbers are finite, else becomes NaN
+  for (int64_t f = lane; s.grad_scale && f < s.d; f += kWarp) not_finite += g[j * s.d + f] * inverse_grad_scale * 0.0f;
+  if (over_warp(not_finite, [](float a, float b) { return a + b; }) != 0.0f) return;
   float held[kHeld], squares = 0;
   const auto step = [&](int64_t f) {
     float w = s.w[at + f], one = s.first ? s.first[at + f] : 0.0f, two = s.second ? s.second[at + f] : 0.0f;
-    rule.step(w, one, two, g[j * s.d + f] * factor);
+    rule.step(w, one, two, g[j * s.d + f] * inverse_grad_scale);
     s.w[at + f] = w;
     if (s.first) s.first[at + f] = one;
     if (s.second) s.second[at + f] = two;
@@ -41,16 +41,16 @@ __global__ void class_update_kernel(Rule rule, ClassStates s, Shadow kept, const
     if (lane + l * kWarp < s.d) held[l] = step(lane + l * kWarp);
   for (int64_t f = tail; f < s.d; f += kWarp) step(f);
   if constexpr (rounds<O>()) {
-    O* o = static_cast<O*>(kept.o) + at;
-    float rest;
-    const float power = split_scale<O>(kept.normalize ? inverse_root(squares) : 1.0f, rest);
+    O* o = static_cast<O*>(cache.o) + at;
+    float residual_scale;
+    const float exponent_scale = split_scale<O>(cache.normalize ? inverse_root(squares) : 1.0f, residual_scale);
 #pragma unroll
     for (int l = 0; l < kHeld; ++l)
-      if (lane + l * kWarp < s.d) o[lane + l * kWarp] = rounded(held[l] * power, O());
-    for (int64_t f = tail; f < s.d; f += kWarp) o[f] = rounded(s.w[at + f] * power, O());
+      if (lane + l * kWarp < s.d) o[lane + l * kWarp] = rounded(held[l] * exponent_scale, O());
+    for (int64_t f = tail; f < s.d; f += kWarp) o[f] = rounded(s.w[at + f] * exponent_scale, O());
     if (lane != 0) return;
-    kept.power[first + j] = power;
-    kept.factor[first + j] = rest;
+    cache.exponent_scale[first + j] = exponent_scale;
+    cache.residual_scale[first + j] = residual_scale;
   }
 }
 
@@ -68,23 +68,23 @@ __global__ void class_lazy_update_kernel(ClassStates s, const float* p /* [n, 4]
 }
 
 template <typename Rule>
-int launch_update(const Rule& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first, int64_t n,
-                  void* stream) {
-  return with_operand(kept.type, [&](auto t) {
-    return launch(class_update_kernel<Rule, decltype(t)>, blocks_of(n), stream, rule, s, kept, g, first, n);
+int launch_update(const Rule& rule, const ClassStates& s, const OperandCache& cache, const float* g, int64_t first,
+                  int64_t n, void* stream) {
+  return with_operand(cache.type, [&](auto t) {
+    return launch(class_update_kernel<Rule, decltype(t)>, blocks_of(n), stream, rule, s, cache, g, first, n);
   });
 }
 
 }  // namespace
 
-int launch_class_update(const Sgd& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first,
+int launch_class_update(const Sgd& rule, const ClassStates& s, const OperandCache& cache, const float* g, int64_t first,
                         int64_t n, void* stream) {
-  return launch_update(rule, s, kept, g, first, n, stream);
+  return launch_update(rule, s, cache, g, first, n, stream);
 }
 
-int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& kept, const float* g, int64_t first,
-                        int64_t n, void* stream) {
-  return launch_update(rule, s, kept, g, first, n, stream);
+int launch_class_update(const AdamW& rule, const ClassStates& s, const OperandCache& cache, const float* g,
+                        int64_t first, int64_t n, void* stream) {
+  return launch_update(rule, s, cache, g, first, n, stream);
 }
 
 int launch_class_lazy_update(const ClassStates& s, const float* products, int64_t n, void* stream) {

@@ -1,5 +1,5 @@
 // class_update, class_lazy_update and class_operands on a GPU: checks and launches. Formulas:
-// fastmargin/ops/class_update.py, fastmargin/ops/shadow.py.
+// fastmargin/ops/class_update.py, fastmargin/ops/operand_cache.py.
 #include <c10/core/DeviceGuard.h>
 
 #include <vector>
@@ -53,15 +53,15 @@ void class_lazy_update(const Tensor& w,                    // [C, d], changed
 void class_operands(const Tensor& w,  // [C, d]
                     bool normalize_weight,
                     const Tensor& operands,  // [C, d] changed
-                    const Tensor& scales /* [2, C] changed: power, factor */) {
+                    const Tensor& scales /* [2, C] changed: exponent_scale, residual_scale */) {
   TORCH_CHECK_VALUE(w.dim() == 2, "want w [C, d]; got ", w.sizes());
   check_float(w);
-  const Shadow s = shadow_of(w, normalize_weight, operands.scalar_type(), operands, scales);
+  const OperandCache cache = operand_cache_of(w, normalize_weight, operands.scalar_type(), operands, scales);
   const int64_t C = w.size(0), d = w.size(1);
   const Classes all{
       w.const_data_ptr<float>(), w.stride(0), w.stride(1), nullptr, nullptr, C, d, normalize_weight, 0, C};
   const c10::DeviceGuard guard(w.device());
-  check(launch_operands(s.type, all, s.o, s.power, s.factor, device::stream_of(w)));
+  check(launch_operands(cache.type, all, cache.o, cache.exponent_scale, cache.residual_scale, device::stream_of(w)));
 }
 
 }  // namespace fastmargin::cuda

@@ -1,4 +1,4 @@
-// Class weights as the caller gave them: any strides, all classes or a selection. A warp works on one of them.
+// Reads class weights with any strides, all classes or those of class_ids. A warp works on one class.
 #pragma once
 
 #include "block.cuh"
@@ -6,13 +6,14 @@
 
 namespace fastmargin {
 
-static __device__ inline int64_t id_of(const Classes& c, int64_t place) {
-  return c.class_ids ? c.class_ids[place] : place;
+// The row of w of a class index.
+static __device__ inline int64_t id_of(const Classes& c, int64_t index) {
+  return c.class_ids ? c.class_ids[index] : index;
 }
 
-static __device__ inline const float* row_of(const Classes& c, int64_t place) { return c.w + id_of(c, place) * c.row; }
+static __device__ inline const float* row_of(const Classes& c, int64_t index) { return c.w + id_of(c, index) * c.row; }
 
-// 1 / ||w||, 0 below 1e-12, of the squares that the lanes of a warp have summed.
+// 1 / ||w||, 0 for ||w|| < 1e-12, from each lane's partial sum of squares.
 static __device__ inline float inverse_root(float squares) {
   const float norm = sqrtf(over_warp(squares, [](float a, float b) { return a + b; }));
   return norm < 1e-12f ? 0.0f : 1.0f / norm;

@@ -1,66 +1,67 @@
-// What the host code asks of the kernels: raw pointers, sizes, a stream. No torch header, so nvcc compiles them
-// anywhere. Every launcher returns cudaSuccess (0) or the error of the launch.
+// The launchers of the kernels: they take raw pointers, sizes, a stream. No torch header, so nvcc compiles them on any
+// machine. Every launcher returns cudaSuccess (0) or the error of the launch.
 #pragma once
 
 #include <cstdint>
 
 #include "../optimizer_step.h"
-#include "../pairs.h"
+#include "../pairwise_potential.h"
 
 namespace fastmargin {
 
 enum class OperandType { kFloat, kBf16, kHalf };  // of the matrix products
 
-// The classes of one wave: `n` of them from place `first`, read through `class_ids` where the caller selected some.
+// The weights, and one chunk of classes: `n` of them from class index `first`. A class index counts in class_ids where
+// the caller gave them, else in w.
 struct Classes {
   const float* w;            // [C, d] with strides
   int64_t row, column;       // strides of w, in elements
   const float* bias;         // [C], or null
   const int64_t* class_ids;  // [all] ids, or null
-  int64_t all;               // classes, or selected ones
+  int64_t all;               // classes in w, or in class_ids
   int64_t d;                 //
   bool normalize;            //
-  int64_t first, n;          // of this wave
+  int64_t first, n;          // of this chunk
 };
 
-// The products of all rows with the operands of one wave. The logit is z * factor_j + bias_j.
+// The products of all rows with the operands of one chunk. The logit is z * residual_scale_j + bias_j.
 struct Logits {
-  float* z;             // [B, n]
-  int64_t B;            //
-  const int64_t* y;     // [B] places; out of range: a class that is not here
-  const float* factor;  // [n]
+  float* z;                     // [B, n]
+  int64_t B;                    //
+  const int64_t* y;             // [B] class indices; out of range: the row has no class here
+  const float* residual_scale;  // [n]
 };
 
-// The k best of every row so far, and its sum of exp(z) as shift + log(sum).
+// Per row, over the chunks so far: the k largest logits, and log-sum-exp as shift + log(sum).
 struct RowState {
-  float* shift;         // [B]
-  float* sum;           // [B]
-  float* top_values;    // [B, k]
-  int64_t* top_places;  // [B, k]
+  float* shift;           // [B]
+  float* sum;             // [B]
+  float* topk_values;     // [B, k]
+  int64_t* topk_classes;  // [B, k] class indices
   int64_t k;
 };
 
 // d_target and d_topk, sorted by class.
 struct Entries {
-  const int64_t* place;  // [m]
-  const int64_t* row;    // [m]
-  const float* value;    // [m]
+  const int64_t* class_index;  // [m]
+  const int64_t* row;          // [m]
+  const float* value;          // [m]
   int64_t m;
 };
 
-// x, and what a row's gradients are multiplied by.
+// x, and the incoming gradients.
 struct Upstream {
-  const float* x;             // [B, d]
-  const float* rest;          // [B]
-  const float* d_rest;        // [B]
-  const float* d_target;      // [B]
-  const float* d_topk;        // [B, k], or null
-  const int64_t* top_places;  // [B, k]
-  int64_t k;                  //
-  const float* lift;          // [1] a power of two that g is multiplied by
+  const float* x;               // [B, d]
+  const float* rest;            // [B]
+  const float* d_rest;          // [B]
+  const float* d_target;        // [B]
+  const float* d_topk;          // [B, k], or null
+  const int64_t* topk_classes;  // [B, k]
+  int64_t k;                    //
+  const float* d_rest_scale;    // [1] a power of two that d_rest is multiplied by, so that g fits float16
 };
 
-// Class weights and the states of their optimiser, of which a rule may use fewer; all may change.
+// Class weights and their optimizer states, of which a rule may use fewer; all may change.
 struct ClassStates {
   float* w;                  // [C, d]
   float *first, *second;     // [C, d] each, or null
@@ -69,79 +70,80 @@ struct ClassStates {
   int64_t d;
 };
 
-// The operands of all classes, as they are kept from one pass to the next; an update writes those of its classes too.
-struct Shadow {
+// The operands of all classes, kept from one pass to the next; an update also writes those of the classes it changes.
+struct OperandCache {
   OperandType type;
-  void* o;                // [C, d], or null: none are kept
-  float *power, *factor;  // [C] each
+  void* o;                                 // [C, d], or null: no cache
+  float *exponent_scale, *residual_scale;  // [C] each
   bool normalize;
 };
 
-// o_j = w_j * power_j, rounded, with power_j factor_j = 1 / ||w_j||; power is 1 for float operands, which may be null.
-int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, float* power /* [n] */,
-                    float* factor /* [n] */, void* stream);
+// o_j = w_j * exponent_scale_j, rounded, where exponent_scale_j is a power of two, residual_scale_j is in [1, 2) and
+// their product is 1 / ||w_j||. For float operands exponent_scale is 1, and o may be null.
+int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, float* exponent_scale /* [n] */,
+                    float* residual_scale /* [n] */, void* stream);
 
 int launch_nontarget_lse_fwd(const Logits& z, const Classes& c, const RowState& s, void* stream);
 
 // rest = shift + log(sum)
 int launch_rest(const RowState& s, float* rest /* [B] */, int64_t B, void* stream);
 
-// g_ij = lift d_rest_i exp(z_ij - rest_i) factor_j, 0 at the targets; float g may take the place of z
+// g_ij = d_rest_scale d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets; float g may overwrite z
 int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c, const Upstream& u,
                              void* g /* [B, n] */, void* stream);
 
-// dw, given as sum_i g_ij x_i, becomes the gradient: entries added, lift taken out, projected. db likewise, if not
-// null.
-int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* power /* [n] */,
-                           const float* factor /* [n] */, float* dw /* [n, d] or null */, float* db /* [n] or null */,
-                           void* stream);
+// Turns sum_i g_ij x_i in dw into the gradient: divides by d_rest_scale, adds the entries, projects. Likewise db, if
+// not null.
+int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* exponent_scale /* [n] */,
+                           const float* residual_scale /* [n] */, float* dw /* [n, d] or null */,
+                           float* db /* [n] or null */, void* stream);
 
-// dx_i = the gradients of its target and its best times their unit weights
+// dx_i = the gradients of its target and of its top-k, times the unit weights of these classes
 int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /* [B] */, int64_t B,
                         float* dx /* [B, d] */, void* stream);
 
-// dx += sum over splits / lift
+// dx += sum over splits / d_rest_scale
 int launch_add_splits(const Upstream& u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
                       float* dx /* [n] */, void* stream);
 
-int launch_class_update(const Sgd& rule, const ClassStates& s, const Shadow& kept, const float* g /* [n, d] */,
+int launch_class_update(const Sgd& rule, const ClassStates& s, const OperandCache& cache, const float* g /* [n, d] */,
                         int64_t first, int64_t n, void* stream);
-int launch_class_update(const AdamW& rule, const ClassStates& s, const Shadow& kept, const float* g /* [n, d] */,
+int launch_class_update(const AdamW& rule, const ClassStates& s, const OperandCache& cache, const float* g /* [n, d] */,
                         int64_t first, int64_t n, void* stream);
 int launch_class_lazy_update(const ClassStates& s, const float* products /* [n, 4] */, int64_t n, void* stream);
 
 int launch_target_logit(const Classes& c, const float* x /* [B, d] */, const int64_t* y /* [B] */, int64_t B,
                         float* target /* [B] */, void* stream);
 
-// One side of a wave of pairs of points.
+// One side of a chunk of pairs of points.
 struct Points {
-  const float* given;    // [n, d]
-  const int64_t* id;     // [n]
-  const float* weight;   // [n], or null: 1
-  const float* centred;  // [n, d] less the mean of all b
-  const float* squares;  // [n] of the centred
+  const float* given;     // [n, d]
+  const int64_t* id;      // [n]
+  const float* weight;    // [n], or null: 1
+  const float* centered;  // [n, d] the mean of all b subtracted
+  const float* squares;   // [n] squared norms of centered
   int64_t n, d;
 };
 
-// What is summed for the rows of a wave.
+// Sums over all columns for the rows of a chunk.
 struct PairSums {
-  double* potential;  // [n]
-  double* pull;       // [n] of 2 phi'
-  float* slope;       // [n, d], or null: not wanted
+  double* potential;    // [n]
+  double* coefficient;  // [n] of 2 phi'
+  float* slope;         // [n, d], or null: not needed
 };
 
-// centred_i = given_i - mean and its squares
-int launch_centre(const float* given /* [n, d] */, const float* mean /* [d] */, int64_t n, int64_t d,
-                  float* centred /* [n, d] */, float* squares /* [n] */, void* stream);
+// centered_i = given_i - mean, and its squared norm
+int launch_center(const float* given /* [n, d] */, const float* mean /* [d] */, int64_t n, int64_t d,
+                  float* centered /* [n, d] */, float* squares /* [n] */, void* stream);
 
-// The products of a and b become -2 phi'(u) weight_j, near pairs 0. Potentials and pulls are summed, and the slopes of
-// near pairs.
+// Replaces the products of a and b in u by -2 phi' weight_j; by 0 for near pairs, whose slopes are added at once. Adds
+// to the sums of potentials and coefficients.
 int launch_pairwise_potential(const Inverse& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
                               const PairSums& sums, void* stream);
 int launch_pairwise_potential(const Hinge& phi, const Points& a, const Points& b, float* u /* [a.n, b.n] */,
                               const PairSums& sums, void* stream);
 
-// slope_i += pull_i a_i, and the potential as a float
+// slope_i += coefficient_i centered_i; and rounds the potential to float
 int launch_pair_sums(const Points& a, const PairSums& sums, float* potential /* [n] */, void* stream);
 
 }  // namespace fastmargin

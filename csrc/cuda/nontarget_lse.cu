@@ -1,14 +1,18 @@
-// nontarget_lse on a GPU: what stands between the matrix products of one wave of classes (nontarget_lse_glue.cpp has
-// the loop).
+// nontarget_lse on a GPU: the kernels between the matrix products of one chunk of classes (nontarget_lse_glue.cpp has
+// the loop over chunks).
 //
-//   operands  o_j = w_j power_j, rounded;  power_j factor_j = 1 / ||w_j||            a warp a class
-//   forward   z_ij = <x_i, o_j> factor_j: sum of exponentials and the k best         a block a row
-//   backward  g_ij = lift d_rest_i exp(z_ij - rest_i) factor_j, 0 at the targets     a block a row
-//             dw_j = power_j (I - w^_j w^_j^T) (sum_i g_ij x_i / lift + factor_j * entries of j)     a warp a class
-//             dx_i = its entries' unit weights, before the first wave, + sum_j g_ij o_j / lift     a block a row
+//   operands  o_j = w_j exponent_scale_j, rounded;  exponent_scale_j residual_scale_j = 1 / ||w_j||    a warp per class
+//   forward   z_ij = <x_i, o_j> residual_scale_j: sum of exponentials and the k best                   a block per row
+//   backward  g_ij = d_rest_scale d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets       a block per row
+//             dw_j = exponent_scale_j (I - w^_j w^_j^T)
+//                    (sum_i g_ij x_i / d_rest_scale + residual_scale_j * sum of e x_i over j's entries (i, e))
+//                                                                                                      a warp per class
+//             dx_i = sum of e w^_c over the row's entries (c, e), before the first chunk,              a block per row
+//                    + sum_j g_ij o_j / d_rest_scale
 //
-// A row belongs to one block in every wave, and waves follow each other on the stream: sums and lists are merged in the
-// order of the classes, without atomics, so a run repeats bit for bit. Letters: B rows, n classes of a wave, d, k.
+// Entries are d_target at a row's own class, and d_topk at its top-k. A row is handled by one block in every chunk, and
+// chunks follow each other on the stream: sums and lists are merged in the order of the classes, without atomics, so
+// runs repeat bit for bit. Letters: B rows, n classes of a chunk, d, k.
 #include "block.cuh"
 #include "classes.cuh"
 #include "launch.h"
@@ -18,27 +22,28 @@ namespace fastmargin {
 namespace {
 
 template <typename O>
-__global__ void operands_kernel(Classes c, O* o /* [n, d] or null */, float* power /* [n] */, float* factor /* [n] */) {
+__global__ void operands_kernel(Classes c, O* o /* [n, d] or null */, float* exponent_scale /* [n] */,
+                                float* residual_scale /* [n] */) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (j >= c.n) return;
   const float* w = row_of(c, c.first + j);
   const float scale = c.normalize ? inverse_norm(w, c) : 1.0f;
-  float rest_of_scale;
-  const float p = split_scale<O>(scale, rest_of_scale);
+  float residual;
+  const float exponent = split_scale<O>(scale, residual);
   if (lane == 0) {
-    power[j] = p;
-    factor[j] = rest_of_scale;
+    exponent_scale[j] = exponent;
+    residual_scale[j] = residual;
   }
   if (o == nullptr) return;
-  for (int64_t f = lane; f < c.d; f += kWarp) o[j * c.d + f] = rounded(w[f * c.column] * p, O());
+  for (int64_t f = lane; f < c.d; f += kWarp) o[j * c.d + f] = rounded(w[f * c.column] * exponent, O());
 }
 
 __device__ inline float logit(const Logits& z, const Classes& c, int64_t i, int64_t j) {
   const float bias = c.bias ? c.bias[id_of(c, c.first + j)] : 0.0f;
-  return z.z[i * c.n + j] * z.factor[j] + bias;
+  return z.z[i * c.n + j] * z.residual_scale[j] + bias;
 }
 
-// The sum of exponentials of the logits of one row that fall to this thread, and the first of the largest.
+// Over this thread's logits of one row: the sum of exponentials, and the first of the largest.
 __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Running<float>& sum, Best& best) {
   constexpr int kAtOnce = 4;  // loads in flight, and exponents that share a rescaling
   const int64_t own = z.y[i] - c.first;
@@ -54,7 +59,7 @@ __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Runnin
   }
 }
 
-// The best of the same logits that comes after `last`.
+// Of the same logits the next one after `last`, in descending order.
 __device__ inline Best next_best(const Logits& z, const Classes& c, int64_t i, const Best& last) {
   const int64_t own = z.y[i] - c.first;
   Best best = {-INFINITY, INT64_MAX};
@@ -78,14 +83,14 @@ __global__ void nontarget_lse_fwd_kernel(Logits z, Classes c, RowState s) {
     s.shift[i] = sum.shift;
     s.sum[i] = sum.sum;
   }
-  float* values = s.top_values + i * s.k;
-  int64_t* places = s.top_places + i * s.k;
+  float* values = s.topk_values + i * s.k;
+  int64_t* classes = s.topk_classes + i * s.k;
   for (int64_t found = 0; found < s.k; ++found) {
     const Best best = over_block(mine, bests, [](const Best& a, const Best& b) { return before(a, b) ? a : b; });
-    if (!(best.value > values[s.k - 1])) break;  // of equal values the earlier wave's stays
-    __syncthreads();                             // all have read the last value before one thread moves it
-    if (threadIdx.x == 0) insert(values, places, s.k, best.value, best.place);
-    if (best.place == mine.place) mine = next_best(z, c, i, best);
+    if (!(best.value > values[s.k - 1])) break;  // of equal values the earlier chunk's stays
+    __syncthreads();                             // all threads have read values[k - 1] before one thread changes it
+    if (threadIdx.x == 0) insert(values, classes, s.k, best.value, best.class_index);
+    if (best.class_index == mine.class_index) mine = next_best(z, c, i, best);
   }
 }
 
@@ -97,21 +102,21 @@ __global__ void rest_kernel(RowState s, float* rest /* [B] */, int64_t B) {
 template <typename O>
 __global__ void nontarget_lse_bwd_kernel(Logits z, Classes c, Upstream u, O* g /* [B, n], may be z */) {
   const int64_t i = blockIdx.x, own = z.y[i] - c.first;
-  const float rest = u.rest[i], lifted = *u.lift * u.d_rest[i];
+  const float rest = u.rest[i], scaled_d_rest = *u.d_rest_scale * u.d_rest[i];
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < c.n; j += kThreads) {
     const bool none = j == own || rest == -INFINITY;
-    const float value = none ? 0.0f : gradient(logit(z, c, i, j), rest, lifted) * z.factor[j];
+    const float value = none ? 0.0f : gradient(logit(z, c, i, j), rest, scaled_d_rest) * z.residual_scale[j];
     g[i * c.n + j] = rounded(value, O());
   }
 }
 
-// The first entry whose class is not below `place`.
-__device__ inline int64_t lower_bound(const Entries& e, int64_t place) {
+// The first entry whose class index is not below `index`.
+__device__ inline int64_t lower_bound(const Entries& e, int64_t index) {
   int64_t low = 0, high = e.m;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (e.place[middle] < place)
+    if (e.class_index[middle] < index)
       low = middle + 1;
     else
       high = middle;
@@ -119,45 +124,46 @@ __device__ inline int64_t lower_bound(const Entries& e, int64_t place) {
   return low;
 }
 
-__global__ void weight_gradient_kernel(Classes c, Upstream u, Entries e, const float* power /* [n] */,
-                                       const float* factor /* [n] */, float* dw /* [n, d] or null */,
+__global__ void weight_gradient_kernel(Classes c, Upstream u, Entries e, const float* exponent_scale /* [n] */,
+                                       const float* residual_scale /* [n] */, float* dw /* [n, d] or null */,
                                        float* db /* [n] or null */) {
-  const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp, place = c.first + j;
+  const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp, index = c.first + j;
   if (j >= c.n) return;
-  const float p = power[j], scale = p * factor[j], lift = *u.lift;
-  const float* w = row_of(c, place);
-  const int64_t begin = lower_bound(e, place);
-  const bool has_entries = begin < e.m && e.place[begin] == place;
+  const float exponent = exponent_scale[j], scale = exponent * residual_scale[j], d_rest_scale = *u.d_rest_scale;
+  const float* w = row_of(c, index);
+  const int64_t begin = lower_bound(e, index);
+  const bool has_entries = begin < e.m && e.class_index[begin] == index;
   for (int64_t f = lane; dw && has_entries && f < c.d; f += kWarp) {
     float sum = 0;
-    for (int64_t t = begin; t < e.m && e.place[t] == place; ++t) sum += e.value[t] * u.x[e.row[t] * c.d + f];
-    dw[j * c.d + f] = dw[j * c.d + f] / lift + factor[j] * sum;
+    for (int64_t t = begin; t < e.m && e.class_index[t] == index; ++t) sum += e.value[t] * u.x[e.row[t] * c.d + f];
+    dw[j * c.d + f] = dw[j * c.d + f] / d_rest_scale + residual_scale[j] * sum;
   }
-  const float drop = has_entries ? 1.0f : 1.0f / lift;
+  const float inverse = has_entries ? 1.0f : 1.0f / d_rest_scale;
   float along = 0;
-  for (int64_t f = lane; dw && f < c.d; f += kWarp) along += dw[j * c.d + f] * drop * (w[f * c.column] * scale);
+  for (int64_t f = lane; dw && f < c.d; f += kWarp) along += dw[j * c.d + f] * inverse * (w[f * c.column] * scale);
   along = c.normalize ? over_warp(along, [](float a, float b) { return a + b; }) : 0.0f;
   for (int64_t f = lane; dw && f < c.d; f += kWarp)
-    dw[j * c.d + f] = p * (dw[j * c.d + f] * drop - along * (w[f * c.column] * scale));
+    dw[j * c.d + f] = exponent * (dw[j * c.d + f] * inverse - along * (w[f * c.column] * scale));
   if (db == nullptr || lane != 0) return;
-  db[j] /= lift;
-  for (int64_t t = begin; t < e.m && e.place[t] == place; ++t) db[j] += e.value[t];
+  db[j] /= d_rest_scale;
+  for (int64_t t = begin; t < e.m && e.class_index[t] == index; ++t) db[j] += e.value[t];
 }
 
-// Adds value * w^ of one class to the row that this block holds.
-__device__ inline void add_unit(const Classes& c, int64_t place, float value, float* dx /* [d] */) {
-  if (place < 0 || place >= c.all) return;
-  const float* w = row_of(c, place);
+// Adds value * w^ of one class to dx of this block's row.
+__device__ inline void add_unit(const Classes& c, int64_t index, float value, float* dx /* [d] */) {
+  if (index < 0 || index >= c.all) return;
+  const float* w = row_of(c, index);
   const float scale = c.normalize ? inverse_norm(w, c) : 1.0f;
   for (int64_t f = threadIdx.x; f < c.d; f += kThreads) dx[f] += value * (w[f * c.column] * scale);
 }
 
-// dx of a row's target and its best alone.
+// The part of dx that comes from a row's target and top-k.
 __global__ void row_gradient_kernel(Classes c, Upstream u, const int64_t* y /* [B] */, float* dx /* [B, d] */) {
   const int64_t i = blockIdx.x;
   for (int64_t f = threadIdx.x; f < c.d; f += kThreads) dx[i * c.d + f] = 0;
   add_unit(c, y[i], u.d_target[i], dx + i * c.d);
-  for (int64_t t = i * u.k; u.d_topk && t < (i + 1) * u.k; ++t) add_unit(c, u.top_places[t], u.d_topk[t], dx + i * c.d);
+  for (int64_t t = i * u.k; u.d_topk && t < (i + 1) * u.k; ++t)
+    add_unit(c, u.topk_classes[t], u.d_topk[t], dx + i * c.d);
 }
 
 __global__ void add_splits_kernel(Upstream u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
@@ -166,15 +172,16 @@ __global__ void add_splits_kernel(Upstream u, const float* splits, int64_t count
   if (at >= n) return;
   float sum = 0;
   for (int64_t s = 0; s < count; ++s) sum += splits[s * n + at];
-  dx[at] += sum * (1.0f / *u.lift);
+  dx[at] += sum * (1.0f / *u.d_rest_scale);
 }
 
 }  // namespace
 
-int launch_operands(OperandType type, const Classes& c, void* o, float* power, float* factor, void* stream) {
+int launch_operands(OperandType type, const Classes& c, void* o, float* exponent_scale, float* residual_scale,
+                    void* stream) {
   return with_operand(type, [&](auto t) {
     using O = decltype(t);
-    return launch(operands_kernel<O>, blocks_of(c.n), stream, c, static_cast<O*>(o), power, factor);
+    return launch(operands_kernel<O>, blocks_of(c.n), stream, c, static_cast<O*>(o), exponent_scale, residual_scale);
   });
 }
 
@@ -194,9 +201,9 @@ int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c
   });
 }
 
-int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* power,
-                           const float* factor, float* dw, float* db, void* stream) {
-  return launch(weight_gradient_kernel, blocks_of(c.n), stream, c, u, e, power, factor, dw, db);
+int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* exponent_scale,
+                           const float* residual_scale, float* dw, float* db, void* stream) {
+  return launch(weight_gradient_kernel, blocks_of(c.n), stream, c, u, e, exponent_scale, residual_scale, dw, db);
 }
 
 int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y, int64_t B, float* dx, void* stream) {

@@ -1,4 +1,4 @@
-// The types that operands of the matrix products may have on a GPU.
+// The operand types of the matrix products on a GPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -28,8 +28,8 @@ FM_INLINE constexpr bool rounds() {
   return sizeof(O) < sizeof(float);
 }
 
-// The largest power of two that is not above s; 0 for 0.
-FM_INLINE float power_below(float s) {
+// The largest power of two <= s; 0 for 0.
+FM_INLINE float power_of_two_below(float s) {
   uint32_t bits;
   memcpy(&bits, &s, 4);
   bits &= 0x7f800000u;
@@ -37,12 +37,13 @@ FM_INLINE float power_below(float s) {
   return s;
 }
 
-// What a row of operands is multiplied by: power factor = scale, and power alone before it is rounded.
+// Splits scale = exponent_scale * residual_scale: a power of two, which is applied to the weights before they are
+// rounded, and a number in [1, 2), which is applied to the products. Returns the power of two.
 template <typename O>
-FM_INLINE float split_scale(float scale, float& factor) {
-  const float power = rounds<O>() ? power_below(scale) : 1.0f;
-  factor = power == 0.0f ? 0.0f : scale / power;
-  return power;
+FM_INLINE float split_scale(float scale, float& residual_scale) {
+  const float exponent_scale = rounds<O>() ? power_of_two_below(scale) : 1.0f;
+  residual_scale = exponent_scale == 0.0f ? 0.0f : scale / exponent_scale;
+  return exponent_scale;
 }
 
 // Calls f with a value of the operand type.

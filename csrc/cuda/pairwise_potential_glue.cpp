@@ -1,13 +1,13 @@
-// pairwise_potential on a GPU: checks, allocation, and the loop over waves of pairs whose products fit an L2 cache.
+// pairwise_potential on a GPU: checks, allocation, and the loop over chunks of pairs whose products fit an L2 cache.
 //
-//   a wave of rows and columns   u = a b^T, of points less the mean of b;  u becomes -2 phi', potentials are summed;
-//                                slope_a += u b
-//   after a row's last wave      slope_a += (sum_j 2 phi') a
+//   a chunk of rows and columns   u = a b^T, the mean of b subtracted from both;  u becomes -2 phi', potentials are
+//                                 summed;  slope_a += u b
+//   after a row's last chunk      slope_a += (sum_j 2 phi') a
 //
-// Matrix products are ATen's, in float32 whatever torch is set to; all else is in pairwise_potential.cu. Nothing waits
-// for the device, so a graph can be captured. Hence no product is left out for want of an active pair: the host would
-// have to ask. The memory beside the results is that of one wave. One side (b is a) is computed like two: to share the
-// products of u would save a quarter of the arithmetic, and cost a second reading of u for the sums of its columns.
+// Matrix products are ATen's, in float32 whatever torch is set to; all else is in pairwise_potential.cu. The host never
+// waits for the device, so a CUDA graph can be captured. Hence no product is skipped where all 2 phi' are 0: the host
+// cannot know. Beside the results, memory is needed for one chunk. One side (b is a) is computed like two: sharing the
+// products of u would save a quarter of the arithmetic, but u would be read a second time for the sums of its columns.
 // Formulas: fastmargin/ops/pairwise_potential.py. Letters: N and M points, d features.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mean.h>
@@ -18,55 +18,55 @@
 
 #include "../check.h"
 #include "device.h"
-#include "glue.h"
 #include "launch.h"
+#include "ops.h"
 
 namespace fastmargin::cuda {
 namespace {
 
-constexpr int64_t kNumbers = kWaveBytes / 4;    // of a wave, at most
-constexpr int64_t kMostRows = kNumbers / 1024;  // at least 1024 columns: few products with long sums
-constexpr int64_t kMostColumns = 1 << 14;       // few long rows keep few multiprocessors busy
+constexpr int64_t kNumbers = kChunkBytes / 4;   // of a chunk, at most
+constexpr int64_t kMostRows = kNumbers / 1024;  // leaves at least 1024 columns: few products with long sums
+constexpr int64_t kMostColumns = 1 << 14;       // blocks of few long rows leave a GPU idle
 constexpr int64_t kLeastColumns = 64;
 
-// One side: the points as the caller gave them, and those of a wave.
+// One side: all points as the caller gave them, and the points of a chunk.
 struct Side {
   Tensor given, ids;        // [n, d], [n]
   optional<Tensor> weight;  // [n]
   Tensor mean;              // [d]
-  int64_t step;             // points of a wave, at most
+  int64_t step;             // points of a chunk, at most
   void* stream;
-  Tensor room, squares;  // [step, d] for what is centred, [step]
-  Points wave = {};
+  Tensor workspace, squares;  // [step, d] for the centered points, [step]
+  Points chunk = {};
 
   Side(const Tensor& points, const Tensor& point_ids, const optional<Tensor>& weights, const Tensor& b_mean,
-       int64_t points_of_wave)
+       int64_t points_of_chunk)
       : given(points),
         ids(point_ids),
         weight(weights),
         mean(b_mean),
-        step(points_of_wave),
+        step(points_of_chunk),
         stream(device::stream_of(points)),
-        room(at::empty({step, points.size(1)}, points.options())),
+        workspace(at::empty({step, points.size(1)}, points.options())),
         squares(at::empty({step}, points.options())) {}
 
   void load(int64_t first) {
     const int64_t n = std::min(step, given.size(0) - first), d = given.size(1);
-    wave = {given.const_data_ptr<float>() + first * d,
-            ids.const_data_ptr<int64_t>() + first,
-            weight ? weight->const_data_ptr<float>() + first : nullptr,
-            room.const_data_ptr<float>(),
-            squares.const_data_ptr<float>(),
-            n,
-            d};
-    check(launch_centre(wave.given, mean.const_data_ptr<float>(), n, d, room.data_ptr<float>(),
+    chunk = {given.const_data_ptr<float>() + first * d,
+             ids.const_data_ptr<int64_t>() + first,
+             weight ? weight->const_data_ptr<float>() + first : nullptr,
+             workspace.const_data_ptr<float>(),
+             squares.const_data_ptr<float>(),
+             n,
+             d};
+    check(launch_center(chunk.given, mean.const_data_ptr<float>(), n, d, workspace.data_ptr<float>(),
                         squares.data_ptr<float>(), stream));
   }
 
-  Tensor centred() const { return room.narrow(0, 0, wave.n); }  // [wave.n, d]
+  Tensor centered() const { return workspace.narrow(0, 0, chunk.n); }  // [chunk.n, d]
 };
 
-// Rows and columns of a wave: its products, and its points of either side, are kNumbers at most; 64 columns at least.
+// Rows and columns of a chunk: its products, and its points of either side, are kNumbers at most; 64 columns at least.
 int64_t rows_of(const Pairs& in) {
   return std::min(in.a.size(0), std::clamp<int64_t>(kNumbers / in.a.size(1), 1, kMostRows));
 }
@@ -76,12 +76,12 @@ int64_t columns_of(const Pairs& in) {
 }
 
 template <typename Phi>
-void add_wave(const Phi& phi, const Side& a, const Side& b, const Tensor& room /* [a.step b.step] */,
-              const PairSums& sums, const Tensor& slope /* [a.wave.n, d], undefined where not wanted */) {
-  const Tensor u = room.narrow(0, 0, a.wave.n * b.wave.n).view({a.wave.n, b.wave.n});
-  device::multiply(u, a.centred(), b.centred().t());
-  check(launch_pairwise_potential(phi, a.wave, b.wave, u.data_ptr<float>(), sums, a.stream));
-  if (slope.defined()) device::multiply_add(slope.unsqueeze(0), u.unsqueeze(0), b.centred().unsqueeze(0));
+void add_chunk(const Phi& phi, const Side& a, const Side& b, const Tensor& workspace /* [a.step b.step] */,
+               const PairSums& sums, const Tensor& slope /* [a.chunk.n, d], undefined where not needed */) {
+  const Tensor u = workspace.narrow(0, 0, a.chunk.n * b.chunk.n).view({a.chunk.n, b.chunk.n});
+  device::multiply(u, a.centered(), b.centered().t());
+  check(launch_pairwise_potential(phi, a.chunk, b.chunk, u.data_ptr<float>(), sums, a.stream));
+  if (slope.defined()) device::multiply_add(slope.unsqueeze(0), u.unsqueeze(0), b.centered().unsqueeze(0));
 }
 
 template <typename Phi>
@@ -91,18 +91,18 @@ std::tuple<Tensor, Tensor> forward(const Phi& phi, const Pairs& in, bool want_sl
   const auto options = in.a.options();
   const Tensor mean = at::mean(in.b, 0), sums = at::zeros({2, N}, options.dtype(at::kDouble));
   Side a(in.a, in.a_ids, std::nullopt, mean, rows_of(in)), b(in.b, in.b_ids, in.b_weight, mean, columns_of(in));
-  const Tensor room = at::empty({a.step * b.step}, options);
+  const Tensor workspace = at::empty({a.step * b.step}, options);
   Tensor potential = at::empty({N}, options), slope = want_slope ? at::zeros({N, d}, options) : at::empty({0}, options);
   for (int64_t i = 0; i < N; i += a.step) {
     a.load(i);
-    const Tensor rows = want_slope ? slope.narrow(0, i, a.wave.n) : Tensor();
+    const Tensor rows = want_slope ? slope.narrow(0, i, a.chunk.n) : Tensor();
     const PairSums state{sums.data_ptr<double>() + i, sums.data_ptr<double>() + N + i,
                          want_slope ? rows.data_ptr<float>() : nullptr};
     for (int64_t j = 0; j < M; j += b.step) {
       b.load(j);
-      add_wave(phi, a, b, room, state, rows);
+      add_chunk(phi, a, b, workspace, state, rows);
     }
-    check(launch_pair_sums(a.wave, state, potential.data_ptr<float>() + i, a.stream));
+    check(launch_pair_sums(a.chunk, state, potential.data_ptr<float>() + i, a.stream));
   }
   return {potential, slope};
 }

@@ -165,9 +165,9 @@ inline float __shfl_xor_sync(unsigned, float v, int lane) {
   return v;
 }
 
-template <typename... Wanted, typename... Given>
-int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Wanted...), Given&&... given) {
-  emulated::body = [&] { kernel(given...); };
+template <typename... Params, typename... Args>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  emulated::body = [&] { kernel(args...); };
   for (unsigned b = 0; b < config->gridDim.x; ++b) {
     blockIdx.x = b;
     emulated::run_block(config->blockDim.x);

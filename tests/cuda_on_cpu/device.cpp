@@ -1,12 +1,12 @@
-// The CPU in the place of a GPU, for the tests: host code and kernels run as they are, on CPU tensors. Products are
-// exact, but where torch allows TF32 and nothing forbids it: there float32 operands are rounded, as a GPU does.
+// The CPU in place of a GPU, for the tests: host code and kernels run unchanged, on CPU tensors. Products are computed
+// in float64; where torch allows TF32 and no guard forbids it, float32 operands are first rounded to it, as on a GPU.
 #include "../../csrc/cuda/device.h"
 
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/matmul.h>
 #include <torch/library.h>
 
-#include "../../csrc/cuda/glue.h"
+#include "../../csrc/cuda/ops.h"
 
 namespace fastmargin::device {
 
@@ -44,16 +44,16 @@ TORCH_LIBRARY(fastmargin_emulated, m) {
         fastmargin::cuda::target_logit);
   m.def(
       "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
-      "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? operands=None, Tensor? "
-      "scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? "
+      "operands=None, Tensor? scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
       fastmargin::cuda::nontarget_lse_fwd);
   m.def("nontarget_lse_bwd", fastmargin::cuda::nontarget_lse_bwd);
   m.def(
       "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
-      "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor a, Tensor "
-      "d_rest, "
-      "Tensor d_target, Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] state, str rule, float[] hyper, "
-      "Tensor? grad_scale, Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> (Tensor dx, Tensor db)",
+      "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor "
+      "expected_weight, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] "
+      "state, str rule, float[] hyper, Tensor? grad_scale, Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> "
+      "(Tensor dx, Tensor db)",
       fastmargin::cuda::nontarget_lse_bwd_update);
   m.def(
       "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? class_ids, str rule, float[] hyper, Tensor? "

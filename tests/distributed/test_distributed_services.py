@@ -293,7 +293,7 @@ def averaging():
     sent = []
     with mock.patch.object(dist, "all_reduce", counted(sent, "all_reduce", dist.all_reduce)):
         for _ in range(3):
-            loss = head(own(f), own(y)).loss
+            loss = head(local(f), local(y)).loss
             sent.clear()
             loss.backward()
             assert sorted(sent) == [("all_reduce", 8), ("all_reduce", 8 * 11)]

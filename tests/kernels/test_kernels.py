@@ -2,7 +2,7 @@
 
 On a CPU the CUDA kernels run by a stand-in for CUDA, with barriers and shuffles (emulation.py), and Triton's in its
 interpreter, in a process of their own: TRITON_INTERPRET must be set before Triton is imported (test_triton.py starts
-it). What that cannot show is a GPU's memory model, its rounding of products and its speed. `pytest -m gpu` runs the
+it). This cannot show a GPU's memory model, its rounding of products and its speed. `pytest -m gpu` runs the
 same tests on a device.
 """
 
@@ -37,7 +37,7 @@ if INTERPRETED:
 
 @pytest.fixture(params=PLACES)
 def place(request, monkeypatch):
-    """(device, backend); problems of a few hundred classes have several waves, of several strips and blocks."""
+    """(device, backend); problems of a few hundred classes have several chunks, of several strips and blocks."""
     _, backend = request.param
     if backend == "emulated":
         request.getfixturevalue("emulated")
@@ -45,10 +45,10 @@ def place(request, monkeypatch):
         pytest.skip("built without CUDA: the CUDA kernels are NOT run")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested")
-        from fastmargin.kernels import operands, tiles
+        from fastmargin.kernels import operands, tile_table
 
         monkeypatch.setattr(operands, "WORKSPACE", 2**14)
-        monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
+        monkeypatch.setattr(tile_table, "multiprocessors", lambda device: 1)
     return request.param
 
 
@@ -75,7 +75,7 @@ SHAPES = [  # B, d, C, k, bias
     (3, 8, 513, 40, True),
     (20, 24, 256, 0, False),
 ]
-ROUNDED = [  # B, d, C, k, scale of the gradients from above, bias
+ROUNDED = [  # B, d, C, k, scale of the incoming gradients, bias
     *[(5, 24, 513, 1, scale, False) for scale in (1.0, 1e-30, 65536.0)],
     (5, 24, 513, 1, 65536.0, True),
     (130, 40, 300, 0, 1.0, False),
@@ -100,14 +100,14 @@ def test_confident_rows(place, s, cosine):
 
 
 @pytest.mark.usefixtures("poison")
-def test_rows_are_the_whole_of_a_smaller_problem(place):
+def test_selected_classes_are_a_smaller_problem(place):
     x, w, _, bias, upstream = problem(7, 12, 900, 3, plain=True)
     class_ids = torch.randperm(900)[:603].sort().values
     y = torch.randint(-1, 603, (7,))
     check(place, (x, w, y, bias), upstream, class_ids=class_ids, normalize_weight=False, topk=3)
 
 
-def test_rows_agree_to_the_bit_with_their_copy(place, rounded):
+def test_selected_classes_agree_to_the_bit_with_a_copy_of_their_weights(place, rounded):
     x, w, _, _, upstream = problem(5, 16, 700, 2)
     x, w, class_ids = x.float(), w.float(), torch.randperm(700)[:513].sort().values
     y, options = torch.randint(-1, 513, (5,)), dict(topk=2, compute_dtype=rounded)
@@ -130,7 +130,7 @@ def test_any_strides(place):
 
 @pytest.mark.parametrize("k", [1, 20])
 def test_ties_go_to_the_smaller_class(place, compute_dtype, k):
-    """Small integers: every product is exact, so equal logits are equal, and there are many, in every wave."""
+    """Small integers: every product is exact, so equal logits are equal, and there are many, in every chunk."""
     device, backend = place
     x, w = torch.randint(-2, 3, (4, 8)).float(), torch.randint(-1, 2, (900, 8)).float()
     y = torch.randint(0, 900, (4,))
@@ -159,7 +159,7 @@ def test_fewer_classes_than_asked_for_and_no_rows(place, B, C):
         assert torch.allclose(x.grad, unit + (y < 0)[:, None] * torch.nn.functional.normalize(w.detach()))
 
 
-def test_tiny_weights_zero_rows_and_what_is_not_a_number(place):
+def test_tiny_weights_zero_rows_and_nan(place):
     device, backend = place
     x, w = torch.randn(4, 6), torch.randn(570, 6)
     x[1], w[3], w[5] = 0, 0, 1e-20
@@ -181,7 +181,7 @@ def test_any_norm(place, norm):
 
 
 def test_labels_out_of_range_read_no_memory_that_is_not_theirs(place, monkeypatch):
-    """On a GPU nobody looks at labels before: such a row has no class here, as with -1."""
+    """On a GPU labels are not checked before: such a row has no class here, as with -1."""
     device, backend = place
     for module in (op, target_logit):
         monkeypatch.setattr(module, "check_ids", lambda *given: None)
@@ -202,7 +202,7 @@ def test_labels_out_of_range_read_no_memory_that_is_not_theirs(place, monkeypatc
 
 
 def test_classes_that_a_bias_rules_out_have_no_gradient(place):
-    """No other class: g is 0 but at the row's own."""
+    """No other class is left: g is 0 except at the row's own."""
     device, backend = place
     x, w, y = moved(device, torch.randn(3, 4), torch.randn(570, 4), torch.tensor([566, 566, 566]))
     bias = torch.full((570,), -torch.inf, device=device)
@@ -218,12 +218,12 @@ def test_classes_that_a_bias_rules_out_have_no_gradient(place):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("shape", ROUNDED, ids=str)
 def test_rounded_operands_have_float32_sums(place, rounded, shape):
-    """Values err as float32 does, against float64 on the rounded operands; gradients by the rounding alone."""
+    """Against float64 on the rounded operands, values have the error of float32; gradients, that of the rounding."""
     B, d, C, k, scale, plain = shape
     *given, upstream = problem(B, d, C, k, plain=plain)
     x, w, y, bias = cast(F32, *given)
     if not plain:
-        w *= torch.logspace(-8, 8, C)[:, None]  # of any norm
+        w *= torch.logspace(-8, 8, C)[:, None]  # norms of all sizes
     upstream, options = [scale * t for t in without_topk(upstream)], dict(normalize_weight=not plain, topk=k)
     got, classes = run_on(place, x, w, y, bias, upstream, compute_dtype=rounded, **options)
     rest, _, values, order = dense(*seen(rounded, x, w, not plain), y, bias, normalize_weight=False, topk=k)
@@ -278,7 +278,7 @@ def test_no_gradient_where_none_is_needed(place):
 
 
 def test_the_order_of_classes_does_not_matter(place):
-    """Sums and lists of a wave are merged with those of the waves before: any order gives the same."""
+    """Sums and lists of a chunk are merged with those of the chunks before: any order gives the same."""
     x, w, y, _, upstream = problem(4, 16, 1100, 3)
     x, w = cast(F32, x, w)
     want, order = run_on(place, x, w, y, None, upstream, topk=3)
@@ -290,11 +290,11 @@ def test_the_order_of_classes_does_not_matter(place):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: several waves of full size are NOT run")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: several chunks of full size are NOT run")
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("dtype", [None, BF16, F16], ids=str)
-def test_several_waves_of_full_size(dtype, backend):
-    """On a GPU a wave has thousands of classes: gradients over several, each in split products."""
+def test_several_chunks_of_full_size(dtype, backend):
+    """On a GPU a chunk has thousands of classes: gradients over several chunks, each in split products."""
     *given, upstream = problem(1024, 64, 40_000, 3)
     given, upstream = cast(F32, *given), without_topk(upstream)
     got, _ = run_on(("cuda", backend), *given, upstream, topk=3, compute_dtype=dtype)

@@ -41,13 +41,13 @@ def place(request):
         if not native_can_run(torch.empty(0, device="cuda")):
             pytest.skip("built without CUDA: the CUDA kernels are NOT run")
         return "cuda", "native"
-    request.getfixturevalue("small_waves")
+    request.getfixturevalue("small_chunks")
     return "cpu" if INTERPRETED else "cuda", "triton"
 
 
 @pytest.fixture
-def small_waves(monkeypatch):
-    """Triton's waves are so small that a test has several; those of the emulated kernels are built so."""
+def small_chunks(monkeypatch):
+    """Triton's chunks are made so small that a test has several; the emulated kernels are built with small ones."""
     kernels = pytest.importorskip("fastmargin.kernels.pairwise_potential", reason="triton is not installed")
     monkeypatch.setattr(kernels, "ROWS", 64)
     monkeypatch.setattr(kernels, "WORKSPACE", 64 * 256)
@@ -99,13 +99,13 @@ def test_small_distances_of_long_vectors(place, distance, norm):
 
 def test_all_pairs_near(place):
     """Two tight clusters: every pair of other ids within one of them is near."""
-    centres = 20 * torch.nn.functional.normalize(torch.randn(2, 80))
-    a, b = centres.repeat(3, 1) + 0.1 * torch.randn(6, 80), centres.repeat(150, 1) + 0.1 * torch.randn(300, 80)
+    centers = 20 * torch.nn.functional.normalize(torch.randn(2, 80))
+    a, b = centers.repeat(3, 1) + 0.1 * torch.randn(6, 80), centers.repeat(150, 1) + 0.1 * torch.randn(300, 80)
     check(place, a, b, torch.arange(6), torch.arange(300) % 9, kind="inverse")
 
 
 def test_few_pairs_near(place):
-    """One in each of two chunks of columns, read by different threads."""
+    """One in each of two spans of columns, read by different threads."""
     a, b = torch.randn(2, 8), torch.randn(1300, 8)
     b[[3, 1024 + 256 + 5]] = a[0] + 1e-3 * torch.randn(2, 8)
     check(place, a, b, torch.zeros(2, dtype=torch.int64), torch.ones(1300, dtype=torch.int64), kind="inverse")
@@ -129,7 +129,7 @@ def test_nothing_to_sum(place, N, M, ids, kind, margin):
 
 
 @pytest.mark.parametrize(("kind", "margin"), KINDS)
-def test_what_is_not_a_number_stays_one(place, kind, margin):
+def test_nan_stays_nan(place, kind, margin):
     a, b = torch.randn(20, 6), torch.randn(30, 6)
     a[3, 2] = torch.nan
     ids, other = torch.arange(20), -1 - torch.arange(30)
@@ -151,8 +151,8 @@ def test_any_strides_and_autocast(place):
     device, backend = place
     given = clouds(20, 300, 8)
     want = run_on(place, *given, torch.ones(300), kind="inverse")
-    spread = [torch.stack((t, t + 1), -1).to(device).flatten(-2)[..., ::2] for t in (*given, torch.ones(300))]
-    a, b, a_ids, b_ids, w = spread
+    strided = [torch.stack((t, t + 1), -1).to(device).flatten(-2)[..., ::2] for t in (*given, torch.ones(300))]
+    a, b, a_ids, b_ids, w = strided
     a = a.T.contiguous().T.requires_grad_()
     assert not any(t.is_contiguous() for t in (a, b, a_ids, b_ids, w))
     with torch.autocast(device, torch.bfloat16):
@@ -252,7 +252,7 @@ def test_compiles_ahead_of_time_without_spills(kernel, what, constants, capabili
     shared = code.metadata.shared
     print(f"{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, {shared} bytes shared")
     assert 0 < registers <= 255 and stack == local == 0
-    assert shared <= 99 * 1024  # what every GPU since sm_80 lends to a program
+    assert shared <= 99 * 1024  # what a program may have on every GPU since sm_80
     assert "fma" in code.asm["ptx"] and "mma" not in code.asm["ptx"].replace("comma", "")  # no tensor cores: no TF32
 
 
@@ -334,7 +334,7 @@ def test_capture_and_replay(gpu_backend):
 
 
 def test_more_pairs_than_32_bits_count(gpu_backend):
-    """And several waves of full size in both directions."""
+    """And several chunks of full size in both directions."""
     given = given_on_gpu(60_000, 50_000, 16)
     out, da, db = (t.cpu() for t in step(*given, gpu_backend))
     at = torch.tensor([0, 1, 2, 59_999])
@@ -362,7 +362,7 @@ def test_memory(gpu_backend):
 @pytest.mark.gpu
 @no_cuda
 def test_cublaslt_with_tf32_is_refused(tf32):
-    """It does not look at what forbids TF32."""
+    """cuBLASLt ignores the guard that forbids TF32."""
     if not native_can_run(torch.empty(0, device="cuda")):
         pytest.skip("built without CUDA")
     given, before = given_on_gpu(30, 20, 8), torch.backends.cuda.preferred_blas_library()

@@ -1,5 +1,5 @@
-"""The Triton kernels: run in Triton's interpreter, never chosen by silence, compiled ahead of time (test_kernels.py has
-the values)."""
+"""The Triton kernels: their tests of values in Triton's interpreter (test_kernels.py), chosen only by name, compiled
+ahead of time."""
 
 import os
 import re
@@ -16,10 +16,9 @@ from fastmargin.ops.backends import describe, pick
 from fastmargin.ops.nontarget_lse import IMPLS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from ahead_of_time import compiled, resources  # noqa: E402
 
-from fastmargin.kernels import gradients, operands, tiles, topk  # noqa: E402
+from fastmargin.kernels import gradients, operands, tile_table, topk  # noqa: E402
 from fastmargin.kernels import nontarget_lse as kernels  # noqa: E402
 
 
@@ -42,7 +41,7 @@ def values(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- choice
 
 
-def test_the_interpreter_is_never_chosen_by_silence(monkeypatch):
+def test_the_interpreter_runs_only_when_named(monkeypatch):
     monkeypatch.delenv("FASTMARGIN_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.ones(1, 2)
@@ -70,30 +69,17 @@ def test_info_does_not_claim_a_gpu():
 # ---------------------------------------------------------------------------------------------- compilation
 
 
-POINTERS = {"y": "*i64", "rows": "*i64", "places": "*i64", "entry_row": "*i64", "entry_place": "*i32", "bounds": "*i32"}
+POINTERS = {
+    "y": "*i64",
+    "class_ids": "*i64",
+    "classes": "*i64",
+    "entry_row": "*i64",
+    "entry_class": "*i32",
+    "bounds": "*i32",
+}
 NUMBERS = dict.fromkeys(
     ("B", "n", "m", "first", "strips", "splits", "w_row", "g_row", "groups_row", "fresh_row"), "i32"
 )
-DIVISIBLE = ("w_row", "g_row")
-
-
-def compiled(kernel, capability, constants, types, options):
-    """Machine code for a GPU that need not be here, as for whole lines that start at multiples of 16 bytes."""
-    constants = constants | {name: 1 for name in ("w_feature",) if name in kernel.arg_names}
-    types = POINTERS | NUMBERS | types | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in DIVISIBLE]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(code, folder):
-    """Registers and bytes of stack of a compiled kernel: spilled registers would lie on the stack."""
-    (folder / "kernel.cubin").write_bytes(code.asm["cubin"])
-    tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(folder / "kernel.cubin")]
-    said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("REG", "STACK", "LOCAL"))
 
 
 @pytest.fixture
@@ -102,7 +88,8 @@ def compile_clean(tmp_path, monkeypatch):
 
     def run(kernel, capability, constants, types, options=None, what=""):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-        code = compiled(kernel, capability, constants, types, options or {})
+        constants = constants | {name: 1 for name in ("w_feature",) if name in kernel.arg_names}
+        code = compiled(kernel, capability, POINTERS | NUMBERS | types, constants, options or {})
         registers, stack, local = resources(code, tmp_path)
         shared = code.metadata.shared
         print(f"{kernel.__name__}{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, "
@@ -115,29 +102,29 @@ def compile_clean(tmp_path, monkeypatch):
 
 
 ARCHITECTURES = {
-    (tiles.AMPERE, tiles.FLOAT): (80, 90),  # float32 on Hopper too
-    (tiles.AMPERE, tiles.HALF): (80,),
-    (tiles.HOPPER, tiles.HALF): (90,),
-    (tiles.BLACKWELL, tiles.HALF): (100,),
+    (tile_table.AMPERE, tile_table.FLOAT): (80, 90),  # float32 on Hopper too
+    (tile_table.AMPERE, tile_table.HALF): (80,),
+    (tile_table.HOPPER, tile_table.HALF): (90,),
+    (tile_table.BLACKWELL, tile_table.HALF): (100,),
 }
-VARIANTS = {"normalised": ("bias",), "bias": ("factor", "groups")}  # arguments that are None
+VARIANTS = {"normalized": ("bias",), "bias": ("residual_scale", "groups")}  # arguments that are None
 TILES = [
-    (capability, key[0] != tiles.AMPERE, key[1], tile, variant)
-    for key, rows in tiles.TABLE.items()
+    (capability, key[0] != tile_table.AMPERE, key[1], tile, variant)
+    for key, rows in tile_table.TABLE.items()
     for limit, tile in rows
     for capability in ARCHITECTURES[key]
-    for variant in (VARIANTS if limit is None and capability == ARCHITECTURES[key][0] else ["normalised"])
+    for variant in (VARIANTS if limit is None and capability == ARCHITECTURES[key][0] else ["normalized"])
 ]
 
 
 @pytest.mark.parametrize("kernel", [kernels.nontarget_lse_fwd_kernel, kernels.nontarget_lse_bwd_kernel])
 @pytest.mark.parametrize(("capability", "tma", "size", "tile", "variant"), TILES, ids=str)
 def test_products_compile_without_spills(compile_clean, capability, tma, size, tile, variant, kernel):
-    options = tiles.Plan(tile, tma, step=0, strip=4).options()
+    options = tile_table.Plan(tile, tma, step=0, strip=4).options()
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = options | dict(d=512, GROUP=operands.GROUP) | dict.fromkeys(VARIANTS[variant])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    element = "bf16" if size == tiles.HALF else "fp32"
+    element = "bf16" if size == tile_table.HALF else "fp32"
     types = dict.fromkeys("xog", f"*{element}")
     if tma:
         shapes = {"x": (tile.rows, tile.features), "o": (tile.classes, tile.features), "g": (tile.rows, tile.classes)}
@@ -153,7 +140,7 @@ ROWS = {
     "operands": (
         operands.operands_kernel, dict(COMPUTE=triton.language.bfloat16, **operands.whole_rows(512)), {"o": "*bf16"}
     ),
-    "best groups": (topk.keep_best_kernel, dict(k=10, BLOCK_K=16, BLOCK=topk.SEARCHED), {"places": "*i32"}),
+    "best groups": (topk.keep_best_kernel, dict(k=10, BLOCK_K=16, BLOCK=topk.SEARCHED), {"indices": "*i32"}),
     "scores": (
         topk.rescore_kernel,
         dict(COMPUTE=triton.language.bfloat16, NORMALIZE=True, GROUP=64, bias=None, **operands.whole_rows(512)),
@@ -183,20 +170,20 @@ def test_what_stands_around_the_products_compiles_without_spills(compile_clean, 
 def test_memory_does_not_grow_with_the_number_of_classes(B, d, n, dtype):
     x = torch.empty(B, d, dtype=dtype)
     of_a_class = max(d * x.element_size(), 4 * B // operands.GROUP)  # of operands, of group maxima
-    plan = tiles.plan_of(x, n, of_a_class)
+    plan = tile_table.plan_of(x, n, of_a_class)
     step = plan.step
     assert step % plan.tile.classes == 0 and step - plan.tile.classes < n
     assert (step - plan.tile.classes) * of_a_class <= operands.WORKSPACE
-    waves = -(-n // step)
-    assert waves == 1 or n - (waves - 1) * step > step - waves * plan.tile.classes  # the last is not much smaller
+    chunks = -(-n // step)
+    assert chunks == 1 or n - (chunks - 1) * step > step - chunks * plan.tile.classes  # the last is not much smaller
     strips = plan.grid(B, step)[1]
     assert plan.strip * strips * plan.tile.classes >= step > plan.strip * (strips - 1) * plan.tile.classes
 
 
 def test_the_table_holds_candidates():
-    for key, rows in tiles.TABLE.items():
-        assert {tile for _, tile in rows} <= set(tiles.CANDIDATES[key]) and rows[-1][0] is None
-        assert all(tile.classes % operands.GROUP == 0 for tile in tiles.CANDIDATES[key])
+    for key, rows in tile_table.TABLE.items():
+        assert {tile for _, tile in rows} <= set(tile_table.CANDIDATES[key]) and rows[-1][0] is None
+        assert all(tile.classes % operands.GROUP == 0 for tile in tile_table.CANDIDATES[key])
 
 
 # ---------------------------------------------------------------------------------------------- values

@@ -7,12 +7,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+STRIDES = ("a_row", "b_row", "g_row", "w_row")  # arguments that are multiples of 16 numbers where rows are aligned
+
 
 def compiled(kernel, capability, types, constants, options):
-    """Machine code. Arguments not in `types` point to float32; pointers and `*_row` strides are multiples of 16."""
+    """Machine code. Arguments not in `types` point to float32; pointers and STRIDES are multiples of 16."""
     types = types | {name: "constexpr" for name in constants}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.endswith("_row")]
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in STRIDES]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

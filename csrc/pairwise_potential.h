@@ -1,20 +1,20 @@
-// The arithmetic of a pair of points; plain C++ that a GPU compiler takes too.
+// The arithmetic of one pair of points; plain C++ that nvcc compiles, too.
 //
-//   u        = |a|^2 + |b|^2 - 2 <a, b>, of points less a common mean; from the difference itself where that is small
+//   u        = |a|^2 + |b|^2 - 2 <a, b>, a common mean subtracted from both; |a - b|^2 itself where u is small
 //   inverse    phi = 1 / (1 + u)       2 phi' = -2 phi^2
 //   hinge      phi = max(M - u, 0)     2 phi' = -2 where u < M
 //
-// A pair that must not count is put at an infinite distance: phi and phi' are 0 there.
+// A pair that must not count is given an infinite distance: phi and phi' are 0 there.
 #pragma once
 
 #include "tile.h"
 
 namespace fastmargin {
 
-// phi and 2 phi' of one pair.
+// phi(u) of one pair, and 2 phi'(u): the coefficient of a - b in the gradient.
 template <typename T>
 struct Potential {
-  T value, slope;
+  T value, coefficient;
 };
 
 struct Inverse {
@@ -30,11 +30,11 @@ struct Hinge {
   template <typename T>
   FM_MEMBER Potential<T> at(T u) const {
     const T left = T(margin) - u;
-    return {left < T(0) ? T(0) : left, left > T(0) ? T(-2) : T(0)};  // not a number stays one
+    return {left < T(0) ? T(0) : left, left > T(0) ? T(-2) : T(0)};  // NaN stays NaN
   }
 };
 
-// Below this share of |a|^2 + |b|^2 a squared distance from products has lost too many digits.
+// Whether u, computed from products, is so small beside |a|^2 + |b|^2 that it has lost too many digits.
 template <typename T>
 FM_INLINE bool near(T u, T squares) {
   return u < T(1e-2) * squares;

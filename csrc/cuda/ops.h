@@ -1,4 +1,4 @@
-// The ops of a GPU, with the signatures of csrc/ops.cpp, and what their host code shares.
+// The ops on a GPU, with the signatures of csrc/ops.cpp, and what their host code shares.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,10 +14,11 @@ namespace fastmargin::cuda {
 using at::Tensor;
 using std::optional;
 
-#ifndef FASTMARGIN_WAVE_BYTES
-#define FASTMARGIN_WAVE_BYTES (32 << 20)
+#ifndef FASTMARGIN_CHUNK_BYTES
+#define FASTMARGIN_CHUNK_BYTES (32 << 20)
 #endif
-constexpr int64_t kWaveBytes = FASTMARGIN_WAVE_BYTES;  // of products, and of operands, at most: about an L2 cache
+constexpr int64_t kChunkBytes =
+    FASTMARGIN_CHUNK_BYTES;  // largest size of a chunk's products, and of its operands: about an L2 cache
 
 inline void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " at the launch of a fastmargin kernel"); }
 
@@ -30,21 +31,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
     optional<at::ScalarType> compute_dtype, bool need_expected_weight, const optional<Tensor>& operands,
     const optional<Tensor>& scales);
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                     const optional<Tensor>& bias, const optional<Tensor>& class_ids,
-                                                     const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
-                                                     optional<at::ScalarType> compute_dtype, const Tensor& rest,
-                                                     const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest,
-                                                     const Tensor& d_target, const optional<Tensor>& d_topk,
-                                                     bool need_dx, bool need_dw, bool need_db);
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(
+    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
+    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
+    const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight, const Tensor& d_rest,
+    const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx, bool need_dw, bool need_db);
 
 std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(
     const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
     const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
-    const Tensor& rest, const Tensor& topk_classes, const Tensor& a, const Tensor& d_rest, const Tensor& d_target,
-    const optional<Tensor>& d_topk, bool need_dx, bool need_db, at::TensorList state, std::string_view rule,
-    at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale, const optional<Tensor>& operands,
-    const optional<Tensor>& scales);
+    const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight, const Tensor& d_rest,
+    const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx, bool need_db, at::TensorList state,
+    std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale,
+    const optional<Tensor>& operands, const optional<Tensor>& scales);
 
 void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, const optional<Tensor>& class_ids,
                   std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale);

@@ -1,14 +1,14 @@
-"""Which tiles the kernels compute z in, and how many a program: a table, by generation, operand type and rows.
+"""The tile sizes of the kernels, and the number of tiles per program: a table by GPU generation, operand type and rows.
 
 Not triton.autotune: it times its candidates in the first call of a process. That waits for the device, cannot be
-captured in a CUDA graph, and lets a clock choose the order of the sums, so that two machines, or two runs without the
-cache, differ in the last bits. `python bench/gpu.py OUT --tiles` times the CANDIDATES, and TABLE takes the fastest of
-them. No GPU has done so yet: TABLE holds, of those that spill no register, the tile that moves the fewest bytes a
-product.
+captured in a CUDA graph, and lets measured times choose the order of the sums, so that two machines, or two runs
+without its cache, differ in the last bits. `python bench/gpu.py OUT --tiles` times the CANDIDATES, and TABLE is to hold
+the fastest of them. That has not been done on a GPU yet: of the tiles that spill no register, TABLE holds the one that
+moves the fewest bytes per product.
 
-The copy engine (TMA) of Hopper and later reads operands of 16 bits whose rows are multiples of 16 bytes. All else goes
-through pointers: float32 products run on the ordinary units, which read the layout it writes badly; consumer Blackwell
-(capability 12) has the shared memory of the older ones. Letters: B rows, n classes of a wave, d features.
+The copy engine (TMA) of Hopper and later loads operands of 16 bits whose rows are multiples of 16 bytes. All others are
+loaded through pointers: float32 products run on the FMA units, for which the layout that TMA writes is slow; consumer
+Blackwell (capability 12) has as little shared memory as older GPUs. Letters: B rows, n classes of a chunk, d features.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .operands import wave_size
+from .operands import chunk_size
 
 
 class Tile(NamedTuple):
@@ -41,7 +41,7 @@ CANDIDATES: dict[tuple[int, int], tuple[Tile, ...]] = {
     ),
     (BLACKWELL, HALF): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }  # fmt: skip
-# With the largest number of rows that a tile is taken for; None: any.
+# Each tile with the largest number of rows that it is used for; None: any number.
 TABLE: dict[tuple[int, int], tuple[tuple[int | None, Tile], ...]] = {
     (AMPERE, FLOAT): ((64, Tile(64, 64, 32, 8, 2)), (None, Tile(128, 128, 16, 8, 2))),
     (AMPERE, HALF): ((64, Tile(64, 64, 64, 4, 3)), (None, Tile(128, 128, 32, 8, 3))),
@@ -53,11 +53,11 @@ TABLE: dict[tuple[int, int], tuple[tuple[int | None, Tile], ...]] = {
 class Plan(NamedTuple):
     tile: Tile
     tma: bool
-    step: int  # classes of a wave
+    step: int  # classes of a chunk
     strip: int  # class blocks of a program
 
     def blocks(self, t: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:  # [m, n]
-        """What a kernel is given for a tensor that it reads or writes in such blocks."""
+        """The kernel argument for a tensor that is read or written in such blocks: a TMA descriptor, or the tensor."""
         return TensorDescriptor.from_tensor(t, [rows, columns]) if self.tma else t
 
     def operands(
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
         return self.blocks(x, tile.rows, tile.features), self.blocks(o, tile.classes, tile.features)
 
     def grid(self, B: int, n: int) -> tuple[int, int]:
-        """Blocks of rows, strips of classes."""
+        """Number of blocks of rows, and of strips of classes."""
         return triton.cdiv(B, self.tile.rows), triton.cdiv(triton.cdiv(n, self.tile.classes), self.strip)
 
     def options(self) -> dict[str, int]:
@@ -85,22 +85,23 @@ def plan_of(
 ) -> Plan:
     key = key_of(x)
     tile = next(tile for rows, tile in TABLE[key] if rows is None or len(x) <= rows)
-    step = wave_size(n, bytes_of_a_class, tile.classes)
+    step = chunk_size(n, bytes_of_a_class, tile.classes)
     return Plan(tile, key[0] != AMPERE, step, strip_of(len(x), step, tile, multiprocessors(x.device)))
 
 
 def strip_of(B: int, n: int, tile: Tile, count: int) -> int:
     """Class blocks of a program: about two programs for each of `count` multiprocessors, of equal length.
 
-    A program loads ahead over the ends of its blocks, which the next program cannot. Two let one work while the other
-    waits where both fit, and cost one more start where they do not. B = 1024 and d = 512 in bfloat16 are 4 x 253 blocks
-    a wave: 256 programs of 4 blocks, and 132 multiprocessors do 7.7 blocks each in the time of 8.
+    Long programs are better: a program loads its next block while it computes, but no program can load for another. Of
+    two programs on a multiprocessor, one computes while the other waits, if both fit; if not, the second costs one more
+    start. Example: B = 1024 and d = 512 in bfloat16 make 4 x 253 blocks per chunk, so 256 programs of 4 blocks; each of
+    132 multiprocessors has 7.7 blocks on average, in the time of 8.
     """
     return max(triton.cdiv(triton.cdiv(B, tile.rows) * triton.cdiv(n, tile.classes), 2 * count), 1)
 
 
 def key_of(x: Tensor) -> tuple[int, int]:  # [B, d] operands
-    """Generation and operand size. The interpreter takes what Hopper would."""
+    """GPU generation and operand size. The interpreter uses the tiles of Hopper."""
     if x.element_size() != HALF or x.shape[1] * HALF % 16:
         return AMPERE, x.element_size()
     major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else HOPPER
