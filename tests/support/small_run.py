@@ -58,7 +58,7 @@ def train_loop(config: TrainConfig, out: Path) -> run.Run:
 
 
 def batches(current: run.Run, steps: int) -> Iterator[loader.Batch]:
-    return (batch for batch, _ in zip(loader.batches(current), range(steps), strict=False))
+    return (batch for batch, _ in zip(loader.batches(current.batch_source()), range(steps), strict=False))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

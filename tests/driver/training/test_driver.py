@@ -106,7 +106,7 @@ def test_damaged_checkpoint_falls_back_and_still_ends_equal(tmp_path: Path, caps
 def test_first_step_is_nesterov_sgd_by_hand(tmp_path: Path) -> None:
     """v = g + wd w; w <- w - lr (v + momentum v) on the first step, for class weights as for convolutions."""
     current, twin = run.build(SMALL, print), run.build(SMALL, print)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     twin.head.class_optimizer = None  # so that the gradient of the class weights is kept
     twin.head(twin.model(images), labels).loss.backward()
     gradients = run.trainable_parameters(twin.model, twin.head, twin.terms)
@@ -139,7 +139,7 @@ def test_records_and_ramp(tmp_path: Path) -> None:
 def test_the_table_is_mined_with_either_sampler(tmp_path: Path, config: TrainConfig) -> None:
     """After each step the visited classes hold this step's nearest wrong classes."""
     current = run.build(config, print)
-    batches = loader.batches(current)
+    batches = loader.batches(current.batch_source())
     for _ in range(4):
         images, labels = next(batches)
         out = loop.train_step(current, images, labels)

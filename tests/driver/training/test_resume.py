@@ -221,7 +221,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_counts(tmp_path: Path, mo
 
 def test_rows_under_way_on_a_gpu_enter_the_table_of_a_run_on_a_cpu() -> None:
     current = run.build(SMALL, print)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     current.table_feed.late = True
     loop.train_step(current, images, labels)
     held = {name: t.clone() for name, t in current.table_feed.state_dict().items()}

@@ -63,7 +63,7 @@ def test_a_step_is_parted_in_its_backward_pass_too(clock: Clock) -> None:
     current.replica = Slow(current.model, clock, 10, 20)
     current.terms.forward = lambda x, labels: Spend.apply(x, clock, 100, 200).sum() * 0  # type: ignore[method-assign]
     current.watch = Stopwatch(current.head.weight.device)
-    batches = loader.batches(current)
+    batches = loader.batches(current.batch_source())
     for wait in (1, 3):
         clock.seconds += wait
         current.watch("loader")

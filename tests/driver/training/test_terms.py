@@ -108,7 +108,7 @@ def test_losses_see_the_old_centres_and_the_loss_is_the_weighted_sum() -> None:
     bank.centers.copy_(torch.randn_like(bank.centers))
     old, seen = bank.centers.clone(), []
     current.model.register_forward_hook(lambda _, __, x: (x.retain_grad(), seen.append(x))[0])
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     out = loop.train_step(current, images, labels)
     x = seen[0].detach().requires_grad_()
     expected = {"center": fm.center_loss(x, labels, old), "git": fm.git_loss(x, labels, old)}

@@ -69,7 +69,7 @@ def overflow(config: TrainConfig) -> None:
                 current.head.weight.grad[0] = torch.inf
 
         optimizers.backward = backward  # type: ignore[method-assign]
-        for batch in zip(range(2), loader.batches(current), strict=False):
+        for batch in zip(range(2), loader.batches(current.batch_source()), strict=False):
             loop.train_step(current, *batch[1])
             assert torch.equal(current.head.weight, before) == (current.step == 1), "no rank's classes move, then all"
             assert all(p.isfinite().all() for p in (current.head.weight, *current.model.parameters()))
@@ -113,7 +113,7 @@ def few_classes(**optim: Any) -> int:
         few = data.take((data.labels < 5).nonzero()[:, 0].numpy())
         run.load_data = lambda *_: (few, few)
         current = run.build(configured(HeadConfig(topk=2), **optim), print, None, ours)
-        for _, batch in zip(range(3), loader.batches(current), strict=False):
+        for _, batch in zip(range(3), loader.batches(current.batch_source()), strict=False):
             loop.train_step(current, *batch)
         assert not (current.table.classes == -1).all() and not current.optimizers.failed()
         return current.head.classes.count

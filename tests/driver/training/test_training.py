@@ -142,7 +142,7 @@ def test_parts_of_a_step_are_recorded_as_one() -> None:
     for parts in (1, 4):
         config = replace(configured(accumulation=parts), terms={"center": TermConfig(0.1)})
         current = run.build(config, print, "test_training:linear")
-        batch = next(loader.batches(current))
+        batch = next(loader.batches(current.batch_source()))
         out = loop.train_step(current, *batch)
         outs.append((out, current.terms.last["center"], current.table.scores))
     (whole, term, scores), (joined, of_parts, again) = outs
@@ -158,14 +158,14 @@ def test_a_frozen_network_trains_a_head_alone(tmp_path: Path) -> None:
         p.requires_grad_(False)
     before = copy.deepcopy(fresh.head.weight)
     fresh.optimizers = type(fresh.optimizers)(fresh.config.optim, fresh.head, fresh.model, fresh.terms)
-    loop.train_step(fresh, *next(loader.batches(fresh)))
+    loop.train_step(fresh, *next(loader.batches(fresh.batch_source())))
     assert not torch.equal(fresh.head.weight, before) and current.step == 12
 
 
 def test_sampled_classes_hold_the_mined_ones() -> None:
     current = run.build(configured(HeadConfig(sample_rate=0.1)), print)
     current.table.classes[:, 0] = torch.arange(len(current.table.classes)).roll(1)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     loop.train_step(current, images, labels)
     sampled = current.head.sampled
     assert sampled is not None and len(sampled) < current.head.num_classes
@@ -182,7 +182,7 @@ def test_autocast_is_for_the_network_alone(precision: Any, dtype: str) -> None:
     convolution = next(m for m in current.model.modules() if isinstance(m, nn.Conv2d))
     convolution.register_forward_hook(lambda _, __, x: seen.append(x.dtype))
     current.head.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
-    out = loop.train_step(current, *next(loader.batches(current)))
+    out = loop.train_step(current, *next(loader.batches(current.batch_source())))
     assert seen == [getattr(torch, dtype), torch.float32] and out.loss.dtype == torch.float32
     learnt = run.trainable_parameters(current.model, current.head, current.terms)
     assert {p.dtype for p in learnt.values()} == {torch.float32}
@@ -299,7 +299,7 @@ def test_a_gradient_alone_that_is_not_finite_is_found(tmp_path: Path) -> None:
     current = run.build(replace(SMALL, log_every=1), print)
     p = next(current.model.parameters())
     handle = p.register_hook(lambda gradient: gradient * math.inf)
-    before, loader_ = p.detach().clone(), loader.batches(current)
+    before, loader_ = p.detach().clone(), loader.batches(current.batch_source())
     out = loop.train_step(current, *next(loader_))
     handle.remove()
     assert torch.equal(p, before) and current.optimizers.failed() and out.loss.isfinite()
@@ -312,7 +312,7 @@ def test_a_gradient_alone_that_is_not_finite_is_found(tmp_path: Path) -> None:
 def test_statistics_that_are_not_finite_are_found(tmp_path: Path) -> None:
     """An overflow of fp16 in the forward pass leaves the loss and the weights finite."""
     current = run.build(configured(precision="fp16"), print)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     out = loop.train_step(current, images, labels)
     loop.measure(current, out)
     next(b for b in current.model.buffers() if b.is_floating_point()).fill_(math.nan)
@@ -359,7 +359,7 @@ class NothingIsRead(TorchDispatchMode):
 )
 def test_no_optimiser_waits_for_a_number(config: TrainConfig) -> None:
     current = run.build(config, print)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     for step in range(2):
         current.optimizers.set_rate(step)
         current.optimizers.zero_grad()
