@@ -37,7 +37,7 @@ EDGE = 20  # steps at the start, in the middle and at the end whose target cosin
 
 
 def loop(run: Run, where: Path, log: Log) -> None:
-    """Trains to the last step, with records and checkpoints on the way. `signals.Stopped` after a signal, when saved."""
+    """Trains to the last step, with records and checkpoints on the way. After a signal saves and raises Stopped."""
     config, last, first = run.config, run.config.optim.steps, run.processes.rank == 0
     board = tensorboard.Board(where, run.step) if config.tensorboard and first else None
     run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device, run.processes.count)
@@ -145,7 +145,7 @@ def keep_cosines(
     run: Run,
     scores: Tensor,  # [b]
 ) -> None:
-    """Keeps all rows' target cosines in EDGE steps at the start, in the middle and at the end; none of a plain layer."""
+    """Keeps all rows' target cosines in EDGE steps at the start, middle and end; a plain layer has none."""
     if run.head.margin.plain:
         return
     edge = max(1, min(EDGE, run.config.optim.steps // 3))
