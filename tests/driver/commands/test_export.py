@@ -190,8 +190,8 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
 
 def test_a_network_of_ones_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ONNX", ("absent",))
-    run_of(SMALL, tmp_path / "run", "test_driver:pixels")
-    with pytest.raises(ValueError, match="the run's network is test_driver:pixels; here it is cnn"):
+    run_of(SMALL, tmp_path / "run", "small_run:pixels")
+    with pytest.raises(ValueError, match="the run's network is small_run:pixels; here it is cnn"):
         export.export(tmp_path / "run", tmp_path / "out", print)
-    export.export(tmp_path / "run", tmp_path / "out", print, model="test_driver:pixels")
-    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "test_driver:pixels"
+    export.export(tmp_path / "run", tmp_path / "out", print, model="small_run:pixels")
+    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "small_run:pixels"
