@@ -90,8 +90,8 @@ def test_autocast_is_for_the_network_alone(precision: Any, dtype: str) -> None:
     current.head.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
     out = loop.train_step(current, *next(loader.batches(current.batch_source())))
     assert seen == [getattr(torch, dtype), torch.float32] and out.loss.dtype == torch.float32
-    learnt = run.trainable_parameters(current.model, current.head, current.terms)
-    assert {p.dtype for p in learnt.values()} == {torch.float32}
+    learned = run.trainable_parameters(current.model, current.head, current.terms)
+    assert {p.dtype for p in learned.values()} == {torch.float32}
     assert (current.optimizers.scaler.get_scale() > 1) == (precision == "fp16") and not current.optimizers.failed()
 
 

@@ -59,7 +59,7 @@ def test_steps_and_a_constant() -> None:
 
 
 def by_hand(config: TrainConfig, steps: int) -> dict[str, torch.Tensor]:
-    """The weights after some steps of an ordinary loop: whole batches, torch's optimiser on everything."""
+    """The weights after some steps of an ordinary loop: whole batches, torch's optimizer on everything."""
     current = run.build(config, print, "small_run:pixels")
     current.head.class_optimizer, optim = None, config.optim
     named = run.trainable_parameters(current.model, current.head, current.terms)
@@ -226,7 +226,7 @@ class NothingIsRead(TorchDispatchMode):
     ],
     ids=["default", "adamw", "clip", "fp16", "ema"],
 )
-def test_no_optimiser_waits_for_a_number(config: TrainConfig) -> None:
+def test_no_optimizer_waits_for_a_number(config: TrainConfig) -> None:
     current = run.build(config, print)
     images, labels = next(loader.batches(current.batch_source()))
     for step in range(2):
