@@ -19,7 +19,7 @@ from fastmargin.checkpoint import MANIFEST, TENSORS, committed, load, load_lates
 from fastmargin.checkpoint.store import seal, step_of
 from fastmargin.files import locked, sha256
 
-STAGES = ("write_tensors", "sha256", "seal", "rename", "forget")
+STAGES = ("write_tensors", "sha256", "seal", "rename", "prune")
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, stage: str, fatal: int, moment: str)
 def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
-    """Fails at every call of every stage in turn; afterwards there is exactly step 1 or step 2."""
+    """Fails at every call of every stage in turn; afterward there is exactly step 1 or step 2."""
     for fatal_call in range(1, 5):
         folder = saved(tmp_path / f"{fatal_call}", 0, 1)
         with killed(monkeypatch, stage, fatal_call, moment) as calls:

@@ -154,7 +154,7 @@ def test_a_damaged_one_is_not_counted_among_those_kept(tmp_path: Path) -> None:
 def test_a_kill_while_a_step_is_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
-    """The only checkpoint there is: afterwards it is the old one or the new, at every call of every stage."""
+    """The only checkpoint there is: afterward it is the old one or the new, at every call of every stage."""
     for fatal_call in range(1, 4):
         folder = saved(tmp_path / f"{fatal_call}", 1)
         with killed(monkeypatch, stage, fatal_call, moment):

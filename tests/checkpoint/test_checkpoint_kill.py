@@ -22,7 +22,7 @@ POINTS = {  # where rank 0 is when the victim dies: before it calls this
     "before the manifest": "write_manifest",
     "before the rename": "rename",
     "between two renames": "rename",  # of a step that is saved again
-    "after the rename": "forget",
+    "after the rename": "prune",
     "during retention": "rmtree",  # an old folder half removed
 }
 CASES = [(point, victim) for point in POINTS for victim in (0, random.Random(point).choice((1, 2)))]

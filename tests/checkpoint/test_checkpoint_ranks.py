@@ -33,7 +33,7 @@ def group():
 
 
 def parts_of(**options):
-    """Heads of all sizes, by name, and their optimisers."""
+    """Heads of all sizes, by name, and their optimizers."""
     parts = {}
     for C in SIZES:
         for name, optimizer in OPTIMIZERS.items():
@@ -43,7 +43,7 @@ def parts_of(**options):
 
 
 def state_of(parts):
-    """{head: weight and the optimiser's tensors}, rows of the classes held here."""
+    """{head: weight and the optimizer's tensors}, rows of the classes held here."""
     found = {}
     for name, head in parts.items():
         if isinstance(head, fm.MarginHead):
@@ -137,7 +137,7 @@ def test_one_process_without_a_group_reads_it_too(written):
         unpack(saved, {"heads": head})
 
 
-def test_what_an_optimiser_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
+def test_what_an_optimizer_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
     head = fm.MarginHead(5, 1009, fm.ArcFace(), sample_rate=0.1)
     parts = {"classes": fm.optim.ClassSGD(head, 0.1, 0.9, 0.1), "head": head}
 
@@ -171,7 +171,7 @@ def test_what_is_no_tensor_or_json_is_refused_by_name():
 
 
 def training(folder, steps, sample_rate=1.0):
-    """Takes up the folder's newest, if any, and trains to `steps`, saving every third: a backbone, both optimisers, a
+    """Takes up the folder's newest, if any, and trains to `steps`, saving every third: a backbone, both optimizers, a
     schedule, a table, a draw of torch's."""
     rank, N = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)

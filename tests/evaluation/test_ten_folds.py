@@ -113,7 +113,7 @@ def test_euclidean_takes_embeddings_as_they_are():
         assert verification_accuracy(a, b, same, variant="euclidean") == pytest.approx(expected)
 
 
-def test_euclidean_breaks_ties_towards_the_nearer_threshold():
+def test_euclidean_breaks_ties_toward_the_nearer_threshold():
     """All distances are equal: refusing all is as good as accepting all, and is tried first."""
     a, b = np.zeros((8, 2)), np.ones((8, 2))
     assert verification_accuracy(a, b, [1, 0] * 4, folds=2, variant="euclidean") == (0.5, 0)

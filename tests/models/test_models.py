@@ -22,10 +22,10 @@ def test_output_shape(dim: int, size: int) -> None:
     assert build_model("cnn", dim, size, channels=1).eval()(torch.rand(3, 1, size, size)).shape == (3, dim)
 
 
-def test_colour() -> None:
-    grey, colored = build_model("cnn", 16, 32, channels=1), build_model("cnn", 16, 32)
+def test_color() -> None:
+    gray, colored = build_model("cnn", 16, 32, channels=1), build_model("cnn", 16, 32)
     assert colored.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (grey, colored)]
+    counts = [sum(p.numel() for p in model.parameters()) for model in (gray, colored)]
     assert counts[1] - counts[0] == 25 * 2 * 32  # two more input channels of the first convolution alone
 
 
@@ -40,9 +40,9 @@ def test_parameter_count() -> None:
 
 def test_last_gamma_is_one_and_stays() -> None:
     model = build_model("cnn", 16, 32, channels=1)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
     model(torch.rand(8, 1, 32, 32)).square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(last_norm(model).weight, torch.ones(16))
     assert last_norm(model).bias.abs().max() > 0
 

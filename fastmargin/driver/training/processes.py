@@ -191,9 +191,7 @@ def process_group() -> Iterator[Processes]:
     try:
         yield Processes(dist.group.WORLD, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
     finally:
-        if ours and not isinstance(
-            sys.exception(), Exception
-        ):  # after an error the others wait, connected, until it is printed
+        if ours and not isinstance(sys.exception(), Exception):  # else the others fail before the error is printed
             dist.destroy_process_group()
 
 
@@ -209,12 +207,12 @@ def only_once(text: str) -> str | None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return text
-    rank, said = int(os.environ["RANK"]), f"fastmargin/{os.environ['TORCHELASTIC_RESTART_COUNT']}/said"
+    rank, key = int(os.environ["RANK"]), f"fastmargin/{os.environ['TORCHELASTIC_RESTART_COUNT']}/said"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if rank == 0:
-        store.set(said, text)
+        store.set(key, text)
         return text
     late = time.monotonic() + ECHO
-    while not store.check([said]) and time.monotonic() < late:
+    while not store.check([key]) and time.monotonic() < late:
         time.sleep(0.05)
-    return None if store.check([said]) and store.get(said) == text.encode() else f"rank {rank}: {text}"
+    return None if store.check([key]) and store.get(key) == text.encode() else f"rank {rank}: {text}"

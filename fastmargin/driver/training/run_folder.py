@@ -47,8 +47,8 @@ def check(where: Path, config: TrainConfig, settled: bool = False) -> None:
         changes = ", ".join(f"{name} {there[name]} there, {here[name]} here" for name in names)
         if settled and set(names) <= set(BY_IMAGES):
             changes += "; where it is not given the number of images decides, and that has changed"
-        said = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
-        raise ValueError(said)
+        mistake = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
+        raise ValueError(mistake)
 
 
 def resuming(where: Path) -> str:
@@ -138,7 +138,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
-    """A text file to write to, which takes its name at the end. UTF-8; file names that are not are kept byte for byte."""
+    """As `write_json`, but a file to write to. UTF-8; file names that are not are written byte for byte."""
     with written(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield file
 

@@ -3,8 +3,8 @@
 On a CPU the table is updated at once. From a GPU the copy is asynchronous, and the table is updated one step later, so
 that the host only ever waits for the step before. What is still waiting is part of a checkpoint.
 
-Every process updates its table with the rows of all ranks, in rank order, so that the tables are equal, bit for bit: one
-all-gather of 8 + 12 k bytes a row.
+Every process updates its table with the rows of all ranks, in rank order, so that the tables are equal, bit for bit:
+one all-gather of 8 + 12 k bytes a row.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class TableFeed:
         out: HeadOutput,  # of b rows
     ) -> None:
         """Takes the rows of a step and updates the table: with them or, if late, with those of the step before."""
-        self.flush()  # if not late, only after a resume of a run that was
+        self.flush()  # if not late: what a checkpoint of a GPU run had waiting
         mined = {"labels": labels, "hard_classes": out.hard_classes, "hard_scores": out.hard_scores}
         all_ranks = gathered(mined, self.rows)
         self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in all_ranks.items()}

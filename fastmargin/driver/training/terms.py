@@ -97,7 +97,7 @@ class Terms(nn.Module):
 
 
 def share(name: str, options: Mapping[str, Any], rows: Layout | None) -> float:
-    """What the term of this rank's rows is multiplied by, see above."""
+    """The factor of a term of this rank's rows in a group: see the top of this file."""
     if rows is None or name == "minimum_margin":
         return 1.0
     summed = options.get("reduction") == "sum"
