@@ -23,7 +23,7 @@ def test_class_distances_equal_brute_force(block, monkeypatch):
 
 
 def test_class_distances_by_hand():
-    """Classes count alike, whatever their size; zero is an embedding like any other."""
+    """All classes have equal weight, whatever their size; an embedding may be zero."""
     x = [[0.0, 0], [0, 2], [6, 1], [6, 1], [6, 1], [6, 1]]
     assert class_distances(x, [0, 0, 1, 1, 1, 1]) == (6.0, 0.5)
     near = 1e8 + np.array([[0.0, 0], [0, 1e-3]])

@@ -84,7 +84,7 @@ def test_weights_follow_the_seed_and_are_channels_last() -> None:
 
 
 def test_sum_of_the_default_weights() -> None:
-    """The default network draws the weights it always drew: figures of version 0.1.0, before there were others."""
+    """The default network has the initial weights it always had: numbers of version 0.1.0, when it was the only one."""
     torch.manual_seed(0)
     model = build_model("cnn", 128, 32, channels=1)
     sums = [p.double().abs().sum().item() for p in model.parameters() if p.ndim > 1]
@@ -145,7 +145,7 @@ def test_the_configuration_names_every_network_and_every_option() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package outside of ours, with a network in it."""
+    """A package outside of fastmargin, with a network in it."""
     folder = tmp_path / "their_package"
     folder.mkdir()
     (folder / "__init__.py").write_text("")

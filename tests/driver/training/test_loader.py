@@ -30,7 +30,7 @@ MINING = replace(SMALL, sampler=replace(SMALL.sampler, name="doppelganger"))
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Batches of 16 are too small to share."""
+    """Batches of 16 are too small to split over threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -128,7 +128,7 @@ def test_a_long_gradient_is_clipped() -> None:
 
 
 def test_fp16_searches_its_scale_and_goes_on(tmp_path: Path) -> None:
-    """Steps that overflow change nothing but the scale, and are no failure."""
+    """Steps that overflow change only the loss scale, and are no failure."""
     current = run.build(configured(precision="fp16", clip=1.0), print)
     current.optimizers.scaler.load_state_dict({**current.optimizers.scaler.state_dict(), "scale": 2.0**40})
     still, scales = [], []
@@ -204,7 +204,7 @@ WAITS = {
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Refuses what would make the host wait for a GPU."""
+    """Refuses ops that would be a host sync on a GPU."""
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert op.name() not in WAITS, op

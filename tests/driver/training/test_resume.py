@@ -1,4 +1,4 @@
-"""A run that was stopped, by an error or a signal, goes on bit for bit, whatever moves its weights."""
+"""A run that was stopped, by an error or a signal, resumes bit for bit, whatever its configuration."""
 
 import json
 import os
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dropping(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """A network that draws, without batch norm: `test_resume:dropping`."""
+    """`test_resume:dropping`: a network with dropout, without batch norm."""
     flat = channels * size[0] * size[1]
     return nn.Sequential(nn.Flatten(), nn.Linear(flat, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, dim))
 
@@ -251,7 +251,7 @@ def test_a_process_ends_with_the_code_of_its_signal_and_its_run_resumes_bit_for_
 
 
 def interrupted(arguments: list[str], records: Path, number: signal.Signals) -> tuple[str, int]:
-    """A process that gets the signal once it trains: what it says, and its exit code."""
+    """Output and exit code of a process that gets the signal while it trains."""
     command = [sys.executable, "-m", "fastmargin", *arguments]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
     child = subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)

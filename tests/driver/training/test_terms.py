@@ -1,4 +1,4 @@
-"""Losses beside the head's in a training run: their sum, the centers' turn, exact resume, mistakes."""
+"""Losses beside the head's in a training run: their sum, when centers are updated, exact resume, mistakes."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ D = SMALL.dim
 
 
 def with_terms(base: TrainConfig = SMALL, **terms: Any) -> TrainConfig:
-    """git={"weight": 0.1, "pairs": "samples"} is the term of that weight, with the rest for options."""
+    """git={"weight": 0.1, "pairs": "samples"} is a term with this weight; the rest are its options."""
     made = {}
     for name, options in terms.items():
         options = dict(options)
@@ -136,7 +136,7 @@ def test_each_term_is_in_the_records_without_its_weight(tmp_path: Path) -> None:
 def test_the_objective_is_what_is_minimized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Printed, too, and the loss is the head's."""
+    """It is also what is printed first; `loss` is that of the head."""
     given: list[float] = []
     original = Optimizers.backward
     monkeypatch.setattr(Optimizers, "backward", lambda self, loss: (given.append(loss.item()), original(self, loss))[1])

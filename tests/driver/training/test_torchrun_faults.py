@@ -1,4 +1,4 @@
-"""What goes wrong on many processes: on one rank, on all; and torchrun itself, stopped and started with another N."""
+"""Faults on many processes, on one rank or on all; torchrun stopped, and started again with another N."""
 
 import json
 import os
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def idle_part(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """`test_torchrun_faults:idle_part`: has a weight that does nothing."""
+    """`test_torchrun_faults:idle_part`: has a weight that its output does not depend on."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], dim))
     network.spare = nn.Parameter(torch.zeros(1))
     return network
 
 
 def in_group(task: Callable[[processes.Processes], Any]) -> Any:
-    run.load_data = load_data  # in a rank no fixture does so
+    run.load_data = load_data  # fixtures do not reach the ranks
     with processes.process_group() as ours:
         return task(ours)
 
 
 def says(message: str, task: Callable[[processes.Processes], Any]) -> None:
-    """On every rank the same ValueError."""
+    """Every rank raises the same error."""
 
     def refused(ours: processes.Processes) -> None:
         with pytest.raises((ValueError, OSError), match=message):
@@ -252,7 +252,7 @@ def measured(out: Path) -> dict[str, dict[str, float]]:
 def test_one_process_reads_what_many_have_written(
     ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And many what one has."""
+    """And many processes what one has written."""
     out = tmp_path / "run"
     assert ranks(3, whole_run, out) == [out] * 3
     metrics = [measured(out)]
