@@ -71,7 +71,7 @@ def print_rates(name: str, data: DataConfig) -> None:
 
 
 def alone(run: Run) -> float:
-    prepared = loader.batches(run)
+    prepared = loader.batches(run.batch_source())
     next(prepared)
     begin = time.perf_counter()
     for _ in islice(prepared, ALONE):
@@ -80,7 +80,7 @@ def alone(run: Run) -> float:
 
 
 def training(run: Run) -> float:
-    prepared = loader.batches(run)
+    prepared = loader.batches(run.batch_source())
     loop.train_step(run, *next(prepared))
     begin = time.perf_counter()
     for images, labels in islice(prepared, TRAINING):

@@ -1,4 +1,4 @@
-"""Files of a run: forced onto the disk, hashed, never followed through links, and written by one run at a time."""
+"""Files of a run: locked, written atomically, fsynced, hashed; symbolic links are refused."""
 
 import fcntl
 import hashlib
@@ -15,10 +15,10 @@ LOCK = "lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone until the end of the block, or of the process, however that comes.
+    """Holds an exclusive lock on a folder until the end of the block, or of the process, even if it is killed.
 
-    BlockingIOError if another has it, ValueError if something else has the lock's name. A file system that cannot lock
-    files is warned of.
+    BlockingIOError if another process holds it, ValueError if the lock's name is that of a link, pipe or device. A file
+    system that cannot lock files gets a warning.
     """
     file = folder / LOCK
     with os.fdopen(opened(file), "r+") as handle:
@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def opened(file: Path) -> int:
-    """A descriptor, to read and write; the file is made where there is none. ValueError for a link, pipe or device."""
+    """A descriptor to read and write; makes the file if there is none. ValueError for a link, pipe or device."""
     refuse_link(file)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -46,9 +46,9 @@ def opened(file: Path) -> int:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A name to write a whole file under, which then takes its own, with the mode of any new file here.
+    """A temporary name to write a file under; at the end of the block the file is renamed to `path`, in one step.
 
-    safetensors gives its files 0600, whatever the umask.
+    Its mode is set to that of a new file under the umask, as safetensors makes all files 0600.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -70,7 +70,7 @@ def sha256(content: Path | bytes) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, onto the disk."""
+    """Of a file, or of a folder, whose entries it forces onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,7 +79,7 @@ def fsync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents; the name of each that is new is forced onto the disk."""
+    """Makes a folder and its parents, and fsyncs the entry of each new one."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -87,10 +87,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it, or whatever else has the name: a link, and not what it leads to.
-
-    What cannot be removed is warned of.
-    """
+    """Removes a folder with its contents, or a file, or a link but not its target. A failure is a warning."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -106,7 +103,7 @@ def refuse_link(path: Path) -> None:
 
 
 def want_file(path: Path) -> None:
-    """ValueError for a link, a folder, a pipe that would never end, and nothing at all."""
+    """ValueError unless there is a regular file: no link, folder, or pipe, from which reading may never end."""
     refuse_link(path)
     if not path.is_file():
         raise ValueError(f"{path}: missing, or no regular file")

@@ -1,6 +1,6 @@
-"""Checkpoints that a kill cannot tear and a flipped bit cannot pass, written and read by any number of processes.
+"""Checkpoints that are written atomically and verified by SHA-256, by and for any number of processes.
 
-`save` and `load_latest` take and give named tensors and plain state; `pack` and `unpack` turn a head, its optimiser,
+`save` takes, and `load_latest` returns, named tensors and plain state; `pack` and `unpack` turn a head, its optimizer,
 a backbone or anything else with a state_dict into those and back. Needs safetensors.
 """
 

@@ -1,8 +1,8 @@
-"""What has a state_dict, as tensors and plain state, and back.
+"""Anything with a state_dict, as tensors and plain state, and back.
 
-The weights of a head in a group, and all that its class optimiser keeps of them, are `Sharded` by class: any number of
-ranks takes up what any other wrote. A state_dict travels as JSON in which {"dict": [[key, value], ...]} is a dict,
-{"tensor": name} a tensor, {"rows": name} this rank's rows of one, and {"float": "inf"} what JSON has no number for.
+The weight of a head in a group and its optimizer state are `Sharded` by class, so any number of ranks can load what any
+other number has saved. A state_dict becomes JSON, in which {"dict": [[key, value], ...]} is a dict, {"tensor": name} a
+tensor, {"rows": name} this rank's rows of one, and {"float": "inf"} a number that JSON does not have.
 """
 
 import math
@@ -21,23 +21,22 @@ def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[st
     """Tensors and state for `save`.
 
     parts: by name, whatever has state_dict() and load_state_dict(): a MarginHead, a ClassSGD or ClassAdamW, modules,
-        torch optimisers, schedules, a DoppelgangerTable, a sampler. Without DDP's wrapper a module's names are the same
-        for any number of processes.
+        torch optimizers, schedules, a DoppelgangerTable, a sampler. Pass a module without its DDP wrapper: its names
+        are then the same for any number of processes.
 
-    Tied weights are written, as they are listed, under each of their names. ValueError for a state_dict with anything
-    but tensors, dicts, lists, strings, numbers and None, and where two tensors would have one name, as those of
-    {"a/b": t, "a": {"b": u}} and {1: t, "1": u} would.
+    Tied weights are written once for each of their names. ValueError for a state_dict with anything but tensors, dicts,
+    lists, strings, numbers and None, and for two tensors of one name, as in {"a/b": t, "a": {"b": u}} and
+    {1: t, "1": u}.
     """
     tensors: dict[str, Tensor | Sharded] = {}
     return tensors, {name: encode(sharded_state(part), name, tensors) for name, part in parts.items()}
 
 
 def unpack(saved: Checkpoint, parts: Mapping[str, Any]) -> None:
-    """Brings each part to where `pack` found it; the weights of classes, and what their optimiser keeps, are read in
-    place, the rows held here and no others.
+    """Restores each part. Class weights and their optimizer state are read in place: only this rank's rows.
 
-    Lets go of the files at the end. ValueError for a part that the checkpoint has not, or that does not fit; parts
-    before it have then been loaded, and rows of classes may have been read into it.
+    Closes the files at the end. ValueError for a part that the checkpoint does not have, or that does not fit; parts
+    before it are then loaded already, and rows of its class weights may be overwritten.
     """
     try:
         for name, part in parts.items():
@@ -62,7 +61,7 @@ def sharded_state(part: Any) -> Any:
     elif isinstance(part, ClassOptimizer):
         kept = state["state"].get(0, {})
         rows = {name: shard_of(part.head, t) for name, t in kept.items() if isinstance(t, Tensor)}
-        state["state"] = {0: kept | rows}  # not into `kept`, which is the optimiser's own
+        state["state"] = {0: kept | rows}  # a copy: `kept` belongs to the optimizer
     return state
 
 
@@ -71,7 +70,7 @@ def shard_of(head: ClassWeights, rows: Tensor) -> Sharded:  # [C_local, d]
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor | Sharded]) -> Any:
-    """JSON; tensors go into `tensors`."""
+    """A value as JSON; its tensors are added to `tensors`."""
     match value:
         case Tensor() | Sharded():
             if name in tensors:
@@ -81,7 +80,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor | Sharded]) -> Any:
         case Mapping():
             return {"dict": [[key, encode(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
         case list() | tuple():
-            return [encode(inner, f"{name}/{place}", tensors) for place, inner in enumerate(value)]
+            return [encode(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]
         case float() if not math.isfinite(value):
             return {"float": str(value)}
         case None | str() | bool() | int() | float():
@@ -105,13 +104,13 @@ def decode(value: Any, saved: Checkpoint, part: Any) -> Any:
 
 
 def rows_of(saved: Checkpoint, name: str, part: Any) -> Tensor:  # [C_local, d]
-    """The rows of the classes held here: a head's weight itself, or its optimiser's own tensor, filled."""
+    """Reads this rank's rows into the head's weight, or into its optimizer's tensor, and returns that."""
     head: ClassWeights = part if isinstance(part, ClassWeights) else part.head
-    found, wanted = saved.tensors.shape(name), (head.num_classes, head.in_features)
-    if found != wanted:
-        raise ValueError(f"{name} is {[*found]}: want {[*wanted]}")
+    found, want = saved.tensors.shape(name), (head.num_classes, head.in_features)
+    if found != want:
+        raise ValueError(f"{name} is {[*found]}: want {[*want]}")
     if part is head:
-        head._apply_lazy_updates()  # else what an optimiser has left to do would be done to what is read
+        head._apply_lazy_updates()  # pending ones would else be applied later, to the rows just read
         return saved.tensors.read_into(head.weight.detach(), name, head.class_range[0])
     part.apply_lazy_updates()
     return saved.tensors.read_into(part.state_tensor(name.rpartition("/")[2]), name, head.class_range[0])

@@ -1,18 +1,20 @@
 """Saving and loading: one folder a step, committed by one rename.
 
-    step-00000400.RANDOM.tmp/   of this save alone: tensors.safetensors, what all ranks have, by the first;
-                                rows-00003.safetensors, rank 3's rows; then manifest.json, by the first. All, and the
-                                folder, are fsynced
-    step-00000400/              one rename commits it; its parent is fsynced; the two newest that are whole are kept
-    step-00000400.old/          one that is saved again, until the new one is committed; as good as any till then
+    step-00000400.RANDOM.tmp/   while a save is writing: rank 0 writes tensors.safetensors, what all ranks have; rank 3
+                                its rows into rows-00003.safetensors; then rank 0 manifest.json. Files and folder are
+                                fsynced
+    step-00000400/              the same after one rename, the commit; its parent is fsynced. The two newest that are
+                                complete are kept
+    step-00000400.old/          the former checkpoint of a step that is saved again, until the new one is committed; it
+                                can be loaded like any other
 
 The manifest holds the schema version, the step, the torch version, the state that is not tensors, which file has which
-rows of each tensor, and size and SHA-256 of every file; it carries the SHA-256 of itself. Loading takes the newest
-folder that every rank finds in order, and says which it passed over and why. Nothing is unpickled. Links, and names
-that leave the folder, are refused: a checkpoint is read as if a stranger had sent it.
+rows of each tensor, and size and SHA-256 of every file, and the SHA-256 of all this. Loading takes the newest
+folder that verifies on every rank, and reports which ones it passed over and why. Nothing is unpickled. Links, and
+names that lead out of the folder, are refused: files of a checkpoint are untrusted input.
 
-In a group the folder is on a file system that all ranks share, and all calls are made by all ranks together: what fails
-on one is an error on all, that names rank and file; if one dies, the others fail at once or at the group's timeout.
+In a group the folder is on a file system that all ranks share, and all ranks make each call together. An error on one
+rank is raised on all, and names rank and file; if a rank dies, the others fail at once or at the group's timeout.
 """
 
 import hashlib
@@ -43,13 +45,13 @@ Verify: TypeAlias = Literal["size", "own", "all"]
 
 
 class Checkpoint(NamedTuple):
-    """What `load_latest` found. `tensors` are read when asked for, whole or some rows: see `Tensors`."""
+    """A checkpoint that has been verified. `tensors` are read on access, whole or some rows: see `Tensors`."""
 
     path: Path
     step: int
     tensors: Tensors
     state: dict[str, Any]
-    warnings: list[str]  # one line for every newer checkpoint that was refused
+    warnings: list[str]  # one line for every newer checkpoint that did not verify
 
 
 def save(
@@ -62,15 +64,16 @@ def save(
 ) -> Path:
     """Writes and commits `folder/step-XXXXXXXX`; returns it.
 
-    tensors: by name. A `Sharded` one is written by every rank, its own rows; any other by the first rank alone, as are
-        `state`, which is plain JSON, and `step`. What differs by rank, such as a random state, is a row of a Sharded.
+    tensors: by name. Of a `Sharded` one every rank writes its own rows; any other is written by rank 0 alone, as are
+        `state`, which is plain JSON, and `step`. What differs between ranks, such as a random state, can be a row of a
+        Sharded.
     group: the ranks that save together; None: this process alone.
 
-    Killed at any moment, on any rank, this leaves the checkpoints that were there, and at most a folder that the next
-    call removes. What stands in the way of removing old ones is warned of. Ranks wait for the slowest one's writing,
-    within the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if the disk refuses or
-    another process is saving there, ValueError for NaN in `state`, a DTensor, and rows that are not the whole of a
-    tensor, each once.
+    A kill at any moment, on any rank, leaves the earlier checkpoints intact, and at most a temporary folder that the
+    next call removes. An old checkpoint that cannot be removed is a warning. Ranks wait for the slowest writer, within
+    the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if writing fails or another
+    process is saving there, ValueError for NaN in `state`, for a DTensor, and if the rows of a Sharded over all ranks
+    do not make up the tensor exactly once.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
@@ -83,17 +86,17 @@ def save(
             run_on_all_ranks(partial(commit, fresh, final, step, state, written) if rank == 0 else idle, group)
         except Exception:
             if rank == 0 and fresh.exists():
-                remove(fresh)  # on a full disk it would be in the way
+                remove(fresh)  # it takes space on a disk that may be full
             raise
     return final
 
 
 def idle() -> None:
-    """What the other ranks do while the first works."""
+    """For the ranks that wait while rank 0 works."""
 
 
 def prepare(final: Path, held: ExitStack) -> str:
-    """Makes the folder that all ranks write into; returns its name, which no other save has."""
+    """Makes the folder that all ranks write into; returns its name, which is unique."""
     folder = final.parent
     make_folder(folder)
     held.enter_context(locked(folder))
@@ -114,7 +117,7 @@ class Written(NamedTuple):
 
     files: dict[str, dict[str, Any]]  # {name: {size, sha256}}
     parts: dict[str, tuple[str, int, int, str, list[int]]]  # {tensor: (file, start, stop, dtype, shape of all)}
-    names: list[str]  # of all tensors, also of those of whose rows it has none
+    names: list[str]  # of all tensors, including those without rows on this rank
 
 
 def write_files(fresh: Path, tensors: Mapping[str, Tensor | Sharded], rank: int) -> Written:
@@ -138,7 +141,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they go to the disk: safetensors takes no two in one memory, such as tied weights, so the second is a copy."""
+    """On the CPU, contiguous, each in memory of its own: safetensors refuses shared memory, as of tied weights."""
     out, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -150,7 +153,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """What the disk refuses here is an error that says for which file."""
+    """Errors of writing in its body name the file."""
     try:
         yield
     except (OSError, error_of_safetensors()) as error:
@@ -161,12 +164,12 @@ def commit(fresh: Path, final: Path, step: int, state: Mapping[str, Any], writte
     write_manifest(fresh, step, state, written)
     fsync(fresh)
     old = final.with_suffix(OLD)
-    if os.path.lexists(final):  # a damaged one, it may be, that a resumed run has reached again
+    if os.path.lexists(final):  # perhaps damaged: a resumed run has reached its step again
         final.rename(old)
     rename(fresh, final)
     if os.path.lexists(old):
         remove(old)
-    forget(final.parent, step)
+    prune(final.parent, step)
 
 
 def write_manifest(fresh: Path, step: int, state: Mapping[str, Any], written: Sequence[Written]) -> None:
@@ -190,11 +193,11 @@ def rename(fresh: Path, final: Path) -> None:
 
 
 def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verify = "own") -> Checkpoint | None:
-    """The newest checkpoint that is in order on every rank; None where there is none. ValueError if all are refused.
+    """The newest checkpoint that verifies on every rank; None where there is none. ValueError if none of them verifies.
 
-    verify: what is proved by SHA-256, beside the manifest and the size of every file: "own", the files that this rank
-        reads if it holds the rows that a head in `group` holds (without a group: all files); "all", every file on every
-        rank; "size", nothing more.
+    verify: what is checked by SHA-256, beside the manifest and the size of every file. "own": the files that this rank
+        needs to load a head in `group` (without a group: all files); "all": every file on every rank; "size": nothing
+        more.
     """
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     (paths, *_) = run_on_all_ranks(lambda: committed(Path(folder))[::-1] if rank == 0 else [], group)
@@ -203,9 +206,9 @@ def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verif
         found = refusal = None
         try:
             found = load(path, verify=verify, rank=rank, ranks=ranks)
-        except Exception as error:  # of any kind: the ranks go on together
+        except Exception as error:  # of any kind: no rank may leave the others waiting
             refusal = f"{error}" if group is None else f"rank {rank}: {error}"
-        refusals = [said for said in gather_objects(refusal, group) if said]
+        refusals = [text for text in gather_objects(refusal, group) if text]
         if found and not refusals:
             return found._replace(warnings=warnings)
         warnings.append("; ".join(refusals))
@@ -215,7 +218,7 @@ def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verif
 
 
 def load(path: str | Path, *, verify: Verify = "own", rank: int = 0, ranks: int = 1) -> Checkpoint:
-    """One checkpoint folder, as one of `ranks` ranks sees it. ValueError names the file that is not what it was."""
+    """One checkpoint folder, as rank `rank` of `ranks` verifies it. ValueError names the file that has changed."""
     path = Path(path)
     if verify not in ("size", "own", "all"):
         raise ValueError(f"verify = {verify!r}: want 'size', 'own' or 'all'")
@@ -243,7 +246,7 @@ def entries_of(path: Path, listed: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's body, once it is proved to be, byte for byte, what `save` wrote for this folder."""
+    """The manifest's body, verified to be, byte for byte, what `save` wrote for this folder."""
     file = path / MANIFEST
     refuse_link(path)
     want_file(file)
@@ -262,7 +265,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, name: str, size: int, digest: str | None) -> None:
-    """digest: None leaves it at the size."""
+    """Compares size and SHA-256 of a file. digest: None compares the size alone."""
     file = folder / name
     if Path(name).name != name or name == "..":
         raise ValueError(f"{folder / MANIFEST}: {name!r} leaves the folder")
@@ -283,8 +286,9 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD))
 
 
-def forget(folder: Path, step: int) -> None:
-    """Removes what is older than the newest two up to `step` that are whole. Newer ones, refused at loading, stay."""
+def prune(folder: Path, step: int) -> None:
+    """Keeps the KEEP newest complete checkpoints up to `step` and removes older ones. Any of later steps stay: when
+    this run was resumed, they did not verify."""
     whole = 0
     for path in reversed(committed(folder)):
         if whole == KEEP:
@@ -294,16 +298,16 @@ def forget(folder: Path, step: int) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """All files are there, as long as they were written."""
+    """Whether all files are there, in their size."""
     try:
         load(path, verify="size")
-    except Exception:  # of any kind: what is saved is saved
+    except Exception:  # of any kind: it must not fail a save that is committed
         return False
     return True
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """The manifest as bytes: the body and the SHA-256 of its text. NaN is no JSON and raises ValueError."""
+    """The manifest as bytes: the body and the SHA-256 of its text. ValueError for NaN, which JSON does not have."""
     text = json.dumps(body, indent=1, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f'{{"sha256": "{digest}",\n"body": {text}}}\n'.encode()
@@ -313,5 +317,5 @@ def part_of(
     tensors: Mapping[str, Tensor],  # of a checkpoint, named "part/name"
     name: str,
 ) -> dict[str, Tensor]:
-    """The tensors of one part, by their own names."""
+    """The tensors of one part, whole, without the prefix in their names."""
     return {key.removeprefix(f"{name}/"): tensors[key] for key in tensors if key.startswith(f"{name}/")}

@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint: each in one file, or by its first dimension in several, and read row by row from those.
+"""The tensors of a checkpoint: each in one file, or its rows over several files, and read row by row.
 
 An entry of the manifest is {"dtype": "float32", "shape": [C, d], "parts": [[file, start, stop], ...]}: which file has
-which rows. A tensor without dimensions is a part of one row.
+which rows. A tensor without dimensions counts as one row.
 
-torch.distributed.checkpoint with its safetensors storage reads rows alone, too, but to save 488 MiB of rows it took 984
-MiB more (a rank of two, C = 1,000,000, d = 128, with momentum; here none), it fsyncs nothing, and its errors are no
-Exceptions.
+torch.distributed.checkpoint with its safetensors storage can read single rows, too, but needed 984 MiB of extra memory
+to save 488 MiB of rows (one rank of two, C = 1,000,000, d = 128, with momentum; here: none), does not fsync, and its
+errors are no Exceptions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 TENSORS = "tensors.safetensors"  # what all ranks have
-ROWS = "rows-{:05d}.safetensors"  # what one has
+ROWS = "rows-{:05d}.safetensors"  # the rows of one rank
 DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
 class Sharded(NamedTuple):
-    """This rank's rows [start, start + n) of a tensor whose `total` rows lie over the ranks of the group."""
+    """This rank's rows [start, start + n) of a tensor with `total` rows over all ranks of the group."""
 
     tensor: Tensor  # [n, ...]
     start: int
@@ -47,9 +47,9 @@ class Entry(NamedTuple):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, read from the disk when asked for, each time anew: `tensors[name]` is the whole of one.
+    """Tensors by name, read from disk at each access: `tensors[name]` is a whole one.
 
-    Files stay mapped, and where they are removed meanwhile their bytes on the disk stay taken, until `close`.
+    Files stay open until `close`; if they are removed meanwhile, their disk space is not freed before.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -81,15 +81,15 @@ class Tensors(Mapping[str, Tensor]):
         name: str,
         start: int = 0,
     ) -> Tensor:
-        """Fills `out` with rows [start, start + n), and returns it: no second copy of them is made.
+        """Reads rows [start, start + n) into `out`, without another copy of them, and returns it.
 
-        ValueError for another shape or dtype, rows that are not there, and a file that is not what the manifest says.
+        ValueError for another shape or dtype, rows that are not there, and a file that differs from the manifest.
         """
         entry = self.entries[name]
         stop = start + (len(out) if entry.shape else 1)
         if out.dtype != entry.dtype or out.shape[1:] != entry.shape[1:] or not 0 <= start <= stop <= entry.rows:
-            wanted = f"rows {start} to {stop} as {out.dtype} {[*out.shape]}"
-            raise ValueError(f"{self.folder}: {name} is {entry.dtype} {[*entry.shape]}: it has no {wanted}")
+            want = f"rows {start} to {stop} as {out.dtype} {[*out.shape]}"
+            raise ValueError(f"{self.folder}: {name} is {entry.dtype} {[*entry.shape]}: it has no {want}")
         for part in entry.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last or not entry.rows:
@@ -98,7 +98,7 @@ class Tensors(Mapping[str, Tensor]):
         return out
 
     def stored(self, name: str, part: Part, start: int, stop: int) -> Tensor:  # [stop - start, ...]
-        """Rows as they lie in the mapped file: to be copied, never kept or changed."""
+        """A view of rows in the mapped file, to copy from at once; never to keep or to change."""
         entry, file = self.entries[name], self.folder / part.file
         shape = [part.stop - part.start, *entry.shape[1:]] if entry.shape else []
         try:
@@ -123,18 +123,18 @@ class Tensors(Mapping[str, Tensor]):
         return self.opened[file]
 
     def close(self) -> None:
-        """Lets go of the files; what is asked for later opens them again."""
+        """Closes the files; a later access opens them again."""
         self.opened.clear()
 
     def check(self, files: set[str]) -> None:
-        """Opens these and compares what they hold with the manifest. ValueError as `read_into`."""
+        """Opens these files and compares their tensors with the manifest. ValueError as `read_into`."""
         for name, entry in self.entries.items():
             for part in entry.parts:
                 if part.file in files:
                     self.stored(name, part, part.start, part.start)
 
     def files_of(self, rank: int, ranks: int) -> set[str]:
-        """Those with rows that a rank reads if it holds what a head in its group would, and whole tensors."""
+        """The files that a rank needs to load a head in a group of `ranks`: whole tensors, and its rows."""
         needed = set()
         for entry in self.entries.values():
             n = -(-entry.rows // ranks)
@@ -146,7 +146,7 @@ class Tensors(Mapping[str, Tensor]):
 def split(
     tensors: Mapping[str, Tensor | Sharded], rank: int
 ) -> dict[str, dict[str, tuple[Tensor, int, list[int]]]]:  # {file: {name: (rows, start, shape of all)}}
-    """What this rank writes: its rows, and the first rank also what every rank has. ValueError for a DTensor."""
+    """What this rank writes: its rows; rank 0 also what every rank has. ValueError for a DTensor."""
     files: dict[str, dict[str, tuple[Tensor, int, list[int]]]] = {}
     for name, tensor in tensors.items():
         if hasattr(tensor, "full_tensor"):
@@ -179,7 +179,7 @@ def joined(all_ranks: Sequence[Mapping[str, Sequence[Any]]], names: Iterable[str
 
 
 def check_parts(name: str, entry: Mapping[str, Any]) -> Entry:
-    """An entry, once its parts are all of the rows, each once. ValueError if they are not."""
+    """An entry of the manifest, verified. ValueError unless its parts have all rows, each exactly once."""
     dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     parts = tuple(Part(*part) for part in entry["parts"])
     rows = shape[0] if shape else 1

@@ -1,4 +1,4 @@
-"""Class weights that other libraries have trained, into a MarginHead."""
+"""Loads class weights that other libraries have trained into a MarginHead."""
 
 from fastmargin.compat import insightface, pml
 

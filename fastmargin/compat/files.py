@@ -1,4 +1,4 @@
-"""torch.save's files of strangers: nothing in them is run, and what is not looked at is not read."""
+"""Untrusted files of torch.save: no code in them is run, and only tensors that are used are read from disk."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def read_tensor(file: Path, *names: str) -> Tensor:
-    """The tensor at names[0], in that at names[1], and so on, of the dicts in a file; mapped, so read when it is used.
+    """The matrix at [names[0]][names[1]]... of the nested dicts in a file, memory-mapped.
 
-    ValueError for a file that is not one of torch.save's, has anything but tensors and plain values in it, or has no
-    such tensor.
+    ValueError for a file that torch.save did not write, that has anything but tensors and plain values in it, or that
+    has no such matrix.
     """
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

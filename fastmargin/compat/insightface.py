@@ -1,8 +1,8 @@
 """InsightFace's `PartialFC_V2`, from recognition/arcface_torch.
 
-Every one of W ranks has its part of the classes, C // W of them and one more on the first C % W ranks, in
-`checkpoint_gpu_RANK.pt` (with `save_all_states`) at state_dict_softmax_fc / weight, [C_rank, d]. What it trains with is
-`ArcFace(s=64, m=0.5, beyond="none", slope="detached")` or `CosFace(s=64, m=0.4)`.
+Each of W ranks has its part of the classes, C // W of them and one more on the first C % W ranks, in
+`checkpoint_gpu_RANK.pt` (with `save_all_states`) at state_dict_softmax_fc / weight, [C_rank, d]. Its margins are here
+`ArcFace(s=64, m=0.5, beyond="none", slope="detached")` and `CosFace(s=64, m=0.4)`.
 """
 
 from pathlib import Path
@@ -33,8 +33,8 @@ def load_weight(head: MarginHead, folder: str | Path) -> None:
     for rank, (file, shard) in enumerate(zip(files, shards, strict=True)):
         rows = C // W + (rank < C % W)
         if shard.shape != (rows, head.in_features):
-            wanted = f"[{rows}, {head.in_features}], of {C} classes on {W} ranks"
-            raise ValueError(f"{file}: the weight is {[*shard.shape]}: want {wanted}")
+            want = f"[{rows}, {head.in_features}], of {C} classes on {W} ranks"
+            raise ValueError(f"{file}: the weight is {[*shard.shape]}: want {want}")
     head._apply_lazy_updates()
     (lo, hi), start = head.class_range, 0
     for shard in shards:

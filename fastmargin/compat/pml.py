@@ -1,6 +1,6 @@
-"""pytorch-metric-learning's classifier losses: ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss and their kin.
+"""pytorch-metric-learning's classifier losses: ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss and the like.
 
-Their state_dict has the class weights as `W` [d, C], a class in a column. Their margins are in degrees, those here in
+Their state_dict has the class weights as `W` [d, C], a column per class. Their margins are in degrees, those here in
 radians: `ArcFaceLoss(C, d)` is `ArcFace(s=64, m=math.radians(28.6), beyond="linear")`, `CosFaceLoss(C, d)` is
 `CosFace(s=64, m=0.35)`.
 """
@@ -18,6 +18,6 @@ def load_weight(head: MarginHead, file: str | Path) -> None:
     """
     w = read_tensor(Path(file), "W")
     if w.shape != (head.in_features, head.num_classes):
-        wanted = f"[{head.in_features}, {head.num_classes}], features times classes"
-        raise ValueError(f"{file}: W is {[*w.shape]}: want {wanted}")
+        want = f"[{head.in_features}, {head.num_classes}], features times classes"
+        raise ValueError(f"{file}: W is {[*w.shape]}: want {want}")
     head.load_full_weight(w.T)

@@ -1,7 +1,7 @@
-"""How good embeddings are on identities never trained on: verification, identification, distances.
+"""Metrics of embeddings on identities never trained on: verification, identification, distances.
 
 Letters: N images, d features, P pairs, G genuine scores (pairs of one identity), I impostor scores, C classes.
-Each part says the definitions it follows and how it counts ties:
+Each module says which definitions it follows and how it counts ties:
 
     verification     cosines of pairs, TAR at FAR, ROC, accuracy at the best threshold
     ten_folds        accuracy over ten folds in three public variants, VAL at FAR

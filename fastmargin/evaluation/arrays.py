@@ -1,4 +1,4 @@
-"""Inputs of the metrics, checked; rows of length 1; blocks of scores that fit in memory."""
+"""Inputs of the metrics, checked; unit vectors; blocks of scores that fit in memory."""
 
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -8,16 +8,16 @@ from torch import Tensor
 
 Array: TypeAlias = np.ndarray | Tensor
 
-BLOCK = 2**22  # scores held at once, 16 MB of float32
+BLOCK = 2**22  # scores in memory at once, 16 MB of float32
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over the rows of a rows x columns array of scores, BLOCK scores each or one row."""
+    """Slices over the rows of a rows x columns array of scores, of at most BLOCK scores, but at least one row."""
     step = max(1, BLOCK // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def unit(x: Array) -> np.ndarray:  # [n, d] -> float64 rows of length 1
+def unit(x: Array) -> np.ndarray:  # [n, d] -> float64 unit vectors
     """ValueError as `vectors`, and for a row of zeros, which has no direction."""
     rows = vectors(x)
     if not (nonzero := rows.any(1)).all():
@@ -38,7 +38,7 @@ def vectors(x: Array) -> np.ndarray:  # [n, d] -> float64
 
 
 def scores(name: str, x: Array) -> np.ndarray:  # [n]
-    """ValueError, naming them, unless they are one-dimensional, finite and at least one."""
+    """ValueError, with their name, unless they are one-dimensional, finite and at least one."""
     given = array(x)
     if given.ndim != 1 or not given.size or not np.isfinite(given).all():
         raise ValueError(f"{name} scores have shape {given.shape}; want [n], at least one, all finite")
@@ -46,7 +46,7 @@ def scores(name: str, x: Array) -> np.ndarray:  # [n]
 
 
 def identities(x: Array, images: int) -> np.ndarray:  # [N] of any kind -> [N] 0 to U-1
-    """Labels, numbered from 0 in their order."""
+    """Labels, numbered from 0 in ascending order."""
     return np.unique(labels(x, images), return_inverse=True)[1]
 
 

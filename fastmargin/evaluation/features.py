@@ -1,13 +1,13 @@
-"""Embeddings themselves: how far apart they lie, and the mirror trick.
+"""Distances within and between classes, and the mirror trick.
 
-Distances, as the tables of Git loss (section 4.1.3) print them, of embeddings that are not normalised:
+Distances, as in the tables of Git loss (section 4.1.3), of embeddings that are not normalized:
 
     intra = mean over the classes of the mean of ||f - c|| over the class      c: the mean of the class
     inter = mean over the pairs of classes of ||c_i - c_j||
 
-The public code of Git loss averages these over batches and over checkpoints; here they are of all images once.
+The public code of Git loss averages these over batches and over checkpoints; here they are over all images at once.
 
-Mirror trick: the embedding of an image and that of its mirror image make one, before any normalisation.
+Mirror trick: the embedding of an image and that of its mirror image are combined into one, before normalization.
 """
 
 from typing import Literal, TypeAlias
@@ -26,20 +26,20 @@ def class_distances(
     embeddings: Array,  # [N, d]
     labels: Array,  # [N]
 ) -> tuple[float, float]:
-    """(inter, intra). Work grows with N d and with classes^2 d. ValueError for fewer than two classes, wrong shapes."""
+    """(inter, intra). Time O(N d + classes^2 d). ValueError for fewer than two classes, wrong shapes."""
     rows = vectors(embeddings)
     identity = identities(labels, len(rows))
-    centres, _ = prototypes(rows, identity)
-    if len(centres) < 2:
-        raise ValueError(f"{len(centres)} classes; want at least 2")
-    radius = np.linalg.norm(rows - centres[identity], axis=1)
+    centers, _ = prototypes(rows, identity)
+    if len(centers) < 2:
+        raise ValueError(f"{len(centers)} classes; want at least 2")
+    radius = np.linalg.norm(rows - centers[identity], axis=1)
     intra = np.bincount(identity, radius) / np.bincount(identity)
-    all_centres, exact = torch.from_numpy(centres), "donot_use_mm_for_euclid_dist"
+    all_centers, exact = torch.from_numpy(centers), "donot_use_mm_for_euclid_dist"
     total = sum(
-        torch.cdist(all_centres[block], all_centres, compute_mode=exact).sum().item()
-        for block in blocks(len(centres), len(centres))
+        torch.cdist(all_centers[block], all_centers, compute_mode=exact).sum().item()
+        for block in blocks(len(centers), len(centers))
     )
-    return total / (len(centres) * (len(centres) - 1)), float(intra.mean())
+    return total / (len(centers) * (len(centers) - 1)), float(intra.mean())
 
 
 def mirrored(

@@ -1,12 +1,13 @@
 """Identification: whose image is it? A probe is compared by cosine with a gallery of enrolled images.
 
-Rank. 1 + the gallery images of others that score at least the probe's best mate: ties count against it.
+Rank. A mate is a gallery image of the probe's identity. The rank is 1 + the number of gallery images of others that
+score at least the probe's best mate: ties count against the probe.
 
-CMC. cmc[r - 1] is the share of probes of rank r or better. Distractors are gallery images of nobody.
+CMC. cmc[r - 1] is the share of probes of rank r or better. Distractors are gallery images of other identities.
 MegaFace's (Kemelmacher-Shlizerman et al. 2016): every image is a probe once for each other image of its
 identity, which alone is enrolled beside the distractors.
 
-Open set. A probe of nobody enrolled is an impostor, and its score is its best one. DIR at FAR and rank k is
+Open set. A probe whose identity is not enrolled is an impostor; its score is its best one. DIR at FAR and rank k is
 the share of the other probes of rank k or better whose mate scores strictly above the threshold, the
 (n + 1)-th largest impostor score, n = floor(far impostors). BLUFR (Liao et al. 2014) reports at k = 1 the mean
 less the standard deviation over 10 trials.
@@ -26,7 +27,7 @@ from fastmargin.evaluation.verification import accepted_impostors, thresholds
 
 
 class Search(NamedTuple):
-    """What a search of the gallery gave for each probe."""
+    """The result of a search of the gallery, for each probe."""
 
     mate: np.ndarray  # [P] the best score of an image of its own identity, -inf if there is none
     rivals: np.ndarray  # [P] images of others that score at least that
@@ -46,11 +47,11 @@ def cmc(
     ValueError for k < 1, no probes, a probe without a mate in the gallery, rows zero or not finite.
     """
     _check_rank(k)
-    wanted, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
-    stray = int((~np.isin(wanted, enrolled)).sum())
-    if stray or not len(wanted):
-        raise ValueError(f"{stray} of {len(wanted)} probes have no mate in the gallery; want one for each")
-    return _curve(search(probes, wanted, gallery, enrolled, distractors).rivals, k)
+    probed, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
+    stray = int((~np.isin(probed, enrolled)).sum())
+    if stray or not len(probed):
+        raise ValueError(f"{stray} of {len(probed)} probes have no mate in the gallery; want one for each")
+    return _curve(search(probes, probed, gallery, enrolled, distractors).rivals, k)
 
 
 def rank_k(
@@ -99,16 +100,16 @@ def dir_at_far(
 ) -> float:
     """Detection and identification rate at rank k; NaN where far < 1/impostors.
 
-    Probes whose label the gallery has not are the impostors. ValueError for far outside (0, 1], k < 1, no
+    Probes whose label is not in the gallery are the impostors. ValueError for far outside (0, 1], k < 1, no
     impostor or no other probe, rows zero or not finite.
     """
     _check_rank(k)
-    wanted, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
-    known = np.isin(wanted, enrolled)
+    probed, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
+    known = np.isin(probed, enrolled)
     if known.all() or not known.any():
         raise ValueError(f"{known.sum()} of {len(known)} probes are enrolled; want some, and some that are not")
     allowed = accepted_impostors(far, int((~known).sum()))
-    found = search(probes, wanted, gallery, enrolled)
+    found = search(probes, probed, gallery, enrolled)
     if not allowed:
         return float("nan")
     threshold = thresholds(found.best[~known], np.array(allowed))
@@ -138,8 +139,8 @@ def classify(
 
     ValueError for no prototypes, rows zero or not finite.
     """
-    wanted, present = labels(probe_labels, len(array(probes))), labels(prototype_labels, len(array(prototypes)))
-    found = search(probes, wanted, prototypes, present)
+    probed, present = labels(probe_labels, len(array(probes))), labels(prototype_labels, len(array(prototypes)))
+    found = search(probes, probed, prototypes, present)
     return found.best, np.isfinite(found.mate) & (found.rivals == 0)
 
 
@@ -168,21 +169,21 @@ def coverage_at_precision(
 
 def search(
     probes: Array,  # [P, d]
-    wanted: np.ndarray,  # [P] labels
+    probed: np.ndarray,  # [P] labels
     gallery: Array,  # [Q, d]
-    present: np.ndarray,  # [Q] labels
+    enrolled: np.ndarray,  # [Q] labels
     distractors: Array | None = None,  # [D, d]
 ) -> Search:
     """Compares every probe with the whole gallery by cosine, block by block. ValueError for an empty gallery."""
-    probe, enrolled = unit(probes).astype(np.float32), unit(gallery).astype(np.float32)
-    if not len(enrolled):
+    probe, images = unit(probes).astype(np.float32), unit(gallery).astype(np.float32)
+    if not len(images):
         raise ValueError("the gallery is empty; want at least one image")
     if distractors is not None:
-        enrolled = np.concatenate([enrolled, unit(distractors).astype(np.float32)])
+        images = np.concatenate([images, unit(distractors).astype(np.float32)])
     found = []
-    for rows in blocks(len(probe), len(enrolled)):
-        scores, own = probe[rows] @ enrolled.T, np.zeros((rows.stop - rows.start, len(enrolled)), bool)
-        own[:, : len(present)] = wanted[rows, None] == present
+    for rows in blocks(len(probe), len(images)):
+        scores, own = probe[rows] @ images.T, np.zeros((rows.stop - rows.start, len(images)), bool)
+        own[:, : len(enrolled)] = probed[rows, None] == enrolled
         mate = np.where(own, scores, -np.inf).max(1)
         found.append(Search(mate, ((scores >= mate[:, None]) & ~own).sum(1), scores.max(1)))
     return Search(*map(np.concatenate, zip(*found, strict=True))) if found else Search(*np.zeros((3, 0)))

@@ -1,4 +1,4 @@
-"""Pair lists as they are published.
+"""Published lists of pairs.
 
 LFW's pairs.txt (vis-www.cs.umass.edu/lfw): the first line holds the number of folds and the pairs of each kind
 in a fold, or that number alone for one fold; then, for each fold, its genuine pairs `name n m` and its impostor
@@ -21,7 +21,7 @@ from fastmargin.evaluation.sampling import Pairs
 
 Image = tuple[str, int]  # name, number from 1
 
-ADMITTED = frozenset(  # instructions of a pickle: they build what a verification set holds, and call nothing
+ADMITTED = frozenset(  # opcodes of a pickle that build lists, tuples, bytes and numbers, and call nothing
     "PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING NEWTRUE NEWFALSE BININT BININT1 BININT2 "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
@@ -42,9 +42,9 @@ class PairList(NamedTuple):
         labels: Array,  # [N]
         names: list[str] | None = None,  # [C], by label
     ) -> Pairs:
-        """The pairs as rows of N labelled embeddings: image n of a name is its n-th row.
+        """The pairs as rows of N labeled embeddings: image n of a name is the n-th row with its label.
 
-        Without names a label's own text is its name. ValueError for an image that is not there: it says how many are.
+        Without names, the label as text is the name. ValueError for an image without a row.
         """
         found: dict[Image, int] = {}
         counts: dict[str, int] = {}
@@ -74,7 +74,7 @@ class ImagePairs(NamedTuple):
 
 
 def read_pairs(path: str | Path) -> PairList:
-    """Reads a pairs.txt. ValueError names the line that is not as the format has it; OSError as `open`."""
+    """Reads a pairs.txt. ValueError names the line that does not follow the format; OSError as `open`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -93,8 +93,8 @@ def read_pairs(path: str | Path) -> PairList:
         same = number % (2 * each) < each
         image_words = [*words[:2], words[0], words[2]] if same and len(words) == 3 else words
         if len(words) != (3 if same else 4) or not (image_words[1] + image_words[3]).isdecimal():
-            wanted = "name n m" if same else "name n name m"
-            raise ValueError(f"{path}, line {number + 2}: {' '.join(words)!r}; want `{wanted}`")
+            want = "name n m" if same else "name n name m"
+            raise ValueError(f"{path}, line {number + 2}: {' '.join(words)!r}; want `{want}`")
         name, n, other, m = image_words
         pairs.append(((name, int(n)), (other, int(m)), same))
     first, second, kinds = (list(column) for column in zip(*pairs, strict=True))
@@ -102,11 +102,11 @@ def read_pairs(path: str | Path) -> PairList:
 
 
 def read_bin(path: str | Path) -> ImagePairs:
-    """Reads a verification set of InsightFace, of pickle protocol 2 (Python 2's text of bytes too) or later.
+    """Reads a verification set of InsightFace, of pickle protocol 2 (from Python 2, too, whose bytes are str) or later.
 
-    A pickle can run any code. Here its instructions are looked through first: those that build lists, tuples,
-    bytes and booleans are admitted, and no others; then it is read by an unpickler that looks up no class and
-    no function. ValueError for anything else; OSError as `open`.
+    A pickle can run any code. So its opcodes are checked first: only those that build lists, tuples, bytes and
+    booleans are allowed. Then it is read by an unpickler that looks up no class and no function. ValueError for
+    anything else; OSError as `open`.
     """
     try:
         content = _unpickle(Path(path).read_bytes())
@@ -126,7 +126,7 @@ def _unpickle(data: bytes) -> Any:
     for instruction, argument, _ in pickletools.genops(data):
         if instruction.name not in ADMITTED:
             raise pickle.UnpicklingError(f"its pickle has the instruction {instruction.name}, which is not admitted")
-        if "PUT" in instruction.name and (argument or 0) > len(data):  # the unpickler would make room for as many
+        if "PUT" in instruction.name and (argument or 0) > len(data):  # the unpickler allocates as many
             raise pickle.UnpicklingError(f"its pickle would fill a table of {argument} objects")
     return _Unpickler(io.BytesIO(data), encoding="bytes").load()
 

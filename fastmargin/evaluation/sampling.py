@@ -1,4 +1,4 @@
-"""Pairs of images for data that come without a pair list."""
+"""Pairs of images for data without a pair list."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from fastmargin.evaluation.ten_folds import FOLDS
 
 
 class Pairs(NamedTuple):
-    """Pairs of images; fold f is the f-th of equal, contiguous parts, half of it genuine."""
+    """Pairs of images, in equal, contiguous folds; of each fold, the first half are genuine."""
 
     first: np.ndarray  # [P] int64
     second: np.ndarray  # [P] int64
@@ -24,8 +24,8 @@ def sample_pairs(
 ) -> Pairs:
     """Pairs for data without a pair list: folds share no identity, each is half genuine, half impostor.
 
-    Within a fold pairs are different and uniform over all there are of their kind. Every fold has the same
-    number, pairs // folds made even, or as many as the fold with the fewest pairs of a kind allows.
+    Within a fold the pairs of a kind are sampled uniformly, without repetition. All folds have the same number of
+    pairs: pairs // folds, rounded down to an even number, or what the fold with the fewest pairs of a kind allows.
     ValueError for fewer than 2 folds, 2 pairs a fold, 2 identities a fold, or one of them with 2 images.
     """
     identity = identities(labels, len(array(labels)))
@@ -56,7 +56,7 @@ def _split_identities(
     folds: int,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:  # folds of [m] images, in order of their identity
-    """Deals identities out at random, those of one image last: every fold gets one with a genuine pair."""
+    """Deals identities out at random, those with one image last, so that every fold gets one with a genuine pair."""
     order = rng.permutation(identity.max() + 1)
     order = order[(np.bincount(identity)[order] == 1).argsort(kind="stable")]
     fold = np.empty_like(order)
@@ -66,11 +66,12 @@ def _split_identities(
 
 
 def _draw_pairs(
-    starts: np.ndarray,  # [m] for images in order of identity: where the identity of each one starts
+    starts: np.ndarray,  # [m] for images sorted by identity: index of the first image of the same identity
     each: int,
     rng: np.random.Generator,
-) -> np.ndarray:  # [2, 2 each] places: `each` different genuine pairs, then as many impostor pairs
-    """Image p pairs with those before it: from starts[p] on genuine, else impostor. Draws pair numbers."""
+) -> np.ndarray:  # [2, 2 each] indices of images: `each` different genuine pairs, then as many impostor pairs
+    """Image p forms pairs with the images before it: genuine from starts[p] on, else impostor. All pairs of a kind are
+    numbered, and numbers are drawn."""
     here = np.arange(len(starts))
     kinds = []
     for lowest, partners in ((starts, here - starts), (np.zeros_like(starts), starts)):

@@ -1,4 +1,4 @@
-"""The numbers of a report: of labelled embeddings, and of a list of pairs."""
+"""The numbers of a report: of labeled embeddings, and of a list of pairs."""
 
 import math
 
@@ -12,7 +12,7 @@ from fastmargin.evaluation.ten_folds import FOLDS, VARIANTS, validation_rate, ve
 from fastmargin.evaluation.verification import best_accuracy, cosine_scores, tar_at_far, tars_at_fars
 
 FARS = {"tar@1e-2": 1e-2, "tar@1e-3": 1e-3, "tar@1e-4": 1e-4}
-ENROLMENTS = 5  # random galleries behind the mean rank-1 and DIR
+ENROLLMENTS = 5  # random galleries behind the mean rank-1 and DIR
 PAIRS = 6000  # pairs behind the accuracy, as many as LFW has
 
 
@@ -21,12 +21,12 @@ def evaluate_embeddings(
     labels: Array,  # [N]
     seed: int = 0,
 ) -> dict[str, float]:
-    """The numbers of a report on labelled images.
+    """The numbers of a report on labeled images.
 
     "tar@1e-2" to "tar@1e-4" over all pairs of images. "rank1", "rank5": one random image of each identity enrolled, all
-    others probes, mean of 5 draws; "coverage@99%" of the same: the share of probes that can be named, the confident
-    first, with 99 % of the names right. "dir@1e-2": for a random half of the identities, open set, rank 1.
-    "accuracy": ten folds, "insightface", on up to 6,000 pairs of `sample_pairs`. "inter", "intra":
+    others probes, mean of 5 draws; "coverage@99%" of the same: how many probes, the most confident
+    first, can be given an identity with 99 % of them right. "dir@1e-2": for a random half of the identities, open set,
+    rank 1. "accuracy": ten folds, "insightface", on up to 6,000 pairs of `sample_pairs`. "inter", "intra":
     `class_distances`; "inter/intra": their ratio, which has no unit. Counts: "genuine_pairs", "impostor_pairs",
     "identities", "images". NaN, "not resolvable", where there are too few pairs, probes or identities. Work grows
     with N^2; 5,000 images take seconds. ValueError: as `cosine_scores`.
@@ -58,8 +58,8 @@ def evaluate_pairs(
 ) -> dict[str, float]:
     """The numbers of a report on a list of pairs, in folds that are contiguous.
 
-    "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3" of `validation_rate`: NaN in one
-    fold, which leaves no other for the threshold. "accuracy_best", "tar@1e-2", "tar@1e-3": of all the pairs' cosines.
+    "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3" of `validation_rate`: NaN for one
+    fold, as there is no other for the threshold. "accuracy_best", "tar@1e-2", "tar@1e-3": of the cosines of all pairs.
     Counts: "pairs", "genuine_pairs". NaN: not resolvable. ValueError: as `verification_accuracy`.
     """
     results: dict[str, float] = {}
@@ -83,8 +83,8 @@ def _one_shot(
 ) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     found = []
-    for _ in range(ENROLMENTS):
-        enrolled = _enrol(identity, rng)
+    for _ in range(ENROLLMENTS):
+        enrolled = _enroll(identity, rng)
         rest = np.delete(np.arange(len(identity)), enrolled)
         sides = rows[rest], identity[rest], rows[enrolled], identity[enrolled]
         rates = cmc(*sides, 5)
@@ -99,8 +99,8 @@ def _mean_dir(
 ) -> float:
     rng = np.random.default_rng(seed)
     rates = []
-    for _ in range(ENROLMENTS):
-        enrolled = _enrol(identity, rng)
+    for _ in range(ENROLLMENTS):
+        enrolled = _enroll(identity, rng)
         enrolled = rng.permutation(enrolled)[: len(enrolled) // 2]
         rest = np.delete(np.arange(len(identity)), enrolled)
         if not np.isin(identity[rest], identity[enrolled]).any():
@@ -109,7 +109,7 @@ def _mean_dir(
     return float(np.mean(rates))
 
 
-def _enrol(
+def _enroll(
     identity: np.ndarray,  # [N] 0 to U-1
     rng: np.random.Generator,
 ) -> np.ndarray:  # [U] a random image of each identity

@@ -1,14 +1,14 @@
 """Ten-fold accuracy, the protocol of LFW (Huang et al. 2007), in the variants that papers report.
 
-Folds are contiguous, in the order of the pairs; each is judged by the threshold that is best for the other
-nine. The variants' numbers must not be compared with each other:
+Folds are contiguous, in the order of the pairs; the threshold for each is the one that is best on the other
+nine. The numbers of different variants must not be compared with each other:
 - "insightface" (facenet, InsightFace): squared distance of the unit vectors, thresholds 0, .01, .., 3.99,
   same if distance < threshold, the first of the best thresholds.
-- "sphereface" (SphereFace, AM-Softmax): the mean of the nine folds' embeddings, not normalised before, is
-  taken off, then cosine; thresholds -1, -.9999, .., 1, same if above, different if below, wrong if equal;
+- "sphereface" (SphereFace, AM-Softmax): the mean of the nine folds' embeddings, which are not normalized before,
+  is subtracted, then cosine; thresholds -1, -.9999, .., 1, same if above, different if below, wrong if equal;
   the mean of the best thresholds.
-- "euclidean" (Git loss, Minimum Margin Loss: the distance is printed, the rest is not): distance of the
-  embeddings as they are; thresholds 0, halfway between each two neighbouring distances of the nine folds, and
+- "euclidean" (Git loss, Minimum Margin Loss: papers state the distance, and nothing else): distance of the
+  embeddings as they are; thresholds 0, halfway between each two neighboring distances of the nine folds, and
   above them all; same if distance < threshold, the first of the best thresholds.
 
 VAL, which facenet and InsightFace print beside it: squared distances as "insightface", thresholds 0, .001, ..,
@@ -17,7 +17,7 @@ that does not exceed it and the next; on the fold left out, the share of genuine
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,8 +25,27 @@ from fastmargin.evaluation.arrays import Array, array, unit, vectors
 from fastmargin.evaluation.verification import accepted_impostors
 
 Variant: TypeAlias = Literal["insightface", "sphereface", "euclidean"]
+Scores: TypeAlias = Callable[[np.ndarray], np.ndarray]  # indices [n] of the fold left out -> scores of all pairs [P]
 
 FOLDS = 10
+
+
+class Fold(NamedTuple):
+    """The pairs, with one fold left out."""
+
+    scores: np.ndarray  # [n] of the fold left out
+    same: np.ndarray  # [n] bool
+    other_scores: np.ndarray  # [P - n] of all other folds
+    other_same: np.ndarray  # [P - n] bool
+
+
+class Rule(NamedTuple):
+    """How a variant scores pairs and takes a threshold. A larger score is a more similar pair."""
+
+    scores: Callable[[np.ndarray, np.ndarray], Scores]  # of pairs of rows [P, d], [P, d]
+    thresholds: Callable[[np.ndarray], np.ndarray]  # scores of the other folds [m] -> [t]
+    best: Callable[[np.ndarray, np.ndarray], np.ndarray]  # thresholds [t], correct pairs at each [t] -> []
+    equal: Literal["left", "right"]  # an impostor at the threshold is wrong ("left") or refused ("right")
 
 
 def verification_accuracy(
@@ -39,12 +58,16 @@ def verification_accuracy(
     """Mean and standard deviation (of the population, as numpy's) of the accuracy over the folds.
 
     ValueError for an unknown variant, wrong shapes, folds below 2 or more than the pairs, and rows that are
-    not finite or, but for "euclidean", zero (for "sphereface" once the mean is off).
+    not finite or, except for "euclidean", zero (for "sphereface" after the mean is subtracted).
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; want one of {', '.join(VARIANTS)}")
     a, b, same, tests = _pairs(a, b, same, folds)
-    accuracies = list(VARIANTS[variant](a, b, same, tests))
+    rule, accuracies = VARIANTS[variant], []
+    for fold in _folds(rule.scores(a, b), same, tests):
+        thresholds = rule.thresholds(fold.other_scores)
+        best = rule.best(thresholds, _correct(fold.other_scores, fold.other_same, thresholds, rule.equal))
+        accuracies.append(float(_correct(fold.scores, fold.same, best, rule.equal)) / len(fold.same))
     return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
@@ -57,21 +80,21 @@ def validation_rate(
 ) -> tuple[float, float, float]:
     """VAL: mean and standard deviation over the folds, and the false accept rate they came to, which is not `far`.
 
-    A fold counts where it has a pair of the kind. NaN, "not resolvable", where `far` is less than one impostor
-    of some nine folds, or no fold has genuine pairs. ValueError as `verification_accuracy`; far outside (0, 1].
+    Each is over the folds that have such pairs. NaN, "not resolvable", where `far` admits less than one impostor of
+    some nine folds, or no fold has genuine pairs. ValueError as `verification_accuracy`; far outside (0, 1].
     """
     a, b, same, tests = _pairs(a, b, same, folds)
-    distance, grid = ((unit(a) - unit(b)) ** 2).sum(1), np.arange(0, 4, 0.001)
+    grid = np.arange(0, 4, 0.001)  # of distances, the negative scores
     accepted: dict[bool, list[float]] = {True: [], False: []}
-    for test in tests:
-        impostor = np.sort(np.delete(distance, test)[~np.delete(same, test)])
+    for fold in _folds(_squared(a, b), same, tests):
+        impostor = np.sort(-fold.other_scores[~fold.other_same])
         if not accepted_impostors(far, len(impostor)):
             return (float("nan"),) * 3
         rates = np.searchsorted(impostor, grid, "left") / len(impostor)
         threshold = np.interp(far, rates, grid) if rates[-1] >= far else 0.0
         for kind, shares in accepted.items():
-            if (chosen := test[same[test] == kind]).size:
-                shares.append(float((distance[chosen] < threshold).mean()))
+            if (chosen := fold.same == kind).any():
+                shares.append(float((-fold.scores[chosen] < threshold).mean()))
     genuine, impostors = (np.array(accepted[kind] or [np.nan]) for kind in (True, False))
     return float(genuine.mean()), float(genuine.std()), float(impostors.mean())
 
@@ -91,53 +114,68 @@ def _pairs(
     return a, b, same.astype(bool), np.array_split(np.arange(len(same)), folds)
 
 
-def _insightface(
-    a: np.ndarray,  # [P, d]
-    b: np.ndarray,  # [P, d]
+def _folds(
+    scores: Scores,
     same: np.ndarray,  # [P] bool
     tests: list[np.ndarray],  # folds of [n] indices
-) -> Iterator[float]:
-    scores, thresholds = -((unit(a) - unit(b)) ** 2).sum(1), -np.arange(0, 4, 0.01)
+) -> Iterator[Fold]:
     for test in tests:
-        correct = _correct(np.delete(scores, test), np.delete(same, test), thresholds, "right")
-        best = thresholds[correct.argmax()]
-        yield float(_correct(scores[test], same[test], best, "right")) / len(test)
+        of_pairs = scores(test)
+        yield Fold(of_pairs[test], same[test], np.delete(of_pairs, test), np.delete(same, test))
 
 
-def _sphereface(
+def _squared(
     a: np.ndarray,  # [P, d]
     b: np.ndarray,  # [P, d]
-    same: np.ndarray,  # [P] bool
-    tests: list[np.ndarray],  # folds of [n] indices
-) -> Iterator[float]:
-    thresholds = np.arange(-10_000, 10_001) / 10_000
-    for test in tests:
+) -> Scores:
+    scores = -((unit(a) - unit(b)) ** 2).sum(1)
+    return lambda _: scores
+
+
+def _centered(
+    a: np.ndarray,  # [P, d]
+    b: np.ndarray,  # [P, d]
+) -> Scores:
+    def scores(test: np.ndarray) -> np.ndarray:
         mean = (np.delete(a, test, 0).mean(0) + np.delete(b, test, 0).mean(0)) / 2
-        scores = (unit(a - mean) * unit(b - mean)).sum(1)
-        correct = _correct(np.delete(scores, test), np.delete(same, test), thresholds, "left")
-        best = thresholds[correct == correct.max()].mean()
-        yield float(_correct(scores[test], same[test], best, "left")) / len(test)
+        return (unit(a - mean) * unit(b - mean)).sum(1)
+
+    return scores
 
 
-def _euclidean(
+def _distance(
     a: np.ndarray,  # [P, d]
     b: np.ndarray,  # [P, d]
-    same: np.ndarray,  # [P] bool
-    tests: list[np.ndarray],  # folds of [n] indices
-) -> Iterator[float]:
+) -> Scores:
     scores = -np.linalg.norm(a - b, axis=1)
-    for test in tests:
-        known = np.unique(np.delete(scores, test))[::-1]  # the nearest pair first
-        thresholds = np.concatenate([[0.0], (known[1:] + known[:-1]) / 2, [-np.inf]])
-        correct = _correct(np.delete(scores, test), np.delete(same, test), thresholds, "right")
-        best = thresholds[correct.argmax()]
-        yield float(_correct(scores[test], same[test], best, "right")) / len(test)
+    return lambda _: scores
 
 
-VARIANTS: dict[Variant, Callable[..., Iterator[float]]] = {
-    "insightface": _insightface,
-    "sphereface": _sphereface,
-    "euclidean": _euclidean,
+def _halfway(
+    scores: np.ndarray,  # [m]
+) -> np.ndarray:  # [t]
+    known = np.unique(scores)[::-1]  # the nearest pair first
+    return np.concatenate([[0.0], (known[1:] + known[:-1]) / 2, [-np.inf]])
+
+
+def _first_best(
+    thresholds: np.ndarray,  # [t]
+    correct: np.ndarray,  # [t]
+) -> np.ndarray:  # []
+    return thresholds[correct.argmax()]
+
+
+def _mean_best(
+    thresholds: np.ndarray,  # [t]
+    correct: np.ndarray,  # [t]
+) -> np.ndarray:  # []
+    return thresholds[correct == correct.max()].mean()
+
+
+VARIANTS: dict[Variant, Rule] = {
+    "insightface": Rule(_squared, lambda _: -np.arange(0, 4, 0.01), _first_best, "right"),
+    "sphereface": Rule(_centered, lambda _: np.arange(-10_000, 10_001) / 10_000, _mean_best, "left"),
+    "euclidean": Rule(_distance, _halfway, _first_best, "right"),
 }
 
 
@@ -145,8 +183,8 @@ def _correct(
     scores: np.ndarray,  # [n]
     same: np.ndarray,  # [n] bool
     thresholds: np.ndarray,  # [t]
-    equal: Literal["left", "right"],  # an impostor at the threshold is wrong (left) or refused (right)
-) -> np.ndarray:  # [t] pairs judged rightly: genuine above the threshold, impostors below
+    equal: Literal["left", "right"],  # as in `Rule`
+) -> np.ndarray:  # [t] pairs that each threshold gets right: genuine above it, impostors below
     genuine, impostor = np.sort(scores[same]), np.sort(scores[~same])
     accepted = len(genuine) - np.searchsorted(genuine, thresholds, "right")
     return accepted + np.searchsorted(impostor, thresholds, equal)

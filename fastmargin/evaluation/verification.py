@@ -1,7 +1,7 @@
 """Verification: are two images of one identity? Scores of pairs, and the rates at thresholds on them.
 
 TAR at FAR (also called VR at FAR). n = floor(far I) impostors may be accepted. The threshold is the
-(n + 1)-th largest impostor score, and what lies strictly above it is accepted: ties count against the
+(n + 1)-th largest impostor score, and scores strictly above it are accepted: ties count against the
 embeddings. TAR is the accepted share of the genuine pairs. Where far < 1/I no count stands behind a
 threshold: NaN, "not resolvable".
 """
@@ -56,7 +56,7 @@ def tars_at_fars(
     impostor: Array,  # [I]
     fars: Sequence[float],
 ) -> list[float]:
-    """The `tar_at_far` of each, sorting once."""
+    """The `tar_at_far` of each, but scores are sorted once."""
     impostor = scores("impostor", impostor)
     allowed = np.array([accepted_impostors(far, impostor.size) for far in fars])
     return np.where(allowed > 0, accept_rates(genuine, impostor, allowed), np.nan).tolist()
@@ -66,7 +66,7 @@ def best_accuracy(
     genuine: Array,  # [G]
     impostor: Array,  # [I]
 ) -> float:
-    """The share of scores on their side of the one threshold that is best for these very scores: it flatters.
+    """The share of scores on the right side of the threshold that is best for these very scores: an optimistic number.
 
     Genuine scores lie above it, impostors do not. ValueError for scores that are empty or not finite.
     """
@@ -93,7 +93,7 @@ def accepted_impostors(far: float, impostors: int) -> int:
     """How many of them a false accept rate admits. ValueError for far outside (0, 1]."""
     if not 0 < far <= 1:
         raise ValueError(f"far is {far}; want a rate in (0, 1]")
-    return int(far * impostors * (1 + 1e-12))  # 0.29 of 100 is 29, which floating point falls short of
+    return int(far * impostors * (1 + 1e-12))  # 0.29 of 100 is 29, but 28.999... in floating point
 
 
 def accept_rates(

@@ -4,10 +4,10 @@
     iresnet18, 34, 50, 100     ArcFace's improved residual network (Deng et al. 2018)
     sphereface20               SphereFace's network of 20 layers (Liu et al. 2017), also AM-Softmax's
     mobilefacenet              under a million weights (Chen et al. 2018)
-    doppelganger               the network of Doppelganger Mining (Smirnov et al. 2017), to be started by `lsuv`
+    doppelganger               the network of Doppelganger Mining (Smirnov et al. 2017), to be initialized by `lsuv`
 
-Any other network comes in by an import path, "package.module:factory". That imports code: it is for Python
-alone, and no configuration file may name one.
+Any other network is given by an import path, "package.module:factory". As that imports code, it is accepted from
+Python only, never from a configuration file.
 """
 
 import importlib
@@ -40,7 +40,7 @@ FAMILIES: dict[str, Factory] = {
 }
 
 
-# InsightFace's names, and ours of the same networks.
+# InsightFace's names of networks, and the names here.
 THEIRS = {"r18": "iresnet18", "r34": "iresnet34", "r50": "iresnet50", "r100": "iresnet100", "mbf": "mobilefacenet"}
 
 
@@ -51,7 +51,7 @@ def build_model(name: str, dim: int, size: int | Sequence[int], channels: int = 
 
     options: `output` and `dropout` of the iresnets. A factory named by an import path is called as
     factory(dim, (height, width), channels, **options). Weights are drawn from torch's global generator; the
-    layout of those above is channels_last, the faster one on a CPU. ValueError for an unknown name, a size
+    memory format of those above is channels_last, the faster one on a CPU. ValueError for an unknown name, a size
     that the network cannot take, an option it does not have, a dim or a number of channels below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -69,7 +69,7 @@ def build_model(name: str, dim: int, size: int | Sequence[int], channels: int = 
 
 
 def imported(path: str) -> Factory:
-    """The factory at "package.module:factory". ValueError if it is no such path, or cannot be imported."""
+    """The factory at "package.module:factory". ValueError for another kind of path, or if it cannot be imported."""
     module, _, factory = path.partition(":")
     if not (module and factory):
         raise ValueError(f"unknown model {path!r}; want one of {', '.join(FAMILIES)}, or 'package.module:factory'")

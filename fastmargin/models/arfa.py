@@ -3,8 +3,8 @@
     F(x) = k x             x > 0
          = k x / (a - x)   x <= 0        F -> -k as x -> -inf; slope at 0 from the left k / a, from the right k
 
-a, per channel, is learnt and must stay positive: a = softplus(raw). The paper prints no start; here it is 1,
-where the slope is continuous. k, per layer, is not learnt: `fastmargin.models.lsuv` sets it once.
+a, per channel, is learned and must stay positive: a = softplus(raw). The paper gives no initial value; here it is 1,
+where the slope is continuous. k, per layer, is not learned: `fastmargin.models.lsuv` sets it once.
 """
 
 import math
@@ -25,7 +25,7 @@ def arfa(
 
 
 class ARFA(nn.Module):
-    """`arfa` with learnt a [channels] and fixed k, both 1 at the start."""
+    """`arfa` with learned a [channels] and fixed k, both initially 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

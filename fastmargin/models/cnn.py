@@ -1,6 +1,6 @@
 """The backbone of the default run: a small convolutional network with output option E.
 
-Four convolutions of stride 2, each followed by batch normalisation and PReLU; then option E without its
+Four convolutions of stride 2, each followed by batch normalization and PReLU; then option E without its
 dropout. 0.31 M parameters at dim 128, size 32, one channel.
 """
 

@@ -1,17 +1,17 @@
-"""The network of Doppelganger Mining (Smirnov et al. 2017, table 1), made to fit the size of the images.
+"""The network of Doppelganger Mining (Smirnov et al. 2017, table 1), adapted to the size of the images.
 
 Table 1 is for 259 x 259 pixels: two 5x5 convolutions, then residual units and valid convolutions, some of
-them dilated side by side, five halvings in all; a fully connected layer, of which maxout keeps the larger of
-each two outputs. ARFA follows every convolution. Where the images are smaller (`side`, the smaller side)
+them dilated and parallel, five halvings in all; a fully connected layer, of which maxout keeps the larger of
+each two outputs. ARFA follows every convolution. For smaller images (`side` is the smaller side)
 
-    halvings   min(5, round(log2(side / 8))); the first to go is the stride of the first convolution, then
-               the first pool, and so on: the last map is between 1 x 1 and 9 x 9, in the table 6 x 6
-    channels   min(1, side / 256) of the table's, the narrowest a multiple of 8
+    halvings   min(5, round(log2(side / 8))); the first to be left out is the stride of the first convolution,
+               then the first pool, and so on: the last map is between 1 x 1 and 9 x 9, in the table 6 x 6
+    channels   min(1, side / 256) of the table's, the smallest number rounded to a multiple of 8
 
-Not printed, and chosen here: a residual unit is two convolutions, each followed by ARFA; where it changes the
+Not in the paper, and chosen here: a residual unit is two convolutions, each followed by ARFA; where it changes the
 number of channels its shortcut is a 1x1 convolution; parallel convolutions are padded to the size of the
-undilated one. The head normalises the embedding, the last row of the table. There is no norm in it: the paper
-trains it with L2Softmax, at a learning rate of 0.01 that falls.
+undilated one. The head normalizes the embedding, the last row of the table. There is no norm layer: the paper
+trains it with L2Softmax, at a learning rate of 0.01 that decays.
 """
 
 import math
@@ -25,11 +25,11 @@ from fastmargin.models.layers import Residual
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
-SMALLEST = 16  # pixels: below it nothing is left of the map
+SMALLEST = 16  # pixels a side: of smaller images nothing is left in the last map
 
 
 class Parallel(nn.Module):
-    """Branches on the same map, their channels one after another."""
+    """Branches on the same map, their channels concatenated."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class Maxout(nn.Module):
 
 
 def doppelganger(dim: int, size: tuple[int, int], channels: int) -> nn.Sequential:
-    """Starts with orthonormal weights, for `lsuv`. ValueError below 16 pixels a side."""
+    """With orthonormal weights, as `lsuv` expects. ValueError below 16 pixels a side."""
     side = min(size)
     if side < SMALLEST:
         raise ValueError(f"doppelganger takes images of {SMALLEST} pixels a side or more, got {size}")
     halvings = min(5, round(math.log2(side / 8)))
-    halves = [halvings >= 5 - place for place in range(5)]  # the stride, then the four pools
+    halves = [halvings >= 5 - i for i in range(5)]  # the stride, then the four pools
     pools = [nn.MaxPool2d(2) if halve else nn.Identity() for halve in halves[1:]]
     c = 8 * max(1, round(8 * min(1, side / 256)))  # 64 in the table
     features = nn.Sequential(
@@ -83,7 +83,7 @@ def doppelganger(dim: int, size: tuple[int, int], channels: int) -> nn.Sequentia
 
 
 def last_side(side: int, halves: list[bool]) -> int:
-    """Pixels left of a side: 259 -> 128 -> 124, 62 -> 60, 30 -> 28, 14 -> 12, 6."""
+    """Side of the last map, from the side of an image: 259 -> 128 -> 124, 62 -> 60, 30 -> 28, 14 -> 12, 6."""
     side = (side - 5) // (1 + halves[0]) + 1 - 4
     for halve, lost in zip(halves[1:], (2, 2, 2, 0), strict=True):
         side = side // (1 + halve) - lost
@@ -91,7 +91,7 @@ def last_side(side: int, halves: list[bool]) -> int:
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, padding: int = 0) -> nn.Conv2d:
-    """Orthonormal convolution; of stride 1 it takes kernel - 1 - 2 padding off a side, whatever its dilation."""
+    """Orthonormal convolution; with stride 1 a side shrinks by kernel - 1 - 2 padding, whatever the dilation."""
     inner = (dilation - 1) * (kernel - 1) // 2
     layer = nn.Conv2d(inputs, outputs, kernel, stride=stride, dilation=dilation, padding=inner + padding)
     return orthonormal(layer)
@@ -107,7 +107,7 @@ def activated(layer: nn.Module, channels: int) -> nn.Sequential:
 
 
 def orthonormal(layer: Layer) -> Layer:
-    """Orthonormal weights, no bias yet: where LSUV begins."""
+    """Orthonormal weights and zero bias, from which LSUV starts."""
     nn.init.orthogonal_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

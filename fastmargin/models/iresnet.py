@@ -1,11 +1,11 @@
 """IResNet, called LResNet-IR by ArcFace (arXiv 1801.07698v1, sections 3.2.1 to 3.2.3).
 
-    L     the first convolution is 3x3 of stride 1: a map of 7 x 7 is left of 112 x 112 pixels
-    IR    BN - conv3x3 - BN - PReLU - conv3x3(stride) - BN, beside a shortcut: conv1x1(stride) - BN where the
-          stride is 2, at the start of each of the four stages, else none
+    L     the first convolution is 3x3 of stride 1: the last map of 112 x 112 pixels is 7 x 7
+    IR    BN - conv3x3 - BN - PReLU - conv3x3(stride) - BN, plus a shortcut: conv1x1(stride) - BN where the
+          stride is 2, at the start of each of the four stages, else the identity
     last  one of the output options of `fastmargin.models.outputs`
 
-Units per stage as in InsightFace's code; the paper does not print them.
+Units per stage as in InsightFace's code; the paper does not give them.
 """
 
 from torch import nn

@@ -19,9 +19,9 @@ class Residual(nn.Module):
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Convolution that only its stride makes smaller; no bias, a norm follows; He's normal initial weights."""
+    """Convolution, padded so that only the stride reduces the size; no bias, as a norm follows; He normal weights."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
-    nn.init.kaiming_normal_(layer.weight, a=0.25, mode="fan_out")  # 0.25: the slope PReLU starts with
+    nn.init.kaiming_normal_(layer.weight, a=0.25, mode="fan_out")  # 0.25: the initial slope of PReLU
     return layer
 
 
@@ -31,7 +31,7 @@ def conv_norm_prelu(inputs: int, outputs: int, kernel: int, stride: int = 1, gro
 
 
 def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    """Fully connected layer, Glorot's normal initial weights."""
+    """Fully connected layer, Glorot normal weights."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.xavier_normal_(layer.weight)
     if bias:
@@ -40,7 +40,7 @@ def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 
 
 def last_norm(dim: int) -> nn.BatchNorm1d:
-    """BN whose gamma stays 1, as in ArcFace's public code: over a batch every feature has variance 1."""
+    """BN whose gamma is fixed at 1, as in ArcFace's public code: over a batch every feature has variance 1."""
     norm = nn.BatchNorm1d(dim)
     norm.weight.requires_grad_(False)
     return norm

@@ -1,7 +1,7 @@
-"""Layer-sequential unit-variance initialisation (Mishkin and Matas, arXiv 1511.06422, algorithm 1).
+"""Layer-sequential unit-variance initialization (Mishkin and Matas, arXiv 1511.06422, algorithm 1).
 
 In the order in which the layers run, each is scaled until its outputs on one batch have a standard deviation
-of 1: a convolution or a fully connected layer by its weights, ARFA by its k (Doppelganger Mining, 4.2.2).
+of 1: of a convolution or fully connected layer the weights, of ARFA k (Doppelganger Mining, 4.2.2).
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def lsuv(
 ) -> None:
     """Scales the layers in place, in one forward pass. The weights should be orthonormal before.
 
-    A layer is left once its standard deviation is within `tolerance` of 1, at the latest after `tries`
+    A layer is done once its standard deviation is within `tolerance` of 1, at the latest after `tries`
     scalings. ValueError for a layer whose outputs are all equal, or not finite.
     """
 

@@ -3,7 +3,7 @@
     conv3x3 64, stride 2;  depthwise 3x3;  the bottlenecks of SETTINGS;  conv1x1 512
     global depthwise convolution: one weight per channel and pixel of the last map, 7 x 7 of 112 x 112;  FC
 
-Each is followed by BN, and by PReLU but for the last convolution of a bottleneck and the last two layers.
+Each is followed by BN and, except the last convolution of a bottleneck and the last two layers, by PReLU.
 """
 
 from torch import nn

@@ -6,21 +6,21 @@
     D  GP - FC - BN - PReLU
     E  BN - dropout - FC - BN       the paper's choice; the FC sees the whole map
 
-GP is global average pooling. The last gamma of C, D and E stays 1 (`last_norm`).
+GP is global average pooling. The gamma of the last BN of C, D and E is fixed at 1 (`last_norm`).
 """
 
 from torch import nn
 
 from fastmargin.models.layers import last_norm, linear
 
-DROPOUT = 0.4  # the paper's, of option E
+DROPOUT = 0.4  # of option E, as in the paper
 
 
 def output(option: str, channels: int, size: tuple[int, int], dim: int, dropout: float | None = None) -> nn.Sequential:
     """Layers from a map [B, channels, *size] to embeddings [B, dim].
 
-    dropout: share of the features dropped in training, of option E alone; None: 0.4. ValueError for an
-    unknown option, a dropout outside [0, 1) or beside another option, and A with another dim than channels.
+    dropout: share of the features dropped in training, for option E alone; None: 0.4. ValueError for an
+    unknown option, a dropout outside [0, 1) or with another option, and A with another dim than channels.
     """
     if option == "E":
         return whole_map(channels, size, dim, DROPOUT if dropout is None else dropout)

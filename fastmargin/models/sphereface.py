@@ -1,7 +1,7 @@
 """SphereFace-20 (Liu et al., arXiv 1704.08063, table 2; initial weights and biases of its public prototxt).
 
 Four stages of a 3x3 convolution of stride 2 and PReLU, then 1, 2, 4, 1 residual units; a fully connected
-layer on the whole map. No norm anywhere. AM-Softmax (arXiv 1801.05599) trains this network too.
+layer on the whole map. There are no norm layers. AM-Softmax (arXiv 1801.05599) trains this network, too.
 """
 
 from torch import nn
@@ -31,7 +31,7 @@ def smaller(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def unit(channels: int) -> Residual:
-    """x + (conv - PReLU - conv - PReLU)(x). Its weights start so small that it adds next to nothing."""
+    """x + (conv - PReLU - conv - PReLU)(x). Its initial weights are so small that the unit is almost the identity."""
     layers: list[nn.Module] = []
     for _ in range(2):
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)

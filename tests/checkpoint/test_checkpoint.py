@@ -19,7 +19,7 @@ from fastmargin.checkpoint import MANIFEST, TENSORS, committed, load, load_lates
 from fastmargin.checkpoint.store import seal, step_of
 from fastmargin.files import locked, sha256
 
-STAGES = ("write_tensors", "sha256", "seal", "rename", "forget")
+STAGES = ("write_tensors", "sha256", "seal", "rename", "prune")
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_two_newest_are_kept_in_numerical_order(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def killed(monkeypatch: pytest.MonkeyPatch, stage: str, fatal: int, moment: str) -> Iterator[Iterator[int]]:
-    """In it a save dies before or after the `fatal`-th call of a stage; yields what counts the calls."""
+    """A save in its body dies before or after the `fatal`-th call of a stage; yields the counter of the calls."""
     original, calls = getattr(store, stage), iter(range(1, 100))
 
     def dying(*args: object) -> object:
@@ -94,7 +94,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, stage: str, fatal: int, moment: str)
 def test_a_kill_between_any_two_stages_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
-    """Fails at every call of every stage in turn; afterwards there is exactly step 1 or step 2."""
+    """Fails at every call of every stage in turn; afterward there is exactly step 1 or step 2."""
     for fatal_call in range(1, 5):
         folder = saved(tmp_path / f"{fatal_call}", 0, 1)
         with killed(monkeypatch, stage, fatal_call, moment) as calls:
@@ -237,7 +237,7 @@ def test_altered_manifests_are_value_errors(tmp_path: Path, changes: dict[str, o
 
 
 def test_a_pickle_in_the_place_of_the_tensors_is_never_run(tmp_path: Path) -> None:
-    """Even when its hash is right: safetensors refuses the bytes."""
+    """Even if the manifest has its hash: safetensors refuses the bytes."""
     crafted = b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR."
     folder = saved(tmp_path, 1) / "step-00000001"
     (folder / TENSORS).write_bytes(crafted)
@@ -265,7 +265,7 @@ def test_rows_are_read_into_place(tmp_path: Path) -> None:
     out = torch.full((9, 5), torch.nan)
     assert found.read_into(out[1:4], "w", 4).data_ptr() == out[1:].data_ptr()
     assert torch.equal(out[1:4], whole[4:]) and out[[0, 4]].isnan().all()
-    found["w"].zero_()  # what is returned is the caller's
+    found["w"].zero_()  # a copy, which the caller may change
     assert torch.equal(found["w"], whole)
     assert found.rows("w", 7, 7).shape == (0, 5)
     for rows in ((5, 8), (-1, 2)):
@@ -290,7 +290,7 @@ def test_what_is_verified(tmp_path: Path, verify: checkpoint.Verify) -> None:
 
 
 def test_a_file_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
-    """Of the same format, right by the manifest's hash, with other tensors."""
+    """Even if it is a safetensors file and the manifest has its hash: its tensors are others."""
     folder = saved(tmp_path, 1) / "step-00000001"
     store.write_tensors(folder / TENSORS, {"v": torch.ones(7, 5)})
     files = {TENSORS: {"size": (folder / TENSORS).stat().st_size, "sha256": sha256(folder / TENSORS)}}
@@ -316,7 +316,7 @@ def test_a_pickle_beside_the_files_is_never_opened(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow over 100 kB: what a full disk looks like."""
+    """No file may grow over 100 kB, which looks like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     yield

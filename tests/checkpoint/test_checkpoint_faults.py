@@ -154,7 +154,7 @@ def test_a_damaged_one_is_not_counted_among_those_kept(tmp_path: Path) -> None:
 def test_a_kill_while_a_step_is_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, moment: str
 ) -> None:
-    """The only checkpoint there is: afterwards it is the old one or the new, at every call of every stage."""
+    """Of the only checkpoint: afterward it is the old one or the new one, for a kill at every call of every stage."""
     for fatal_call in range(1, 4):
         folder = saved(tmp_path / f"{fatal_call}", 1)
         with killed(monkeypatch, stage, fatal_call, moment):
@@ -212,7 +212,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypa
     fresh = done[2].split("/")[3]
     at = f"/run/checkpoints/{fresh}"
     assert done == [
-        "", "/run",  # which hold the names of new folders
+        "", "/run",  # whose entries of new folders are fsynced
         f"{at}/{TENSORS}", f"{at}/{MANIFEST}", at, f"{fresh} -> step-00000001", "/run/checkpoints",
     ]  # fmt: skip
     assert fresh.startswith("step-00000001.") and fresh.endswith(".tmp")
@@ -234,7 +234,7 @@ def test_rows_that_nobody_has_are_missed_and_none_of_none_are_not(tmp_path: Path
 
 
 class Has:
-    """Something with this state_dict."""
+    """An object with this state_dict."""
 
     def __init__(self, state: object) -> None:
         self.state = state

@@ -1,4 +1,4 @@
-"""SIGKILL of a rank during a save: the next load is the last complete step, to the bit, and saving goes on."""
+"""SIGKILL of a rank during a save: the last complete step can be loaded, bit for bit, and the next save works."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from test_checkpoint_ranks import assert_numbers, group, numbers, save_numbers
 from fastmargin.checkpoint import MANIFEST, load_latest, save, store
 
 RANKS, TIMEOUT = 3, timedelta(seconds=5)
-POINTS = {  # where rank 0 is when the victim dies: before it calls this
+POINTS = {  # the victim dies before rank 0 calls this
     "before": "prepare",
-    "mid-write": "write_tensors",  # the victim itself, with half a file written
+    "mid-write": "write_tensors",  # here: in the victim's own call, with half a file written
     "before the manifest": "write_manifest",
     "before the rename": "rename",
     "between two renames": "rename",  # of a step that is saved again
-    "after the rename": "forget",
+    "after the rename": "prune",
     "during retention": "rmtree",  # an old folder half removed
 }
 CASES = [(point, victim) for point in POINTS for victim in (0, random.Random(point).choice((1, 2)))]
@@ -33,7 +33,7 @@ def step_saved(point):
 
 
 def die(folder, point, victim):
-    """Saves step 3, or 2 again, and lets the victim die at the point. Survivors say what they saw."""
+    """Saves step 3, or 2 again, and kills the victim at the point. Survivors return or raise what they got."""
     processes = [None] * RANKS
     dist.all_gather_object(processes, os.getpid())
     rank, name = dist.get_rank(), POINTS[point]
@@ -74,7 +74,7 @@ def test_the_next_load_is_the_last_complete_step(ranks, tmp_path, point, victim)
     assert saved.warnings == []
     lost = point in ("before", "mid-write") or (victim == 0 and point in ("before the manifest", "before the rename"))
     assert_numbers(saved, 2 if lost else step_saved(point))  # rank 0 commits, whoever else has died meanwhile
-    ranks(RANKS - 1, save_numbers, tmp_path, 4)  # the lock of the dead is no obstacle, nor is what it left
+    ranks(RANKS - 1, save_numbers, tmp_path, 4)  # neither the lock of the dead process nor its files are in the way
     assert_numbers(load_latest(tmp_path), 4)
     assert {path.name for path in tmp_path.iterdir()} == {"lock", f"step-{saved.step:08d}", "step-00000004"}
     assert torch.equal(load_latest(tmp_path).tensors["rows"], torch.arange(21.0).view(7, 3) + 400)

@@ -1,4 +1,4 @@
-"""Checkpoints of N ranks, taken up by M: only who holds which rows changes; damage and mistakes are everyone's."""
+"""Checkpoints saved by N ranks and loaded by M; damage and mistakes on one rank are errors on all."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def group():
 
 
 def parts_of(**options):
-    """Heads of all sizes, by name, and their optimisers."""
+    """Heads of all sizes, by name, and their optimizers."""
     parts = {}
     for C in SIZES:
         for name, optimizer in OPTIMIZERS.items():
@@ -43,7 +43,7 @@ def parts_of(**options):
 
 
 def state_of(parts):
-    """{head: weight and the optimiser's tensors}, rows of the classes held here."""
+    """{head: weight and the optimizer's tensors}, rows of the classes held here."""
     found = {}
     for name, head in parts.items():
         if isinstance(head, fm.MarginHead):
@@ -54,7 +54,7 @@ def state_of(parts):
 
 
 def save_all(folder):
-    """Two steps each, saved; returns this rank's rows."""
+    """Makes two steps with each head and saves; returns this rank's rows."""
     parts = parts_of()
     for head in parts.values():
         if isinstance(head, fm.MarginHead):
@@ -67,7 +67,7 @@ def save_all(folder):
 
 
 class Opened(dict):
-    """Files by name; `ever` is not forgotten."""
+    """The open files by name; `ever` keeps the names of closed ones, too."""
 
     def __init__(self):
         self.ever = set()
@@ -100,10 +100,10 @@ def written(ranks, tmp_path_factory):
     made = {}
     for N in range(1, 5):
         folder = tmp_path_factory.mktemp(f"of-{N}")
-        everyones = ranks(N, save_all, folder)
+        all_ranks = ranks(N, save_all, folder)
         truth = {
-            key: {name: torch.cat([rows[key][name] for rows in everyones]) for name in kept}
-            for key, kept in everyones[0].items()
+            key: {name: torch.cat([rows[key][name] for rows in all_ranks]) for name in kept}
+            for key, kept in all_ranks[0].items()
         }
         made[N] = folder, truth
     return made
@@ -137,7 +137,7 @@ def test_one_process_without_a_group_reads_it_too(written):
         unpack(saved, {"heads": head})
 
 
-def test_what_an_optimiser_had_left_to_do_is_not_done_to_what_is_read(tmp_path):
+def test_pending_lazy_updates_are_not_applied_to_the_weights_read(tmp_path):
     head = fm.MarginHead(5, 1009, fm.ArcFace(), sample_rate=0.1)
     parts = {"classes": fm.optim.ClassSGD(head, 0.1, 0.9, 0.1), "head": head}
 
@@ -171,8 +171,8 @@ def test_what_is_no_tensor_or_json_is_refused_by_name():
 
 
 def training(folder, steps, sample_rate=1.0):
-    """Takes up the folder's newest, if any, and trains to `steps`, saving every third: a backbone, both optimisers, a
-    schedule, a table, a draw of torch's."""
+    """Loads the folder's newest checkpoint, if any, and trains to `steps`, saving every third: a backbone, both
+    optimizers, a schedule, a table, a random number of torch."""
     rank, N = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     backbone = nn.Linear(4, 5)
@@ -221,7 +221,7 @@ def tensors_of(folder):
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_a_stop_changes_nothing(ranks, tmp_path, sample_rate):
-    """2 n steps = n, and n more by new processes: bit for bit on as many, to rounding on another number."""
+    """n steps, a stop and n more by new processes are 2 n steps: bit for bit on as many, else to rounding."""
     ranks(2, training, tmp_path / "whole", 6, sample_rate)
     truth = tensors_of(tmp_path / "whole")
     assert {name.split("/")[0] for name in truth} == {"backbone", "head", "classes", "others", "table"}
@@ -242,7 +242,7 @@ def test_a_stop_changes_nothing(ranks, tmp_path, sample_rate):
 
 
 def numbers(step):
-    """Seven rows over the ranks, and what all have."""
+    """Seven rows over the ranks, and a tensor that all have."""
     rank, N = dist.get_rank(), dist.get_world_size()
     n = -(-7 // N)
     rows = torch.arange(21.0).view(7, 3) + 100 * step
@@ -261,7 +261,7 @@ def save_numbers(folder, *steps):
 
 
 def damage(folder, flip):
-    """In every file in turn: every rank falls back, and every rank says what which rank found."""
+    """Damages every file in turn: all ranks fall back, and warn of what which rank found."""
     save_numbers(folder, 1, 2)
     newest = folder / "step-00000002"
     files = sorted(newest.iterdir())
@@ -298,7 +298,7 @@ def test_a_rank_hashes_what_it_reads(ranks, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    for count in (1, 2, 3, 4):  # which hold 7; 4 + 3; 3 + 3 + 1; 2 + 2 + 2 + 1 rows
+    for count in (1, 2, 3, 4):  # ranks with 7; 4 + 3; 3 + 3 + 1; 2 + 2 + 2 + 1 rows
         for rank in range(count):
             load(path, verify="size", rank=rank, ranks=count)
             needed = {1: (0,), 2: (0, 1), 3: (1,), 4: (1, 2)}[count]
@@ -313,12 +313,12 @@ def test_a_rank_hashes_what_it_reads(ranks, tmp_path):
 
 @contextmanager
 def refused(kind, message):
-    """On every rank, each of which comes here, and with errors of one kind."""
+    """Every rank raises, and all of them the same kind of error."""
     with pytest.raises(kind, match=message) as caught:
         yield
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, type(caught.value).__name__)
-    assert len(set(everyones)) == 1
+    all_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, type(caught.value).__name__)
+    assert len(set(all_ranks)) == 1
 
 
 def mistakes(folder, other):
@@ -333,7 +333,7 @@ def mistakes(folder, other):
         save(folder, 2, wrong, {}, group=group())
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    if rank == 0:  # others may already see the next
+    if rank == 0:  # the others may already see the folder of the next save
         assert not list(folder.glob("*.tmp"))
 
     for rows, message in (
@@ -385,7 +385,7 @@ def test_nothing_usable_is_an_error_on_all_ranks(ranks, tmp_path):
 
 
 def test_a_pickle_in_the_place_of_a_ranks_rows_is_never_run(ranks, tmp_path):
-    """Even when its hash is right."""
+    """Even if the manifest has its hash."""
     ranks(2, save_numbers, tmp_path, 1)
     path = tmp_path / "step-00000001"
     crafted = b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR."

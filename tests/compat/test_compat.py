@@ -1,4 +1,4 @@
-"""Weights of other libraries: from files as those write them, the loss is what those would have computed."""
+"""Weights of other libraries: loaded from files as they write them, they give the loss that they compute."""
 
 import math
 import os
@@ -26,7 +26,7 @@ def weights(dtype=torch.float32):
 
 
 def write_shards(folder, W, w=None, **changes):
-    """What train_v2.py saves on W ranks, of backbone and optimiser as little as shows that they are passed over."""
+    """What train_v2.py saves on W ranks, with stubs for backbone and optimizer, which are ignored."""
     w = weights() if w is None else w
     sizes = [len(w) // W + (rank < len(w) % W) for rank in range(W)]
     folder.mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ def test_every_rank_reads_its_rows(ranks, tmp_path):
     ranks(4, load_on_ranks, tmp_path)
 
 
-def test_what_an_optimiser_had_left_to_do_is_not_done_to_the_new_weights(tmp_path):
+def test_pending_lazy_updates_are_not_applied_to_the_new_weights(tmp_path):
     head = fm.MarginHead(D, C, fm.ArcFace(), sample_rate=0.1)
     optimizer = fm.optim.ClassSGD(head, 0.1, 0.9, 0.1)
     head(*batch()).loss.backward()

@@ -245,7 +245,7 @@ def test_perfect_embeddings():
     assert [numbers[key] for key in ("tar@1e-2", "tar@1e-3", "rank1", "accuracy")] == [1, 1, 1, 1]
 
 
-def test_rank1_is_the_mean_over_random_enrolment():
+def test_rank1_is_the_mean_over_random_enrollment():
     x, y = blobs(11, 4, noise=1.5, seed=2)
     members = [np.flatnonzero(y == c) for c in range(4)]
     rates = []

@@ -16,14 +16,14 @@ def test_class_distances_equal_brute_force(block, monkeypatch):
     x, y = blobs(70, 11)
     x = x * 30
     names = np.array(list("ABCDEFGHIJK"))[y]
-    centres = {name: x[names == name].mean(0) for name in names}
-    intra = np.mean([np.mean([np.linalg.norm(f - c) for f in x[names == name]]) for name, c in centres.items()])
-    inter = np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(centres.values(), 2)])
+    centers = {name: x[names == name].mean(0) for name in names}
+    intra = np.mean([np.mean([np.linalg.norm(f - c) for f in x[names == name]]) for name, c in centers.items()])
+    inter = np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(centers.values(), 2)])
     assert class_distances(torch.from_numpy(x), names) == pytest.approx((inter, intra), rel=1e-12)
 
 
 def test_class_distances_by_hand():
-    """Classes count alike, whatever their size; zero is an embedding like any other."""
+    """All classes have equal weight, whatever their size; an embedding may be zero."""
     x = [[0.0, 0], [0, 2], [6, 1], [6, 1], [6, 1], [6, 1]]
     assert class_distances(x, [0, 0, 1, 1, 1, 1]) == (6.0, 0.5)
     near = 1e8 + np.array([[0.0, 0], [0, 1e-3]])

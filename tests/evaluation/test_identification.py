@@ -20,7 +20,7 @@ from fastmargin.evaluation import (
 
 
 def cosines(a, b):
-    """[len(a), len(b)] float32, as the metrics have them."""
+    """[len(a), len(b)] float32, as the metrics compute them."""
     return unit(np.asarray(a, float)).astype(np.float32) @ unit(np.asarray(b, float)).astype(np.float32).T
 
 
@@ -78,7 +78,7 @@ def test_megaface_cmc_equals_brute_force(block, ties, monkeypatch):
 
 
 def test_megaface_by_hand():
-    """Mates at 60 degrees; of three distractors one ties with that, one is nearer to the first image alone."""
+    """Mates at 60 degrees; of three distractors one ties with that, one is nearer to the first image only."""
     angles = np.radians([0, 60, -60, -30, 180])
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     assert megaface_cmc(x[:2], [7, 7], x[2:], 3).tolist() == [0.5, 0.5, 1]

@@ -1,4 +1,4 @@
-"""LFW's pairs.txt and InsightFace's verification sets: what they hold, what is refused, what is never run."""
+"""LFW's pairs.txt and InsightFace's verification sets: what is read, what is refused, what is never run."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def test_two_folds(tmp_path):
 
 
 def test_one_fold_of_the_development_lists(tmp_path):
-    """pairsDevTest.txt: one number; genuine pairs first, then impostors. Blank lines at the end are none."""
+    """pairsDevTest.txt: one number; genuine pairs first, then impostors. Blank lines at the end are ignored."""
     got = read_pairs(write(tmp_path / "pairs.txt", "2\r\nA 1 2\r\nB 1 4\r\nA 1 B 2\r\nC 1 A 2\r\n\r\n"))
     assert got.same.tolist() == [True, True, False, False] and got.folds == 1
 
@@ -68,7 +68,7 @@ def test_lines_that_are_not_as_the_format_has_them(tmp_path, text, message):
 
 
 def test_pairs_as_rows_of_embeddings(tmp_path):
-    """Image n of a name is its n-th row, wherever it lies."""
+    """Image n of a name is the n-th row of that name, wherever it is."""
     pairs = read_pairs(write(tmp_path / "pairs.txt", TWO_FOLDS))
     labels = torch.tensor([2, 0, 1, 0, 1, 0])  # Cy, Ann, Bob, Ann, Bob, Ann
     got = pairs.rows(labels, ["Ann", "Bob_Lee", "Cy"])
@@ -119,7 +119,7 @@ MARK = "/tmp/fastmargin-a-pickle-ran-code"
 
 
 class Attack:
-    """What any pickle may hold: a call that is made while it is read."""
+    """A pickle that calls a function while it is read, as any pickle may."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -151,7 +151,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path, content):
 
 
 def test_the_attacks_work_on_pickle_itself(tmp_path):
-    """Or the test above would show nothing."""
+    """Otherwise the test above would prove nothing."""
     mark = tmp_path / "ran"
     pickle.loads(pickle.dumps(Attack(os.system, f"touch {mark}")))
     assert mark.exists()

@@ -14,7 +14,7 @@ from fastmargin.evaluation import sample_pairs, validation_rate, verification_ac
 
 
 def judge(variant, score, same, t):
-    """Share of pairs judged rightly at the threshold t, in the words of the two public codes."""
+    """Share of pairs that the threshold t gets right, written as in the two public codes."""
     if variant != "sphereface":
         return np.mean((score < t) == same)
     return (np.sum(score[same] > t) + np.sum(score[~same] < t)) / len(score)
@@ -60,7 +60,7 @@ def pair_at(cosine):
 
 
 def test_insightface_takes_the_first_of_the_best_thresholds():
-    """Genuine pairs at squared distance 2, impostors at 4: 2.01 to 3.99 are equally good, 2.01 it is."""
+    """Genuine pairs at squared distance 2, impostors at 4: 2.01 to 3.99 are equally good, 2.01 is taken."""
     pairs = [pair_at(0), pair_at(-1)] * 10
     same = np.array([1, 0] * 10)
     for distance, expected in (
@@ -81,7 +81,7 @@ def test_insightface_refuses_a_distance_at_the_threshold():
 def test_sphereface_takes_the_mean_of_the_best_thresholds():
     """Genuine cosines 1, impostors -1: every threshold between is equally good, their mean is 0."""
     e = np.array([1.0, 0])
-    fold = [(e, e), (-e, -e), (e, -e), (-e, e)]  # sums to zero: no mean to take off
+    fold = [(e, e), (-e, -e), (e, -e), (-e, e)]  # sums to zero: no mean to subtract
     same = np.array([1, 1, 0, 0] * 10)
     for cosine, expected in ((0.1, (1, 0)), (-0.1, (0.95, 0.15))):
         u, v = map(np.array, pair_at(cosine))
@@ -113,7 +113,7 @@ def test_euclidean_takes_embeddings_as_they_are():
         assert verification_accuracy(a, b, same, variant="euclidean") == pytest.approx(expected)
 
 
-def test_euclidean_breaks_ties_towards_the_nearer_threshold():
+def test_euclidean_breaks_ties_toward_the_nearer_threshold():
     """All distances are equal: refusing all is as good as accepting all, and is tried first."""
     a, b = np.zeros((8, 2)), np.ones((8, 2))
     assert verification_accuracy(a, b, [1, 0] * 4, folds=2, variant="euclidean") == (0.5, 0)

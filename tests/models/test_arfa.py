@@ -59,7 +59,7 @@ def test_the_module_starts_with_a_continuous_slope_and_keeps_a_positive() -> Non
     torch.testing.assert_close(softplus(module.raw), torch.ones(4))
     assert module.k == 1 and [name for name, _ in module.named_parameters()] == ["raw"]
     with torch.no_grad():
-        module.raw.fill_(-40)  # whatever training does to it
+        module.raw.fill_(-40)  # training may lead anywhere
     x = torch.randn(8, 4, requires_grad=True)
     module(x).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all() and module.raw.grad.isfinite().all()  # type: ignore[union-attr]

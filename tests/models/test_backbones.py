@@ -12,11 +12,11 @@ from fastmargin.models.layers import Residual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["iresnet18", "sphereface20", "mobilefacenet", "doppelganger"]  # deeper iresnets: on meta alone
+NAMES = ["iresnet18", "sphereface20", "mobilefacenet", "doppelganger"]  # deeper iresnets: only on the meta device
 
 
 def on_meta(name: str, dim: int, size: int | tuple[int, int], channels: int = 3, **options: object) -> nn.Module:
-    """Shapes without numbers: quick for any size."""
+    """On the meta device: shapes only, quick for any size."""
     with torch.device("meta"):
         return build_model(name, dim, size, channels, **options).eval()
 
@@ -26,7 +26,7 @@ def count(model: nn.Module) -> int:
 
 
 def kinds(module: nn.Module) -> list[str]:
-    """The layers without layers of their own, in order."""
+    """The layers without children, in order."""
     return [type(m).__name__ for m in module.modules() if not list(m.children())]
 
 

@@ -22,10 +22,10 @@ def test_output_shape(dim: int, size: int) -> None:
     assert build_model("cnn", dim, size, channels=1).eval()(torch.rand(3, 1, size, size)).shape == (3, dim)
 
 
-def test_colour() -> None:
-    grey, colored = build_model("cnn", 16, 32, channels=1), build_model("cnn", 16, 32)
+def test_color() -> None:
+    gray, colored = build_model("cnn", 16, 32, channels=1), build_model("cnn", 16, 32)
     assert colored.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (grey, colored)]
+    counts = [sum(p.numel() for p in model.parameters()) for model in (gray, colored)]
     assert counts[1] - counts[0] == 25 * 2 * 32  # two more input channels of the first convolution alone
 
 
@@ -40,9 +40,9 @@ def test_parameter_count() -> None:
 
 def test_last_gamma_is_one_and_stays() -> None:
     model = build_model("cnn", 16, 32, channels=1)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
     model(torch.rand(8, 1, 32, 32)).square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(last_norm(model).weight, torch.ones(16))
     assert last_norm(model).bias.abs().max() > 0
 
@@ -84,7 +84,7 @@ def test_weights_follow_the_seed_and_are_channels_last() -> None:
 
 
 def test_sum_of_the_default_weights() -> None:
-    """The default network draws the weights it always drew: figures of version 0.1.0, before there were others."""
+    """The default network has the initial weights it always had: numbers of version 0.1.0, when it was the only one."""
     torch.manual_seed(0)
     model = build_model("cnn", 128, 32, channels=1)
     sums = [p.double().abs().sum().item() for p in model.parameters() if p.ndim > 1]
@@ -145,7 +145,7 @@ def test_the_configuration_names_every_network_and_every_option() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package outside of ours, with a network in it."""
+    """A package outside of fastmargin, with a network in it."""
     folder = tmp_path / "their_package"
     folder.mkdir()
     (folder / "__init__.py").write_text("")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastmargin.driver.config import DataConfig, HeadConfig, OptimConfig, SamplerConfig, TrainConfig
 from fastmargin.driver.data.identities import Identities
@@ -48,17 +49,23 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_data", load_data)
 
 
-def train_loop(config: TrainConfig, out: Path) -> run.Run:
-    """Training without what follows it."""
-    current = run.build(config, print)
+def train_loop(config: TrainConfig, out: Path, factory: str | None = None) -> run.Run:
+    """Training alone, without evaluation and report."""
+    current = run.build(config, print, factory)
     where = run_folder.claim(str(out), config)
     state.resume(current, where, print)
     loop.loop(current, where, print)
     return current
 
 
+def pixels(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
+    """A network of a user's own, "small_run:pixels": no random numbers in a pass, and rows do not interact."""
+    height, width = size
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, dim))
+
+
 def batches(current: run.Run, steps: int) -> Iterator[loader.Batch]:
-    return (batch for batch, _ in zip(loader.batches(current), range(steps), strict=False))
+    return (batch for batch, _ in zip(loader.batches(current.batch_source()), range(steps), strict=False))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -13,7 +13,7 @@ from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.log import Log
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
-from fastmargin.driver.training.backbone import newest
+from fastmargin.driver.training.backbone import log_step, newest
 from fastmargin.driver.training.run import build_margin
 from fastmargin.driver.training.state import check_images
 from fastmargin.mining import DoppelgangerTable
@@ -29,7 +29,8 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     checkpoint, and for images other than those that the run was trained on.
     """
     config = run_folder.read_config(where)
-    saved = newest(where, config, log)
+    saved = newest(where, log)
+    log_step(saved, config, log)
     train, _ = load_data(config.data, log)
     check_images(saved, train)
     table = DoppelgangerTable(train.num_classes, config.head.topk)

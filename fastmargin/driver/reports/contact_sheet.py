@@ -1,4 +1,4 @@
-"""The contact sheet of mined look-alikes: images of a class above those of its nearest wrong class."""
+"""The contact sheet of mined doppelgangers: images of a class above those of its nearest wrong class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.reports.plots import save
 
-NAME = 13  # characters of a name
+NAME = 13  # characters of a name that are shown
 COLUMNS, ROWS, EXAMPLES = 4, 7, 6  # pairs across and down, images of each identity
 
 
@@ -29,21 +29,21 @@ def mined_pairs(
     scores: Tensor,  # [C, k], -inf: empty
     limit: int = COLUMNS * ROWS,
 ) -> list[Pair]:
-    """The most similar pairs of a class and one on its list, best first, each pair once."""
+    """The most similar pairs of a class and one of its doppelgangers, best first, each pair once."""
     pairs: dict[frozenset[int], Pair] = {}
-    listed, k = classes.flatten(), classes.shape[1]
-    for place in scores.flatten().argsort(descending=True, stable=True).tolist():
-        one, other = place // k, int(listed[place])
+    doppelgangers, k = classes.flatten(), classes.shape[1]
+    for i in scores.flatten().argsort(descending=True, stable=True).tolist():
+        one, other = i // k, int(doppelgangers[i])
         if other < 0 or len(pairs) == limit:
             break
-        pairs.setdefault(frozenset((one, other)), Pair(one, other, float(scores[one, place % k])))
+        pairs.setdefault(frozenset((one, other)), Pair(one, other, float(scores[one, i % k])))
     return list(pairs.values())
 
 
 def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities, *, glyphs: bool, plain: bool) -> None:
     """A contact sheet: in each cell some images of one identity above those of its doppelganger."""
     rows = max(1, -(-len(pairs) // COLUMNS))
-    gaps = ConstrainedLayoutEngine(wspace=0.06, hspace=0.02)  # the four strips of a row stay apart
+    gaps = ConstrainedLayoutEngine(wspace=0.06, hspace=0.02)  # space between the cells
     figure = Figure(figsize=(13, 0.8 + 1.45 * rows), layout=gaps)
     grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for axes, pair in zip(grid, pairs, strict=False):
@@ -63,7 +63,7 @@ def plot_doppelgangers(path: Path, pairs: Sequence[Pair], identities: Identities
 
 
 def strip(identities: Identities, label: int) -> NDArray[np.uint8]:  # [H + 2, EXAMPLES * W] or [..., 3]
-    """Images of one identity side by side, spread over all it has; fewer are followed by blanks."""
+    """EXAMPLES images of one identity side by side, evenly spread over all it has; blanks where it has fewer."""
     own = np.flatnonzero(identities.labels.numpy() == label)
     chosen = identities.images[own[np.unique(np.linspace(0, len(own) - 1, EXAMPLES).round().astype(int))]].numpy()
     blank = np.zeros((EXAMPLES - len(chosen), *chosen.shape[1:]), np.uint8)
@@ -72,13 +72,13 @@ def strip(identities: Identities, label: int) -> NDArray[np.uint8]:  # [H + 2, E
 
 
 def shortened(name: str) -> str:
-    """The end of a long name, which tells more than its beginning; ? for what DejaVu Sans cannot draw."""
+    """The last characters of a long name, which tell more than the first; ? for what DejaVu Sans cannot draw."""
     drawn = "".join(character if drawable(character) else "?" for character in name)
     return drawn if len(drawn) <= NAME else f"…{drawn[1 - NAME :]}"
 
 
 def caption(name: str) -> str:
-    """First character of an identity, where DejaVu Sans can draw it, its code point, and how many more."""
+    """The first character of a name, if DejaVu Sans can draw it, its code point, and the number of further ones."""
     drawn = f"{name[0]} " if drawable(name[0]) else ""
     more = f"+{len(name) - 1}" if len(name) > 1 else ""
     return f"{drawn}U+{ord(name[0]):04X}{more}"

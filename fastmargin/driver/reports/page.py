@@ -1,7 +1,7 @@
-"""A page of HTML that is one file: no script, nothing fetched, pictures inside it as data URIs (RFC 2397).
+"""A page of HTML in one file: no scripts, nothing to fetch, pictures as data URIs (RFC 2397).
 
 Every function takes plain text, which it escapes, and returns HTML; only `Section.parts` and `folded` take HTML.
-A page is untrusted text (names of classes, paths) on a reader's screen: its policy lets it load nothing.
+Names of classes and paths are untrusted text, so the page's Content-Security-Policy forbids it to load anything.
 """
 
 import base64
@@ -54,7 +54,7 @@ class Section(NamedTuple):
 
 
 def write(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Half a character, which a file's name may hold, is written as a reference, which a browser shows as \ufffd."""
+    """A lone surrogate, which the name of a file may contain, becomes a character reference: browsers show \ufffd."""
     links = [f'<a href="#{anchor(section)}">{escape(section.title)}</a>' for section in sections]
     bodies = [
         f'<section id="{anchor(section)}">\n<h2>{escape(section.title)}</h2>\n{"".join(section.parts)}</section>'
@@ -75,13 +75,13 @@ def paragraph(words: str) -> str:
 
 
 def picture(path: Path, words: str) -> str:
-    """A PNG, and what it shows, for those who do not see it."""
+    """A PNG with alternative text."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(words)}"></figure>\n'
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), *, numeric: bool = False) -> str:
-    """The first column names what is in the others, which `numeric` sets flush right."""
+    """The first column has the names of the rows; `numeric` aligns the others to the right."""
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     lines = [f"<thead><tr>{titles}</tr></thead>"] if head else []
     for first, *others in rows:

@@ -1,7 +1,7 @@
-"""Pictures of a run, as PNG: training curves, ROC, angles to the own class, the margin, and where the time went.
+"""Pictures of a run, as PNG: training curves, ROC, angles to the own class, the margin, and time per part of a step.
 
 The histograms of theta are those of the ArcFace paper (arXiv 1801.07698v1, figure 4c): at the start they
-centre on 90 degrees, at the end on the angle that the margin leaves. The target logit over theta is its figure 4b.
+center on 90 degrees, at the end on the angle that the margin leaves. The target logit over theta is its figure 4b.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ COLORS = {"model": "tab:blue", "raw_pixels": "tab:orange"}
 STAGES = {"start": "tab:orange", "middle": "tab:green", "end": "tab:blue"}
 LENGTHS = {0.05: "5 % are shorter", 0.5: "median", 0.95: "5 % are longer"}  # quantiles of the embeddings' norms
 DPI = 110
-FEW = 30  # records that are marked one by one
+FEW = 30  # up to so many records, each point has a marker
 
 Records = Sequence[Mapping[str, Any]]  # lines of train.jsonl
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # FAR [p], TAR [p]
@@ -34,9 +34,9 @@ def plot_loss(
     records: Records,
     score: str,  # what `target_score` is
 ) -> None:
-    """Loss and mean target score over the steps, and where the margin has reached its full size.
+    """Loss and mean target score over the steps, and the step at which the margin reaches its full size.
 
-    The objective, where records have it, is drawn above the loss, which then is the head's alone.
+    Where records have an objective, it is drawn above the loss, which then is that of the head alone.
     """
     curves = {"loss": "loss (nats)", "target_score": f"mean target {score}"}
     if all("objective" in record for record in records):
@@ -51,13 +51,13 @@ def plot_loss(
     if margins and None not in margins and margins[0] < max(margins):
         full = records[margins.index(max(margins))]["step"]
         for axes in panels:
-            axes.axvline(full, color="grey", linestyle=":", label=f"margin reaches {max(margins):g}")
+            axes.axvline(full, color="gray", linestyle=":", label=f"margin reaches {max(margins):g}")
         panels[0].legend()
     save(figure, path, "Training", *panels)
 
 
 def plot_terms(path: Path, records: Records) -> None:
-    """Each term of the loss beside the head's, before its weight."""
+    """Each further term of the loss, before its weight."""
     names = list(records[-1]["terms"])
     figure = Figure(figsize=(8, 1 + 2 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -85,7 +85,7 @@ def plot_schedule(path: Path, records: Records) -> None:
 def plot_mining(
     path: Path,
     records: Records,
-    titles: Mapping[str, str],  # of the shares that are drawn, by their name in a record
+    titles: Mapping[str, str],  # of the shares to draw, by name in a record
 ) -> None:
     figure = Figure(figsize=(8, 2.5), layout="constrained")
     axes = figure.subplots()
@@ -101,10 +101,10 @@ def plot_timing(
     path: Path,
     records: Records,  # with "seconds"
 ) -> None:
-    """Milliseconds a step, by part, over the steps."""
+    """Milliseconds per step, by part, over the steps."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    steps = [0, *(record["step"] for record in records)]  # a record is of the steps up to its own
+    steps = [0, *(record["step"] for record in records)]  # a record covers the steps before it
     parts = [[1000 * record["seconds"][part] for record in (records[0], *records)] for part in PARTS]
     axes.stackplot(steps, parts, labels=PARTS, step="pre")
     axes.set(xlabel="step", ylabel="milliseconds a step", xlim=(0, steps[-1]))
@@ -151,7 +151,7 @@ def plot_psi(
 ) -> None:
     """psi(theta), which replaces the target's cosine, beside cos(theta); for several norms if it depends on them.
 
-    A margin for each class is that of class 0; one that is drawn is its mean.
+    If each class has its own margin, that of class 0; if margins are random, their mean.
     """
     margin = deepcopy(margin).eval()
     theta = torch.linspace(0, torch.pi, 721, dtype=torch.float64)
@@ -163,7 +163,7 @@ def plot_psi(
         curves, names = curves[:1], ["ψ(θ)"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(theta.rad2deg(), cos, color="grey", linestyle=":", label="cos θ")
+    axes.plot(theta.rad2deg(), cos, color="gray", linestyle=":", label="cos θ")
     for curve, name in zip(curves, names, strict=True):
         axes.plot(theta.rad2deg(), curve, label=name)
     axes.set(
@@ -175,7 +175,7 @@ def plot_psi(
 
 
 def line(axes: Axes, records: Records, values: Sequence[float], color: str = COLORS["model"]) -> None:
-    """A number over the steps; the points of a short run are marked."""
+    """A number over the steps, with markers in a short run."""
     steps = [record["step"] for record in records]
     axes.plot(steps, values, color=color, marker="." if len(steps) <= FEW else "")
 

@@ -1,6 +1,6 @@
-"""The report of a run: pictures as PNG and, in one page of HTML, all of them and what was trained, measured and spent.
+"""The report of a run: a page of HTML with its pictures, which are PNG files, too, its numbers and its configuration.
 
-A part that a run does not have (no term, no angle) is left out, and the page says why.
+Where a run has nothing to show in a section (no angles, no records), the page says why.
 """
 
 import json
@@ -24,12 +24,12 @@ from fastmargin.driver.training.stopwatch import PARTS
 INDEX = "index.html"
 
 
-FEW = 10  # identities held out
+FEW = 10  # with fewer identities held out, the report warns
 
 
 QUOTED = (
     "Of the 10-fold accuracies, insightface is the one that face papers since 2018 quote for LFW; sphereface is that "
-    "of SphereFace and AM-Softmax, euclidean that of Git loss. Numbers of two of them do not compare."
+    "of SphereFace and AM-Softmax, euclidean that of Git loss. Do not compare one with another."
 )
 
 
@@ -37,16 +37,16 @@ UNRESOLVED = "-: not resolvable, of too few pairs or identities"
 
 
 MEANING = (
-    "loader: the wait for a batch; backbone: the network, forward and backward; head: the loss with its terms, forward "
-    "and backward, and the step of the class weights where it is made within; rest: the other optimiser steps, mining, "
-    "records, checkpoints."
+    "loader: waiting for a batch; backbone: the network, forward and backward; head: the loss with its terms, forward "
+    "and backward, and the step of the class weights where the backward pass makes it; rest: other optimizer steps, "
+    "mining, records, checkpoints."
 )
 
 
 MINING = {
-    "confusable_batches": "batches that hold a class together with the one nearest to it",
-    "confusable_classes": "classes of a batch that meet the class nearest to them",
-    "list_turnover": "lists of look-alikes whose first class has changed, of those a batch found anew",
+    "confusable_batches": "batches that have a class together with its doppelganger",
+    "confusable_classes": "classes of a batch whose doppelganger is in it, too",
+    "list_turnover": "lists of doppelgangers whose first class has changed, of those that a batch has updated",
 }
 
 
@@ -86,7 +86,7 @@ PAIRS = {
 
 
 class Measured(NamedTuple):
-    """What an evaluation found out about a run."""
+    """The results of an evaluation."""
 
     metrics: Mapping[str, Any]  # as in metrics.json
     curves: Mapping[str, plots.Curve]  # "model", "raw_pixels"
@@ -94,9 +94,9 @@ class Measured(NamedTuple):
 
 
 def draw(where: Path, run: Run, measured: Measured) -> None:
-    """All pictures and the page, into the folder of the run.
+    """Writes all pictures and the page into the folder of the run.
 
-    Glyphs are drawn black on white and called by code point, other images are shown as they are.
+    Glyphs are drawn black on white and named by code point; other images are shown as they are.
     """
     into = where / run_folder.REPORT
     into.mkdir(exist_ok=True)
@@ -118,13 +118,13 @@ def draw(where: Path, run: Run, measured: Measured) -> None:
 
 def summary(run: Run, records: plots.Records) -> list[tuple[str, str]]:
     config, train, test = run.config, run.train, run.test
-    learnt = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    learned = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     size = " x ".join(map(str, train.images.shape[1:]))
     rows = [
         ("data", f"{config.data.source}, {size} pixels, augmentation {augmentation(config.data)}"),
         ("identities", f"{train.num_classes:,} trained on, {test.num_classes:,} held out"),
         ("images", f"{len(train.images):,} trained on, {len(test.images):,} held out"),
-        ("network", f"{run.factory or config.model.name}, {learnt:,} parameters, {config.dim} features"),
+        ("network", f"{run.factory or config.model.name}, {learned:,} parameters, {config.dim} features"),
         ("margin", str(run.head.margin)),
         ("other terms", ", ".join(f"{term.weight:g} {name}" for name, term in config.terms.items())),
         ("batches", f"{config.optim.batch_size} images, sampler {config.sampler.name}"),
@@ -135,7 +135,7 @@ def summary(run: Run, records: plots.Records) -> list[tuple[str, str]]:
 
 
 def trained_on(records: plots.Records) -> str:
-    """The machines of a run, which may have been resumed on another."""
+    """The machines of a run: a resumed run may have several."""
     return "; ".join(dict.fromkeys(record["machine"] for record in records if "machine" in record))
 
 
@@ -146,7 +146,7 @@ def evaluation(metrics: Mapping[str, Any]) -> list[str]:
         page.paragraph(heading(model)),
         page.table(rows, ("", "model", "raw pixels"), numeric=True),
         *map(page.paragraph, notes([model, raw], EMBEDDINGS)),
-        page.paragraph(f"{QUOTED} This one is of pairs drawn from the images held out."),
+        page.paragraph(f"{QUOTED} This one is on pairs sampled from the images held out."),
     ]
 
 
@@ -171,7 +171,7 @@ def training(into: Path, run: Run, records: plots.Records) -> list[str]:
 
 
 def mining(into: Path, records: plots.Records) -> list[str]:
-    """What the shares of `MiningStatistics` are, and how they went; older versions recorded fewer."""
+    """The shares of `MiningStatistics` and their curves. Records of older versions, which have fewer, are left out."""
     records = [record for record in records if MINING.keys() <= record.keys()]
     if not records:
         return []
@@ -190,7 +190,7 @@ def roc(into: Path, curves: Mapping[str, plots.Curve]) -> list[str]:
 
 def angles(into: Path, run: Run) -> list[str]:
     cosines: dict[str, Tensor] = {}
-    for stage, values in run.cosines.items():  # in a run of two steps stages are the same ones
+    for stage, values in run.cosines.items():  # in a very short run several stages are the same steps
         if len(values) and not any(values.equal(others) for others in cosines.values()):
             cosines[stage] = values
     if not cosines:
@@ -252,7 +252,7 @@ def timing_curve(into: Path, timed: plots.Records) -> list[str]:
 
 
 def configuration(config: TrainConfig) -> list[str]:
-    """The options that have another value than their default; all others are folded away."""
+    """The options that differ from their default; all others are in a part that opens on a click."""
     usual, given = (dict(single_options(c)) for c in (TrainConfig(), config))
     changed = [(name, value, usual.get(name, "")) for name, value in given.items() if value != usual.get(name)]
     same = [(name, value) for name, value in given.items() if value == usual.get(name)]
@@ -264,7 +264,7 @@ def configuration(config: TrainConfig) -> list[str]:
 
 
 def single_options(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    """Dotted names and values as JSON; each term's weight and options by themselves."""
+    """Dotted names and values as JSON, with a line for the weight and each option of a term."""
     yield from ((name, json.dumps(value)) for name, value in flatten(config).items() if name != "terms")
     for name, term in config.terms.items():
         yield f"terms.{name}.weight", json.dumps(term.weight)
@@ -298,23 +298,23 @@ def heading(model: Mapping[str, Any]) -> str:
 def lines(
     heading: str,
     columns: Mapping[str, Mapping[str, Any]],  # numbers by key; None: not resolvable
-    titles: Mapping[str, str],  # of the keys that are shown
+    titles: Mapping[str, str],  # of the keys to show
 ) -> str:
     """A table as text: a row for each title, a column for each set of numbers."""
     first = max(map(len, titles.values())) + 2
     cells = {name: [name, *(cell(numbers, key) for key in titles)] for name, numbers in columns.items()}
     widths = {name: max(10, max(map(len, column)) + 2) for name, column in cells.items()}
     rows = [heading]
-    for place, title in enumerate(("", *titles.values())):
-        rows.append(f"{title:{first}}" + "".join(f"{cells[name][place]:>{n}}" for name, n in widths.items()))
+    for i, title in enumerate(("", *titles.values())):
+        rows.append(f"{title:{first}}" + "".join(f"{cells[name][i]:>{n}}" for name, n in widths.items()))
     return "\n".join(rows + notes(list(columns.values()), titles))
 
 
 def notes(
     columns: Sequence[Mapping[str, Any]],  # numbers by key
-    titles: Mapping[str, str],  # of the keys that are shown
+    titles: Mapping[str, str],  # of the keys to show
 ) -> list[str]:
-    """What a reader of a table has to know."""
+    """Warnings to print below a table."""
     count = min(numbers.get("identities", FEW) for numbers in columns)
     said = [f"{count} identities: these numbers say little"] if count < FEW else []
     return said + [UNRESOLVED] * any(numbers[key] is None for numbers in columns for key in titles)

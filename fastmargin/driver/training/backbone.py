@@ -1,4 +1,7 @@
-"""The network of a run without its head, and images as it takes them."""
+"""The newest checkpoint of a run, its network without the head, and the embeddings of images by it.
+
+No data, head or optimizer is built: for `export`, `embed` and `verify`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import checkpoint
+from fastmargin.distributed.layout import Group
 from fastmargin.driver.config import DataConfig, TrainConfig
 from fastmargin.driver.data.augment_glyphs import to_float
 from fastmargin.driver.data.identities import Identities, Stored
@@ -51,28 +55,41 @@ def check_factory(saved: checkpoint.Checkpoint, config: TrainConfig, factory: st
 def network_weights(
     tensors: Mapping[str, Tensor],  # of a checkpoint
 ) -> dict[str, Tensor]:
-    """Those that are evaluated: averaged, where the run averages."""
+    """The network's weights as they are evaluated: the average (optim.ema), where the run has one."""
     return checkpoint.part_of(tensors, "average") or checkpoint.part_of(tensors, "model")
 
 
-def newest(where: Path, config: TrainConfig, log: Log) -> checkpoint.Checkpoint:
-    """The newest checkpoint of a run. ValueError if there is none, or none that verifies."""
-    saved = checkpoint.load_latest(where / run_folder.CHECKPOINTS)
-    if saved is None:
-        raise ValueError(f"{where} has no checkpoint yet")
-    for warning in saved.warnings:
+def find_newest(where: Path, log: Log, group: Group | None = None) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of a run that verifies, in a group on all ranks; None if the run has none yet.
+
+    ValueError if there are some and none verifies.
+    """
+    saved = checkpoint.load_latest(where / run_folder.CHECKPOINTS, group=group)
+    for warning in [] if saved is None else saved.warnings:
         log(f"passed over a damaged checkpoint: {warning}")
-    log(f"checkpoint of step {saved.step} of {config.optim.steps}")
     return saved
 
 
+def newest(where: Path, log: Log, group: Group | None = None) -> checkpoint.Checkpoint:
+    """As `find_newest`; ValueError if there is none yet, too."""
+    saved = find_newest(where, log, group)
+    if saved is None:
+        raise ValueError(f"{where} has no checkpoint yet")
+    return saved
+
+
+def log_step(saved: checkpoint.Checkpoint, config: TrainConfig, log: Log) -> None:
+    log(f"checkpoint of step {saved.step} of {config.optim.steps}")
+
+
 def load_backbone(where: Path, log: Log, factory: str | None = None, device: str | None = "cpu") -> Backbone:
-    """The network of the newest checkpoint of a run, on the device that is named; None: a GPU where there is one.
+    """The network of the newest checkpoint of a run. device: None is a GPU where there is one.
 
     ValueError if the folder holds no run, no checkpoint yet, or a network made by another factory.
     """
     config = run_folder.read_config(where)
-    saved = newest(where, config, log)
+    saved = newest(where, log)
+    log_step(saved, config, log)
     check_factory(saved, config, factory)
     channels, height, width = saved.state["input"]
     network = build_backbone(config, (channels, height, width), factory)
@@ -81,7 +98,7 @@ def load_backbone(where: Path, log: Log, factory: str | None = None, device: str
 
 
 def adapted(backbone: Backbone, source: str | None) -> DataConfig:
-    """A source in the size and colour that the network takes; None: the run's own."""
+    """Configuration of a source, in the size and color that the network takes; None: the run's own source."""
     if source is None:
         return backbone.config.data
     channels, height, _ = backbone.input_shape
@@ -90,7 +107,7 @@ def adapted(backbone: Backbone, source: str | None) -> DataConfig:
 
 
 def load(backbone: Backbone, config: DataConfig, log: Log) -> Identities:
-    """All of a source, held out or not. ValueError for images of another shape than the network takes."""
+    """All identities of a source, held out or not. ValueError for images of another shape than the network takes."""
     identities = load_all(config, log)
     if identities.input_shape != backbone.input_shape:
         shapes = (" x ".join(map(str, shape)) for shape in (identities.input_shape, backbone.input_shape))
@@ -106,7 +123,7 @@ def embed_images(
     model: nn.Module,
     images: Tensor | Stored,  # [N, H, W] or [N, H, W, 3] uint8
 ) -> Tensor:  # [N, d], in host memory
-    """Embeddings in evaluation mode, on the model's device; the mode is put back afterwards."""
+    """Embeddings in evaluation mode, computed on the model's device; the mode is restored afterward."""
     training, device = model.training, next((p.device for p in model.parameters()), "cpu")
     model.eval()
     blocks = np.array_split(np.arange(len(images)), range(EMBED, len(images), EMBED))

@@ -1,14 +1,15 @@
-"""Batches: which images, read and augmented, perhaps ahead of training.
+"""Batches: which images a step takes, read and augmented, in threads ahead of training if so configured.
 
-Batch t is a function of (seed, t) and, with the doppelganger sampler, of what it has drawn: of no thread and of no
-earlier batch. So any number of workers gives the same batches, bit for bit, and those that were prepared when a run
-stopped are prepared again. Of N processes each draws all of a batch, and loads its share: of every part, where a step
-has several (optim.accumulation), so that all have the parts that one process has.
+Batch t is a function of (seed, t) and, with the doppelganger sampler, of what the sampler has drawn: it depends on no
+thread and on no earlier batch. So any number of workers gives the same batches, bit for bit, and a resumed run prepares
+again those that were ready when it stopped. Of N processes each draws the indices of the whole batch and loads its own
+rows: of every part, where a step has several (optim.accumulation), so that the parts are those of one process.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, starmap
 from typing import NamedTuple
@@ -17,11 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmargin.distributed.layout import Layout
+from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.augmentation import AUGMENTS, Augment, Indices, augmentation
+from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.order import UniformBatches
-from fastmargin.driver.training.run import Run
+from fastmargin.mining import DoppelgangerBatchSampler
 
 AHEAD = 2  # batches prepared ahead by each worker
+
+Order = UniformBatches | DoppelgangerBatchSampler
 
 
 class Batch(NamedTuple):
@@ -29,53 +35,69 @@ class Batch(NamedTuple):
     labels: Tensor  # [b] int64
 
 
-def batches(run: Run) -> Iterator[Batch]:
-    """The batches of the steps that the run has still to make; what a thread raises is raised here."""
-    workers, wanted = run.config.data.workers, numbers(run)
-    prepare = partial(load, run, AUGMENTS[augmentation(run.config.data)])
+@dataclass(frozen=True)
+class BatchSource:
+    """What batches are made of."""
+
+    train: Identities
+    order: Order
+    data: DataConfig  # for augmentation and workers
+    seed: int
+    parts: int  # of a step (optim.accumulation)
+    part: Layout  # the rows of each part, over the processes
+    steps: range  # first step to make, last step + 1
+    pin_memory: bool  # for a GPU
+
+
+def batches(source: BatchSource) -> Iterator[Batch]:
+    """The batches of source.steps; what a worker thread raises is raised here."""
+    workers, requests = source.data.workers, indices_and_epochs(source)
+    prepare = partial(load, source, AUGMENTS[augmentation(source.data)])
     if workers == 0:
-        yield from starmap(prepare, wanted)
+        yield from starmap(prepare, requests)
         return
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))  # the rest is for training
     try:
-        started = deque(pool.submit(prepare, *batch) for batch in islice(wanted, 1 + ahead(run)))
+        started = deque(pool.submit(prepare, *request) for request in islice(requests, 1 + ahead(source)))
         while started:
             yield started.popleft().result()
-            started.extend(pool.submit(prepare, *batch) for batch in islice(wanted, 1))
+            started.extend(pool.submit(prepare, *request) for request in islice(requests, 1))
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # for threads yet to come: a worker's setting is theirs too
+        torch.set_num_threads(threads)  # a worker's setting would also hold for threads started later
 
 
-def ahead(run: Run) -> int:
-    """Batches prepared beside the one that is trained on: the doppelganger sampler draws `lag` of them in all."""
-    most = AHEAD * run.config.data.workers
-    return most if isinstance(run.order, UniformBatches) else min(most, run.order.lag - 1)
+def ahead(source: BatchSource) -> int:
+    """Batches prepared beside the one in training. The doppelganger sampler draws no more than `lag` in all."""
+    most = AHEAD * source.data.workers
+    return most if isinstance(source.order, UniformBatches) else min(most, source.order.lag - 1)
 
 
-def numbers(run: Run) -> Iterator[tuple[Indices, Indices]]:
-    """Numbers [b] of this process's images and their epochs [b], for each step that is left.
+def indices_and_epochs(source: BatchSource) -> Iterator[tuple[Indices, Indices]]:
+    """For each step, the indices [b] of this process's images and the epoch [b] of each, which seeds its augmentation.
 
-    What the doppelganger sampler draws is numbered, so that an image it repeats is augmented anew each time.
+    With the doppelganger sampler, which may repeat an image, a running number stands for the epoch: every repetition
+    is augmented anew.
     """
-    size, left = run.config.optim.batch_size, range(run.step, run.config.optim.steps)
-    if isinstance(run.order, UniformBatches):
-        for step in left:
-            yield own(run, run.order.indices(step)), own(run, run.order.epochs(step))
+    if isinstance(source.order, UniformBatches):
+        for step in source.steps:
+            yield local_rows(source, source.order.indices(step)), local_rows(source, source.order.epochs(step))
     else:
-        for step, drawn in zip(left, run.order, strict=False):  # it has no end
-            yield own(run, np.array(drawn)), own(run, step * size + np.arange(size))
+        size = source.order.batch_size
+        for step, drawn in zip(source.steps, source.order, strict=False):  # the sampler never ends
+            yield local_rows(source, np.array(drawn)), local_rows(source, step * size + np.arange(size))
 
 
-def own(
-    run: Run,
-    all_ranks: Indices,  # [B]
+def local_rows(
+    source: BatchSource,
+    batch: Indices,  # [B]
 ) -> Indices:  # [b]
-    """This process's share of each part of a batch."""
-    return all_ranks.reshape(run.config.optim.accumulation, -1)[:, run.part.start : run.part.stop].reshape(-1)
+    """This process's rows of each part of a batch."""
+    return batch.reshape(source.parts, -1)[:, source.part.start : source.part.stop].reshape(-1)
 
 
-def load(run: Run, transform: Augment, index: Indices, epoch: Indices) -> Batch:
-    images, labels = transform(run.train.images[index], index, epoch, run.config.seed), run.train.labels[index]
-    return Batch(*(t.pin_memory() if run.device.type == "cuda" else t for t in (images, labels)))
+def load(source: BatchSource, transform: Augment, index: Indices, epoch: Indices) -> Batch:
+    images = transform(source.train.images[index], index, epoch, source.seed)
+    labels = source.train.labels[index]
+    return Batch(*(t.pin_memory() if source.pin_memory else t for t in (images, labels)))

@@ -1,9 +1,11 @@
-"""The training run: loop, train_step; at its end, evaluation on identities never trained on.
+"""The training loop: one optimizer step, the records, and when to save and to stop.
 
-n steps, a stop and n more are 2 n steps, bit for bit, at one number of threads: see `run`. (With sampled classes
-and SGD a checkpoint brings late rows up to date, which rounds them: only a stop at a step of `save_every` is exact.)
-How a step moves the weights is in `optimizers`, how a signal stops a run in `signals`, what N processes
-tell each other in `processes`: on as many, a stop changes no bit; on another number, sums are rounded otherwise.
+A run that is stopped and resumed ends with the same bits as one that is not, at one number of threads and of processes
+(on another number, sums are rounded differently). One exception: with sampled classes and SGD a checkpoint applies
+pending lazy updates, which rounds those rows, so there only a stop at a step of `save_every` is exact.
+
+What a run holds is in run.py, what a checkpoint holds in state.py, how weights are updated in optimizers.py, how a
+signal stops a run in signals.py, and what the processes exchange in processes.py.
 """
 
 import math
@@ -31,18 +33,18 @@ from fastmargin.head.margin_head import HeadOutput
 from fastmargin.head.sampling import derive_seed
 from fastmargin.mining import DoppelgangerBatchSampler
 
-EDGE = 20  # steps at the start, in the middle and at the end whose angles are kept
+EDGE = 20  # steps at the start, in the middle and at the end whose target cosines are kept
 
 
 def loop(run: Run, where: Path, log: Log) -> None:
-    """Trains to the last step; records and saves on the way. `signals.Stopped` after a signal, with all saved."""
+    """Trains to the last step, with records and checkpoints on the way. After a signal saves and raises Stopped."""
     config, last, first = run.config, run.config.optim.steps, run.processes.rank == 0
     board = tensorboard.Board(where, run.step) if config.tensorboard and first else None
     run.watch, here = Stopwatch(run.head.weight.device), machine(run.head.weight.device, run.processes.count)
     since, clock = run.step, time.perf_counter()
     bar = tqdm(total=last, initial=run.step, unit="step", disable=not (first and sys.stderr.isatty()))
     with bar, signals.noted() as noted:
-        for images, labels in batches(run):
+        for images, labels in batches(run.batch_source()):
             run.watch("loader")
             out = train_step(run, images, labels)
             keep_cosines(run, out.target_score)
@@ -62,15 +64,15 @@ def loop(run: Run, where: Path, log: Log) -> None:
                     board.add(record)
                 if not bar.disable:
                     bar.set_postfix_str(progress(record))
-                elif run.step * 10 // last > (run.step - steps) * 10 // last:  # every tenth of the run
+                elif run.step * 10 // last > (run.step - steps) * 10 // last:  # a line per tenth of the run
                     log(f"step {run.step:>{len(str(last))}} of {last}: {progress(record)}")
             if saving:
                 held = tensors(run), state(run)
                 checkpoint.save(where / run_folder.CHECKPOINTS, run.step, *held, group=run.processes.host)
-            if stop or (
-                run.step == last and (stop := run.processes.all_reduce_max(noted.number))
-            ):  # during the last save, too
-                again = "" if run.factory else f". To go on: {run_folder.resuming(where)}"  # or from Python
+            if run.step == last and not stop:
+                stop = run.processes.all_reduce_max(noted.number)  # a signal may have come during the last save
+            if stop:
+                again = "" if run.factory else f". To go on: {run_folder.resuming(where)}"  # else only from Python
                 log(f"{signal.Signals(stop).name}: stopped, with a checkpoint of step {run.step} of {last}{again}")
                 raise signals.Stopped(stop)
             run.watch("rest")
@@ -81,8 +83,8 @@ def train_step(
     images: Tensor,  # [b, c, H, W] float32, of this process
     labels: Tensor,  # [b] int64
 ) -> HeadOutput:  # of these rows
-    """One step of the optimisers. On a GPU the host waits for the step before (table_feed.py), and with sampled
-    classes or terms for this one."""
+    """One optimizer step. On a GPU the host waits for the step before (table_feed.py); with sampled classes or terms it
+    waits for this one, too."""
     torch.manual_seed(derive_seed(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
     run.optimizers.set_rate(run.step)
     run.optimizers.zero_grad()
@@ -114,15 +116,17 @@ def backward(
     labels: Tensor,  # [b] int64
     share: float,  # of these images in the step
 ) -> tuple[HeadOutput, Tensor, dict[str, Tensor]]:  # of the head, embeddings [b, d], terms by name; all detached
-    """Adds the gradient of some images of a step."""
-    listed = run.table.classes[labels].to(run.device, non_blocking=True) if run.config.head.sample_rate < 1 else None
+    """Forward and backward pass of one part of a step; gradients accumulate."""
+    doppelgangers = (
+        run.table.classes[labels].to(run.device, non_blocking=True) if run.config.head.sample_rate < 1 else None
+    )
     images, labels = (t.to(run.device, non_blocking=True) for t in (images, labels))
     precision = DTYPES[run.config.optim.precision]
     with torch.autocast(run.device.type, precision, enabled=precision is not None):
         embeddings = run.replica(images)
     embeddings = embeddings.float()
     run.watch("backbone")
-    out = run.head(embeddings, labels, hard_classes=listed)
+    out = run.head(embeddings, labels, hard_classes=doppelgangers)
     loss = out.loss + run.terms(embeddings, labels)
     run.watch("head")
     run.watch.split(embeddings)
@@ -132,7 +136,7 @@ def backward(
 
 
 def concatenated(outs: Sequence[HeadOutput]) -> HeadOutput:
-    """Of the parts of a step, all of one size."""
+    """The output of a step, from those of its parts, which have one size."""
     losses, *rows = zip(*outs, strict=True)
     return HeadOutput(torch.stack(losses).mean(), *map(torch.cat, rows))
 
@@ -141,7 +145,7 @@ def keep_cosines(
     run: Run,
     scores: Tensor,  # [b]
 ) -> None:
-    """Gathers all rows' cosines of EDGE steps at the start, in the middle and at the end; a plain layer has none."""
+    """Keeps all rows' target cosines in EDGE steps at the start, middle and end; a plain layer has none."""
     if run.head.margin.plain:
         return
     edge = max(1, min(EDGE, run.config.optim.steps // 3))
@@ -152,18 +156,18 @@ def keep_cosines(
 
 
 def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
-    """The record of a step, of the rows of all processes. ValueError, in all of them, if the run has gone wrong.
+    """The record of a step, over the rows of all processes. ValueError, on every rank, if training has diverged.
 
-    step                optimiser steps made
+    step                optimizer steps made
     loss                the head's, in nats, the mean over the rows of the step
-    objective           what is minimised, loss + sum of weight x term; where there are terms
+    objective           what is minimized, loss + sum of weight x term; only where there are terms
     terms               each by name, before its weight
-    target_score        mean cosine (logit of a plain layer) of a row and its own class
-    lr, margin          learning rate; m, null where the margin has not one number
-    confusable_batches, confusable_classes, list_turnover: since the record before, see `mining.MiningStatistics`
-    images_per_second   since the record before
-    seconds             of a step, by part: `stopwatch`
-    machine             what it ran on
+    target_score        mean cosine (of a plain layer: logit) of a row and its own class
+    lr, margin          learning rate; m, null where the margin is not one number
+    confusable_batches, confusable_classes, list_turnover: since the last record, see `mining.MiningStatistics`
+    images_per_second   since the last record
+    seconds             per step, by part, see stopwatch.py
+    machine             what the run is on
     """
     run.head.check()
     weight = run.processes.count * run.rows.count / run.rows.total
@@ -191,7 +195,7 @@ def measure(run: Run, out: HeadOutput) -> dict[str, Any]:
 
 
 def progress(record: Mapping[str, Any]) -> str:
-    """The objective first, where it is more than the head's loss; then m, whose growth raises both."""
+    """A record in one line. The objective comes first, where it is more than the head's loss; m, as it raises both."""
     terms = f"objective {record['objective']:.3f}, head " if "objective" in record else ""
     m = "" if record["margin"] is None else f"m {record['margin']:.3f}, "
     return (

@@ -1,26 +1,28 @@
-"""What moves the weights of a run: optimisers, learning rate, gradient clipping, and an average of the weights.
+"""What updates the weights of a run: optimizers, learning rate, gradient clipping, and an average of the weights.
 
-The class weights have an optimiser of their own, ClassSGD or ClassAdamW of fastmargin.optim. It steps inside the
-backward pass, so that they have no gradient in memory, unless gradients are first accumulated or clipped. All else has
-torch's. n counts the steps made, w is the warm-up, T the steps of a cycle, t those made in it, f = final_lr:
+The class weights have an optimizer of their own, ClassSGD or ClassAdamW of fastmargin.optim. Unless gradients are
+accumulated or clipped first, it steps inside the backward pass, and the gradient of the class weights is never stored.
+All other parameters have torch's optimizer. The learning rate lr(n) and the averaged weights a(n), where n counts the
+steps made, w is the warm-up, T the steps of a cycle, t those made in it, f = final_lr:
 
     lr(n) = lr (n + 1) / w                                n < w
           = lr (f + (1 - f) (1 + cos(pi t / T)) / 2)      cosine; with cycle = T the warm restarts of SGDR (Loshchilov
                                                           and Hutter 2017, eq. 5), each cycle_factor times as long
           = lr milestone_factor^(milestones up to n)      steps
           = lr                                            constant
-    a(n)  = b a(n - 1) + (1 - b) weights,  b = min(ema, (1 + n) / (10 + n)): a young average forgets its start
+    a(n)  = b a(n - 1) + (1 - b) weights,  b = min(ema, (1 + n) / (10 + n)): a young average forgets the initial weights
 
-A gradient that is not finite leaves weights and moments as they are, and the host does not wait to see it: GradScaler
-counts such numbers on the device, and torch's fused optimisers and ours read the count there. So there is always a
-GradScaler. With fp16 it is the usual one, whose skips are part of its search for a scale. Otherwise its scale is 1 and
-can only fall: `failed`, asked on logging steps, says whether it has. (torch._assert_async would end the process on a
-GPU without a word of why; and ClassSGD has moved the class weights, if their own gradient was finite, before that of
-the backbone is known.)
+A gradient that is not finite leaves weights and moments unchanged, without a host sync: GradScaler marks it on the
+device (found_inf), and torch's fused optimizers and ours read the mark there and skip the step. So there is always a
+GradScaler. With fp16 it is the usual one, which searches for a loss scale and skips steps on the way. Otherwise its
+scale starts at 1 and can only fall: `failed`, asked on logging steps, says whether it has. (torch._assert_async would
+end the process on a GPU without an explanation. ClassSGD inside the backward pass steps, if the gradient of the class
+weights is finite, before that of the backbone is known.)
 
-Of N processes each has all weights but the classes', and their gradients, averaged, are equal on all: so are their
-steps, and what GradScaler counts. Of the class weights each has its own, and an infinite gradient of one is counted by
-all, who then leave the step out together and keep one scale. (Within a backward pass rows are left out one by one.)
+Of N processes each has all weights except those of other ranks' classes. Gradients of what all ranks have are averaged,
+hence equal on all, and so are the steps and what GradScaler finds. Each rank has its own class weights: if their
+gradient is not finite on one rank, all ranks skip the step and keep the same scale. (A step inside the backward pass
+skips single rows.)
 """
 
 import copy
@@ -43,9 +45,9 @@ NEVER = 2**31 - 1  # steps
 
 
 class Scaler(torch.amp.GradScaler):
-    """A GradScaler whose count is 1 on all ranks of a group if it is on one.
+    """A GradScaler whose found_inf is 1 on all ranks of a group if it is 1 on any.
 
-    Torch 2.13's ShardedGradScaler adds the counts, and fused optimisers leave out a step for a count of 1 alone.
+    ShardedGradScaler of torch 2.13 adds found_inf over the ranks, and fused optimizers skip a step only where it is 1.
     """
 
     def __init__(self, group: Group | None, *arguments: Any, **options: Any) -> None:
@@ -53,18 +55,19 @@ class Scaler(torch.amp.GradScaler):
         self.group = group
 
     def _unscale_grads_(self, *arguments: Any) -> dict[torch.device, Tensor]:
-        counts = super()._unscale_grads_(*arguments)
+        found_inf = super()._unscale_grads_(*arguments)
         if self.group is not None:
-            for count in counts.values():
-                dist.all_reduce(count, dist.ReduceOp.MAX, group=self.group)
-        return counts
+            for found in found_inf.values():
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return found_inf
 
 
 class Optimizers:
-    """The optimisers of a run, stepped together.
+    """The optimizers of a run, stepped together.
 
-    model, terms: what is learnt beside the head. `classes` moves head.weight, `rest` all other parameters. In a group,
-    the head's, DDP averages the gradients of the model, the head its own, and those of the terms are averaged here.
+    model, terms: what is trained beside the head. `classes` updates head.weight, `rest` all other parameters. In a
+    group DDP averages the gradients of the model, the head those of its replicated parameters, and this class those of
+    the terms.
     """
 
     def __init__(self, config: OptimConfig, head: MarginHead, model: nn.Module, terms: nn.Module) -> None:
@@ -105,21 +108,21 @@ class Optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
 
-    def clip(self, most: float) -> None:
+    def clip(self, max_norm: float) -> None:
         for optimizer in self.each:
             self.scaler.unscale_(optimizer)
-        moved = [p for optimizer in self.each for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grads_with_norm_(moved, most, self.head.grad_norm(self.others))
+        trained = [p for optimizer in self.each for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(trained, max_norm, self.head.grad_norm(self.others))
 
     def failed(self) -> bool:
-        """Whether gradients were not finite, with fp16 also of the unscaled loss. A host sync."""
+        """Whether a gradient was not finite; with fp16, whether it is so even at a loss scale of 1. A host sync."""
         return self.scaler.get_scale() < 1
 
     def tensors(
         self,
-        named: Mapping[str, nn.Parameter],  # all that is moved
+        named: Mapping[str, nn.Parameter],  # all that is trained
     ) -> dict[str, Tensor]:
-        """The state of every parameter, as "NAME.SLOT"."""
+        """The optimizer state of every parameter, as "NAME.SLOT"."""
         self.classes.apply_lazy_updates()
         held = {**self.rest.state, **self.classes.state}
         return {
@@ -136,9 +139,9 @@ class Optimizers:
         for key, value in saved.items():
             name, _, slot = key.rpartition(".")
             p = named[name]
-            if p is self.head.weight:  # of the classes held here
+            if p is self.head.weight:  # the rows of this rank's classes
                 self.classes.state[p][slot] = int(value) if slot == "step" else torch.empty_like(p).copy_(value)
-            else:  # in the layout of the parameter, as torch makes it; AdamW's step has none
+            else:  # in the memory format of the parameter, as torch makes it; AdamW's `step` is a scalar
                 like = p if value.shape == p.shape else value
                 self.rest.state[p][slot] = torch.empty_like(like, device=p.device).copy_(value)
 
@@ -169,7 +172,7 @@ def build_classes(
 
 
 def build_rest(config: OptimConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    """Fused: of torch's, those alone leave out a step without a host sync."""
+    """Fused: of torch's optimizers only these can skip a step without a host sync."""
     if config.name == "adamw":
         return torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
     optimizer = torch.optim.SGD(
@@ -180,7 +183,7 @@ def build_rest(config: OptimConfig, groups: list[dict[str, object]]) -> torch.op
         nesterov=config.nesterov,
         fused=True,
     )
-    if config.momentum:  # if its very first step is left out, torch 2.13 keeps what happened to lie in memory
+    if config.momentum:  # torch 2.13 leaves the buffer uninitialized if the very first step is skipped
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -195,13 +198,13 @@ def learning_rate(config: OptimConfig, step: int) -> float:
         return config.lr
     if config.schedule == "steps":
         return config.lr * config.milestone_factor ** sum(milestone <= step for milestone in config.milestones)
-    done, length = place_in_cycle(config, step - warmup)
+    done, length = position_in_cycle(config, step - warmup)
     turn = math.pi * done / length
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(turn)) / 2)
 
 
-def place_in_cycle(config: OptimConfig, done: int) -> tuple[int, int]:
-    """Steps made in the cycle that the next step is of, and its length."""
+def position_in_cycle(config: OptimConfig, done: int) -> tuple[int, int]:
+    """Of the cycle that the next step belongs to: the steps made, and its length."""
     if config.cycle is None:
         return done, config.steps - config.warm_up()
     length = config.cycle
@@ -215,7 +218,7 @@ def build_average(config: OptimConfig, model: nn.Module) -> nn.Module | None:
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """After `step` steps. Buffers are averaged too, the statistics of batch norm among them; what counts is copied."""
+    """After `step` steps. Buffers, such as batch norm's statistics, are averaged, too; integer ones are copied."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     ours, theirs = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
     get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(ours, theirs, step)

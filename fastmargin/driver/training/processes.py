@@ -1,12 +1,12 @@
-"""The processes that train one run between them, as torchrun starts them: what the driver knows of ranks.
+"""The processes that train one run together, as torchrun starts them: what the driver knows of ranks.
 
-Each rank has a share of the rows of a batch and of the classes, all have the same network, and all take every step
-together. The first, rank 0, alone prints and writes; of a checkpoint every rank writes its classes.
+Each rank has some rows of a batch and some of the classes; the network is replicated, and all take every step together.
+Only rank 0 prints and writes, except that every rank writes the class weights it holds into a checkpoint.
 
-Two groups. `group` carries tensors: Gloo on CPUs, NCCL on GPUs, with torch's own timeouts. `host` is Gloo and carries
-what the processes tell each other beside a step: a signal to stop, a record, a folder. A wait for the first rank, which
-packs images or evaluates, is one of these, and may be as long as PATIENCE. A rank that dies is noticed sooner: its
-connections close, and torchrun ends the others.
+There are two process groups. `group` is for tensors: Gloo on CPUs, NCCL on GPUs, with torch's timeouts. `host` is Gloo
+and for what is exchanged beside a step: a signal to stop, a record, the name of a folder. Ranks also wait in it while
+rank 0 packs images or evaluates, so its timeout is HOST_TIMEOUT. A rank that dies is noticed sooner: its connections
+close, and torchrun ends the others.
 """
 
 import os
@@ -29,8 +29,8 @@ from fastmargin.require import require
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)
-ECHO = 5.0  # seconds after another rank in which the first may come to make the same mistake
+HOST_TIMEOUT = timedelta(days=1)
+ECHO = 5.0  # seconds to wait for rank 0 to print the same error
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Processes:
         return 1 if self.group is None else self.group.size()
 
     def share(self, rows: int) -> Layout:
-        """Rows in as equal parts as can be, the larger ones first."""
+        """Rows split over the ranks as evenly as possible, the larger parts first."""
         whole, rest = divmod(rows, self.count)
         return Layout(self.group, tuple(whole + (rank < rest) for rank in range(self.count)))
 
@@ -57,7 +57,7 @@ class Processes:
         return log if self.rank == 0 else silent
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest that any rank brings."""
+        """The largest of the ranks' numbers."""
         if self.host is None:
             return number
         largest = torch.tensor(number)
@@ -65,7 +65,7 @@ class Processes:
         return int(largest)
 
     def mean(self, numbers: Sequence[float]) -> list[float]:
-        """Of each number over the ranks, the same on all of them."""
+        """The mean of each number over the ranks, equal on all of them."""
         if self.host is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -73,45 +73,48 @@ class Processes:
         return (total / self.count).tolist()
 
     def by_first(self, action: Callable[[], T]) -> T:
-        """What action() returns on the first rank, small and picklable, on all; its OSError or ValueError, too."""
+        """Calls action() on rank 0 alone and returns its result, small and picklable, on all ranks.
+
+        An OSError or ValueError of action() is raised on all ranks.
+        """
         if self.host is None:
             return action()
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, error
         if self.rank == 0:
             try:
-                told[0] = action()
+                outcome[0] = action()
             except (OSError, ValueError) as mistake:
-                told[1] = mistake
-        dist.broadcast_object_list(told, group_src=0, group=self.host)
-        result, error = told
+                outcome[1] = mistake
+        dist.broadcast_object_list(outcome, group_src=0, group=self.host)
+        result, error = outcome
         if error is not None:
             raise error
         return result
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The body on the first rank of each machine, then on the others, who find what it has put into a cache."""
+        """Runs the body on the first rank of each machine, then on the others, which find the cache filled."""
         first = os.environ.get("LOCAL_RANK", str(self.rank)) == "0"
         if self.host is not None and not first:
             dist.barrier(self.host)
         try:
             yield
-        finally:  # its mistakes are made by the others as well, and said once: see `only_once`
+        finally:  # also after an error: the others run into it, too, and it is printed once, see `only_once`
             if self.host is not None and first:
                 dist.barrier(self.host)
 
     def replicated(self, model: nn.Module, shape: Sequence[int]) -> nn.Module:
-        """The model under DDP, which makes all ranks' weights and buffers those of the first, and averages gradients.
+        """The model under DDP, which copies rank 0's weights and buffers to all ranks, and averages gradients.
 
-        shape: of an image. Buffers, the statistics of batch norm, are sent anew before each pass: they are those of the
-        first rank's rows. ValueError for a parameter that has no part in the embeddings.
+        shape: of an image. DDP broadcasts rank 0's buffers before each forward pass, so the statistics of batch norm
+        are those of rank 0's rows. ValueError for a parameter that the embeddings do not depend on.
         """
         if self.group is None or not any(p.requires_grad for p in model.parameters()):
             return model
         device = next(model.parameters()).device
         replica = DistributedDataParallel(model, [device] if device.type == "cuda" else None, process_group=self.group)
-        # After its first pass DDP regroups the gradients, and of three ranks' then adds others first. So that the first
-        # step of a resumed run adds as any other does, a pass of black images comes before.
+        # After the first pass DDP rebuilds its buckets, which changes the order in which three or more ranks' gradients
+        # are added. A pass of black images comes first, so that the first step of a resumed run adds as all others do.
         buffers = [buffer.clone() for buffer in model.buffers()]
         replica(torch.zeros(2, *shape, device=device)).sum().backward()
         for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -123,7 +126,7 @@ class Processes:
         return replica
 
     def copy_buffers(self, model: nn.Module) -> None:
-        """Makes all ranks' those of the first."""
+        """Broadcasts rank 0's buffers to all ranks."""
         if self.group is not None:
             for buffer in model.buffers():
                 dist.broadcast(buffer, group_src=0, group=self.group)
@@ -143,14 +146,14 @@ ALONE = Processes()
 
 
 def pick_device(name: str | None, processes: Processes = ALONE) -> torch.device:
-    """Of several processes each takes the GPU of its own number."""
+    """The named device; None is a GPU where there is one. Each of several processes takes the GPU of its local rank."""
     if name is None:
         return processes.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
-    wanted = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
+    want = "cpu, or cuda:N of a GPU that PyTorch finds here" if torch.cuda.is_available() else "cpu: there is no GPU"
     known = kind == "cpu" and not number
     known |= kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count()
-    require(known, "device", name, wanted)
+    require(known, "device", name, want)
     if processes.count == 1:
         return torch.device(name)
     require(not number, "device", name, "cuda, cpu or null: each process takes a GPU of its own")
@@ -162,12 +165,12 @@ def silent(text: str) -> None:
 
 
 def unreduced(model: nn.Module) -> AbstractContextManager[None]:
-    """In it a backward pass through what `replicated` gave adds to gradients that are averaged later."""
+    """Gradient accumulation: within it a backward pass through a replica does not average gradients over the ranks."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def average(parameters: Sequence[nn.Parameter], group: Group | None) -> None:
-    """Averages gradients over the ranks; one that a rank's rows gave none is 0 there."""
+    """Averages gradients over the ranks; where a rank has none, it counts as 0."""
     if group is None:
         return
     for p in parameters:
@@ -178,7 +181,7 @@ def average(parameters: Sequence[nn.Parameter], group: Group | None) -> None:
 
 @contextmanager
 def process_group() -> Iterator[Processes]:
-    """The processes of a run: those of torch.distributed, where it runs; those that torchrun started; or this one."""
+    """The processes of a run: those of torch.distributed, if initialized; those that torchrun started; or this one."""
     ours = not dist.is_initialized()
     if ours and not launched():
         yield ALONE
@@ -186,9 +189,9 @@ def process_group() -> Iterator[Processes]:
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Processes(dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield Processes(dist.group.WORLD, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
     finally:
-        if ours and not isinstance(sys.exception(), Exception):  # then the others wait until this one has said it
+        if ours and not isinstance(sys.exception(), Exception):  # else the others fail before the error is printed
             dist.destroy_process_group()
 
 
@@ -198,18 +201,18 @@ def launched() -> bool:
 
 
 def only_once(text: str) -> str | None:
-    """What this process should print of what all of them may want to say: None where the first one says the same.
+    """The error that this process should print, where all may run into it: None if rank 0 prints the same one.
 
-    They tell each other through torchrun's store, which outlives them.
+    They exchange it through torchrun's store, which outlives the processes.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return text
-    rank, said = int(os.environ["RANK"]), f"fastmargin/{os.environ['TORCHELASTIC_RESTART_COUNT']}/said"
+    rank, key = int(os.environ["RANK"]), f"fastmargin/{os.environ['TORCHELASTIC_RESTART_COUNT']}/said"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if rank == 0:
-        store.set(said, text)
+        store.set(key, text)
         return text
     late = time.monotonic() + ECHO
-    while not store.check([said]) and time.monotonic() < late:
+    while not store.check([key]) and time.monotonic() < late:
         time.sleep(0.05)
-    return None if store.check([said]) and store.get(said) == text.encode() else f"rank {rank}: {text}"
+    return None if store.check([key]) and store.get(key) == text.encode() else f"rank {rank}: {text}"

@@ -1,8 +1,6 @@
-"""What a run holds: how it is built from its configuration, and how it goes into a checkpoint and comes back.
+"""What a run holds, and how it is built from its configuration: data, network, head, terms, optimizers, mining, order.
 
-Images, their order, their augmentation and what a step draws are functions of (seed, step); everything else that a
-step reads and changes is in the checkpoint. Of N processes each writes the rows of its classes, the first one all else:
-any number of them goes on from there.
+How a run is saved and restored is in state.py, how it is trained in loop.py.
 """
 
 import inspect
@@ -22,6 +20,7 @@ from fastmargin.driver.data.order import UniformBatches
 from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.log import Log
 from fastmargin.driver.training.backbone import build_backbone
+from fastmargin.driver.training.loader import BatchSource, Order
 from fastmargin.driver.training.optimizers import Optimizers, build_average
 from fastmargin.driver.training.processes import ALONE, Processes, pick_device
 from fastmargin.driver.training.stopwatch import Stopwatch
@@ -33,16 +32,9 @@ from fastmargin.mining import DoppelgangerBatchSampler, DoppelgangerTable
 from fastmargin.models import lsuv
 from fastmargin.require import require
 
-Order = UniformBatches | DoppelgangerBatchSampler
-
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-
-
 RAMP = 0.3  # share of the steps over which a margin grows
-
-
-LSUV = 256  # images, spread over the identities, that set the scale of each layer of the doppelganger network
+LSUV = 256  # images, spread over the identities, for `lsuv` of the doppelganger network
 
 
 @dataclass
@@ -53,24 +45,24 @@ class Run:
     processes: Processes
     device: torch.device
     rows: Layout  # of a step, over the processes
-    part: Layout  # the rows of each of its parts (optim.accumulation)
+    part: Layout  # the rows of each part of a step (optim.accumulation), over the processes
     train: Identities
     test: Identities
     factory: str | None  # import path of the network, where it is not config.model's
     model: nn.Module
-    replica: nn.Module  # the same, or what averages its gradients over the processes
+    replica: nn.Module  # the model, under DDP where there are several processes
     head: MarginHead
     terms: Terms
     average: nn.Module | None  # the network with averaged weights
     optimizers: Optimizers
     schedule: Schedule | None
     table: DoppelgangerTable
-    table_feed: TableFeed  # on its way into the table
+    table_feed: TableFeed  # brings what a step has mined into the table
     order: Order
-    step: int = 0  # optimiser steps made
-    seconds: float = 0.0  # spent in the loop, before a stop too
-    watch: Stopwatch = field(default_factory=Stopwatch)  # not in the checkpoint: every stretch of training has its own
-    cosines: dict[str, Tensor] = field(init=False)  # [n] of rows and their own classes, in some steps of the run
+    step: int = 0  # optimizer steps made
+    seconds: float = 0.0  # in the training loop, those before a resume included
+    watch: Stopwatch = field(default_factory=Stopwatch)  # not in the checkpoint: a resumed run has a new one
+    cosines: dict[str, Tensor] = field(init=False)  # {"start", "middle", "end": [n]} of rows and their own classes
 
     def __post_init__(self) -> None:
         self.cosines = {stage: torch.empty(0, device=self.device) for stage in ("start", "middle", "end")}
@@ -80,9 +72,22 @@ class Run:
         """What is evaluated."""
         return self.model if self.average is None else self.average
 
+    def batch_source(self) -> BatchSource:
+        """What the loader reads for the steps that are left."""
+        return BatchSource(
+            train=self.train,
+            order=self.order,
+            data=self.config.data,
+            seed=self.config.seed,
+            parts=self.config.optim.accumulation,
+            part=self.part,
+            steps=range(self.step, self.config.optim.steps),
+            pin_memory=self.device.type == "cuda",
+        )
+
 
 def build(config: TrainConfig, log: Log, factory: str | None = None, processes: Processes = ALONE) -> Run:
-    """Data, network, head, optimisers, mining. ValueError for options that do not fit together.
+    """A run before its first step. ValueError for options that do not fit together.
 
     factory: import path of a network of the caller's own, instead of config.model.name.
     """
@@ -130,10 +135,10 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
 
 
 def share_rows(config: TrainConfig, processes: Processes) -> Layout:
-    """ValueError for fewer than two rows a process, as one alone has no variance for batch norm."""
+    """The rows of a part, over the processes. ValueError for fewer than 2 each: batch norm needs a variance."""
     size, parts = config.optim.batch_size, config.optim.accumulation
-    wanted = f"at least 2 for each of {processes.count} processes, {2 * processes.count * parts} in all"
-    require(size // parts >= 2 * processes.count, "optim.batch_size", size, wanted)
+    want = f"at least 2 for each of {processes.count} processes, {2 * processes.count * parts} in all"
+    require(size // parts >= 2 * processes.count, "optim.batch_size", size, want)
     return processes.share(size // parts)
 
 
@@ -193,13 +198,13 @@ def build_order(config: TrainConfig, data: Identities, table: DoppelgangerTable)
 
 
 def trainable_parameters(model: nn.Module, head: MarginHead, terms: Terms) -> dict[str, nn.Parameter]:
-    """What the optimisers move, by name."""
+    """What the optimizers update, by name."""
     named = nn.ModuleDict({"model": model, "head": head, "terms": terms}).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def mutable_tensors(run: Run) -> Iterator[Tensor]:
-    """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centres."""
+    """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centers."""
     for module in (run.model, run.head, run.terms, run.average):
         if module is not None:
             yield from (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())

@@ -1,15 +1,15 @@
 """The folder of a run, and the small files in it.
 
     config.json    the configuration; `--config RUN/config.json` repeats the run
-    train.jsonl    one record per line, only ever appended to. A run that resumes repeats the steps since its
-                   checkpoint: the later line of a step counts, and a line torn by a kill is passed over
+    train.jsonl    one record per line, only ever appended to. A resumed run repeats the steps since its checkpoint:
+                   the last line of a step counts, and a line cut off by a kill is ignored
     checkpoints/   see `fastmargin.checkpoint`
     report/        index.html, and the pictures in it as PNG
-    tensorboard/   the records again, for whoever asks: see `tensorboard`
-    metrics.json   written when a run has been evaluated, last of all
+    tensorboard/   the records again, where `tensorboard` is set, see tensorboard.py
+    metrics.json   written last, when the run has been evaluated
     lock           held by the process that trains, see `fastmargin.files`
 
-This module imports no torch: a mistake in `--out` is answered at once.
+This module imports no torch, so that a mistake in `--out` is reported at once.
 """
 
 import csv
@@ -35,7 +35,7 @@ CONFIG, RECORDS, CHECKPOINTS, REPORT, METRICS = (
 def check(where: Path, config: TrainConfig, settled: bool = False) -> None:
     """ValueError if the folder holds anything but a run of this configuration; OSError for a file.
 
-    settled: the number of images has decided what was not given.
+    settled: options that depend on the number of images are filled in.
     """
     if not where.exists() or not any(where.iterdir()):
         return
@@ -47,12 +47,12 @@ def check(where: Path, config: TrainConfig, settled: bool = False) -> None:
         changes = ", ".join(f"{name} {there[name]} there, {here[name]} here" for name in names)
         if settled and set(names) <= set(BY_IMAGES):
             changes += "; where it is not given the number of images decides, and that has changed"
-        said = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
-        raise ValueError(said)
+        mistake = f"{where} holds a run of another configuration: {changes}. To resume that run: {resuming(where)}"
+        raise ValueError(mistake)
 
 
 def resuming(where: Path) -> str:
-    """The command that goes on with a run, for a shell."""
+    """The shell command that resumes a run."""
     return f"fastmargin train --config {shlex.quote(str(where / CONFIG))} --out {shlex.quote(str(where))}"
 
 
@@ -61,7 +61,7 @@ def lacking(where: Path) -> str:
 
 
 def claim(out: str | None, config: TrainConfig) -> Path:
-    """Makes the folder to train in, `out` or a new one named by date and time, if need be. Raises as `check`."""
+    """The folder to train in: `out`, made if needed, or a new one named by date and time. Raises as `check`."""
     where = dated() if out is None else Path(out)
     check(where, config, settled=True)
     where.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def append_record(where: Path, record: Mapping[str, Any]) -> None:
     with (where / RECORDS).open("a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # the last writer was killed in the middle of a line
+            if file.read() != b"\n":  # the last write was cut off by a kill
                 file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
 
@@ -126,19 +126,19 @@ def read_records(where: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             by_step[record["step"]] = record
         except (ValueError, TypeError, KeyError):
-            continue  # torn
+            continue  # cut off
     return [by_step[step] for step in sorted(by_step)]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Either the whole file appears, or none of it."""
+    """Writes atomically: the whole file appears, or none of it."""
     with written(path) as draft:
         draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
-    """As `write_json`, piece by piece. In UTF-8; a file name that is not comes out byte for byte."""
+    """As `write_json`, but a file to write to. UTF-8; file names that are not are written byte for byte."""
     with written(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield file
 

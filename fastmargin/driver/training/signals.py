@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM stop a run between two steps, once it has saved a checkpoint.
+"""SIGINT and SIGTERM stop a run after the current step, with a checkpoint.
 
-    SIGINT    exit code 130; a second one stops at once, with the checkpoints made so far
+    SIGINT    exit code 130; a second one stops at once, without a checkpoint of that step
     SIGTERM   exit code 143
 
-128 + the number of the signal, as shells have it. A handler does no more than note the signal.
+The code is 128 + the number of the signal, as in shells. The handlers only note the signal; loop.py asks for it.
 """
 
 import signal
@@ -14,14 +14,14 @@ from types import FrameType
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the run: its `code` is that of the process, unless someone catches it."""
+    """A signal has stopped the run. If nobody catches it, `code` is the exit code of the process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 class Noted:
-    """The signal that was caught, 0 for none."""
+    """`number` of the last signal, 0 for none."""
 
     number = 0
 
@@ -33,7 +33,8 @@ class Noted:
 
 @contextmanager
 def noted() -> Iterator[Noted]:
-    """Within it the signals are noted; then they are handled as before. Only a main thread may do so, or has to."""
+    """Notes signals in its body; then restores the handlers. Outside the main thread, where Python allows no handlers,
+    it notes nothing."""
     noted = Noted()
     if threading.current_thread() is not threading.main_thread():
         yield noted

@@ -1,13 +1,13 @@
 """Where the seconds of a step go, and on which machine.
 
-    loader     the wait for the batch
+    loader     waiting for the batch
     backbone   the network, forward and backward
-    head       head and terms, forward and backward; the step of the class weights where it is made in the backward pass
-    rest       other optimisers, mining, records, checkpoints
+    head       head and terms, forward and backward, and the step of the class weights where the backward pass makes it
+    rest       other optimizers, mining, records, checkpoints
 
-The two backward passes are one call; a hook on the embeddings, which runs once their gradient is whole, parts them.
-On a CPU a mark is the time of day. On a GPU, which works behind Python's back, it is an event in the stream: seconds
-are those between the device's passing two marks, and nothing waits for it until they are read.
+Head and backbone have one backward call; a hook on the embeddings, which runs once their gradient is complete, tells
+them apart. On a CPU a mark is a time. On a GPU, which runs asynchronously, it is a CUDA event, and seconds are those
+between two events: there is no host sync until they are read.
 """
 
 import platform
@@ -22,12 +22,12 @@ PARTS = ("loader", "backbone", "head", "rest")
 
 
 class Stopwatch:
-    """`watch(part)`: what has happened since the last mark was that part. Made at the start of the first step."""
+    """`watch(part)` ends a part: the time since the last mark is its own. To be made when the first step starts."""
 
     def __init__(self, device: torch.device | None = None) -> None:  # None: the CPU
         self.on_gpu = device is not None and device.type == "cuda"
         self.last = self.now()
-        self.marks: list[tuple[str, Any]] = []  # what had ended, when
+        self.marks: list[tuple[str, Any]] = []  # part that ended, when
 
     def __call__(self, part: str) -> None:
         self.marks.append((part, self.now()))
@@ -36,7 +36,7 @@ class Stopwatch:
         self,
         embeddings: Tensor,  # [B, d]
     ) -> None:
-        """In the backward pass to come, what happens before their gradient is there was the head's."""
+        """In the next backward pass, the time until the gradient of the embeddings is complete is the head's."""
         if embeddings.requires_grad:
             embeddings.register_hook(lambda _: self("head"))
 
@@ -65,9 +65,9 @@ class Stopwatch:
 
 
 def machine(device: torch.device, processes: int = 1) -> str:
-    """The processor, the threads torch uses, the GPU if the run is on one, and how many processes have as much."""
-    told = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    """Processor, torch's threads, the GPU if the run is on one, and the number of processes, in one line."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     threads = torch.get_num_threads()
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     several = f", {processes} such processes" if processes > 1 else ""

@@ -1,10 +1,10 @@
-"""The way of what a step has mined from the device into the table, which lies in host memory.
+"""Brings the hard classes that a step has mined from the device into the doppelganger table, which is in host memory.
 
-On a CPU it enters at once. From a GPU it is copied while the next step is being queued and enters after that one, so
-that the host waits for no step but the one before. What is under way is part of a checkpoint.
+On a CPU the table is updated at once. From a GPU the copy is asynchronous, and the table is updated one step later, so
+that the host only ever waits for the step before. What is still waiting is part of a checkpoint.
 
-Every process enters the rows of all, in the order of the ranks, so that their tables are equal, bit for bit: one
-all-gather of 8 + 12 k bytes a row.
+Every process updates its table with the rows of all ranks, in rank order, so that the tables are equal, bit for bit:
+one all-gather of 8 + 12 k bytes a row.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from fastmargin.mining import DoppelgangerTable
 
 
 class TableFeed:
-    """rows: how those of a step lie over the ranks; late: enter them one step later."""
+    """rows: those of a step, over the ranks. late: the table is updated one step later."""
 
     def __init__(self, table: DoppelgangerTable, rows: Layout, late: bool) -> None:
         self.table, self.rows, self.late = table, rows, late
@@ -30,8 +30,8 @@ class TableFeed:
         labels: Tensor,  # [b]
         out: HeadOutput,  # of b rows
     ) -> None:
-        """The rows of a step: they enter the table, or those of the step before do."""
-        self.flush()  # on a CPU, what a run on a GPU had under way
+        """Takes the rows of a step and updates the table: with them or, if late, with those of the step before."""
+        self.flush()  # if not late: what a checkpoint of a GPU run had waiting
         mined = {"labels": labels, "hard_classes": out.hard_classes, "hard_scores": out.hard_scores}
         all_ranks = gathered(mined, self.rows)
         self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in all_ranks.items()}
@@ -41,7 +41,7 @@ class TableFeed:
             self.flush()
 
     def flush(self) -> None:
-        """What is under way enters the table."""
+        """Updates the table with what is waiting."""
         self.wait()
         if self.waiting:
             self.table.update(**self.waiting)

@@ -1,6 +1,6 @@
-"""Records as TensorBoard's scalars, in RUN/tensorboard, for whoever asks: `fastmargin[tb]`.
+"""Records as TensorBoard scalars, in RUN/tensorboard, where the option `tensorboard` is set. Needs `fastmargin[tb]`.
 
-A run that resumes repeats the steps since its checkpoint; the writer tells TensorBoard to forget them first.
+A resumed run repeats the steps since its checkpoint; the writer tells TensorBoard to drop their first scalars.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def summary_writer() -> Any:
 
 
 class Board:
-    """step: the last one that counts; scalars of later ones are forgotten."""
+    """step: of the checkpoint; scalars of later steps are dropped."""
 
     def __init__(self, where: Path, step: int) -> None:
         self.writer = summary_writer()(where / FOLDER, purge_step=step + 1)
@@ -34,7 +34,7 @@ class Board:
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a record by name, "terms/center" where they are nested; all but its step."""
+    """The numbers of a record by name, except its step; "terms/center" where they are nested."""
     found: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):

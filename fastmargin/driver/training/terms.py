@@ -1,23 +1,24 @@
 """The terms of the loss beside the head's: loss = head + sum_t weight_t L_t (GIT eq. 1, MML eq. 12, DOP 4.2.5).
 
     name             loss, whose keyword arguments are options; further options
-    center           fm.center_loss           update, alpha: of the bank of centres
+    center           fm.center_loss           update, alpha: of the bank of centers
     git              fm.git_loss
-    minimum_margin   fm.minimum_margin_loss   route: of its gradient, through_update (default), batch_means or centers
+    minimum_margin   fm.minimum_margin_loss   route of its gradient: through_update (default), batch_means or centers
     marginal         fm.marginal_loss
     range            fm.range_loss
-    margin_based     fm.margin_based_loss     beta: where the boundary that it learns starts
+    margin_based     fm.margin_based_loss     beta: initial value of the boundary, which is learned
     any other        the class of that name in pytorch_metric_learning.losses: TripletMarginLoss, ContrastiveLoss,
-                     LiftedStructureLoss, ...; scale: the start of a learnt length of the rows, which otherwise are unit
+                     LiftedStructureLoss, ...; scale: initial length of the rows, which is learned; without it rows
+                     are normalized
 
-Rows are the embeddings as the network makes them. The first three share one bank, whose options are center's (with a
-weight of 0 it does nothing else): losses see the old centres, and the bank moves after the optimiser's step. With the
-route "centers" it then takes a step down the minimum margin, too: the
-run's learning rate times the gradient of the weighted term, without momentum or decay.
+Rows are the embeddings as the network outputs them. The first three share one bank of centers, whose options are those
+of center (with weight 0, center only sets them). Losses see the centers of the step before; the bank is updated after
+the optimizer's step. With the route "centers" it also takes a gradient step on the minimum margin: the run's learning
+rate times the gradient of the weighted term, without momentum or weight decay.
 
-Of N processes each takes the terms of its own rows, b of B, and the objective is the average of theirs. Counted N b / B
-times (with reduction "sum" N times), means and sums over rows are those of all rows. The bank is that of all rows, and
-so is the minimum margin by the route through_update; pairs of rows are of one process.
+Each of N processes computes the terms of its own rows, b of B, and the objective is the average over the processes. So
+that means and sums over rows are those of all rows, a term is multiplied by N b / B (with reduction "sum", by N). The
+bank sees all rows, and so does the minimum margin by the route through_update; pairs are of rows of one process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,15 +41,15 @@ from fastmargin.require import require
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # rows [B, d], labels [B] -> scalar
 
-BANKED: dict[str, Callable[..., Tensor]] = {"center": center_loss, "git": git_loss}  # of rows, labels and centres
+BANKED: dict[str, Callable[..., Tensor]] = {"center": center_loss, "git": git_loss}  # of rows, labels and centers
 OF_ROWS: dict[str, Callable[..., Tensor]] = {"marginal": marginal_loss, "range": range_loss}
 
 
 class Terms(nn.Module):
-    """The terms of a configuration: called for their weighted sum, `last` has each without its weight.
+    """The terms of a configuration: a call gives their weighted sum, `last` each term without its weight.
 
-    rows: how those of a batch lie over the processes; None: all are here. Every term is tried on four rows, so that a
-    mistake in its options is said here: ValueError names the term.
+    rows: those of a batch, over the processes; None: all are here. Every term is tried out on four rows, so that a
+    mistake in its options is found here: the ValueError names the term.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Terms(nn.Module):
             with named(name):
                 self.losses[name] = build_loss(name, given, self.bank)
                 try_out(self.losses[name], dim)
-        self.learnt = nn.ModuleDict({name: loss for name, loss in self.losses.items() if isinstance(loss, nn.Module)})
+        self.learned = nn.ModuleDict({name: loss for name, loss in self.losses.items() if isinstance(loss, nn.Module)})
         self.last: dict[str, Tensor] = {}  # scalars of the last batch
 
     def forward(
@@ -76,7 +77,7 @@ class Terms(nn.Module):
         x: Tensor,  # [B, d]
         labels: Tensor,  # [B]
     ) -> Tensor | float:
-        """Their weighted sum, 0.0 where there is none."""
+        """The weighted sum of the terms, 0.0 without any."""
         values = {name: self.shares[name] * loss(x, labels) for name, loss in self.losses.items()}
         self.last = {name: value.detach() for name, value in values.items()}
         return sum((self.weights[name] * value for name, value in values.items()), 0.0)
@@ -87,7 +88,7 @@ class Terms(nn.Module):
         labels: Tensor,  # [B]
         lr: float,
     ) -> None:
-        """Moves the centres, once the optimiser has made its step."""
+        """Updates the centers; to be called after the optimizer's step."""
         if self.bank is not None:
             self.bank.update(x, labels)
         trained = self.losses.get("minimum_margin")
@@ -96,7 +97,7 @@ class Terms(nn.Module):
 
 
 def share(name: str, options: Mapping[str, Any], rows: Layout | None) -> float:
-    """How often a term of own rows counts in the average over the processes."""
+    """The factor of a term of this rank's rows in a group: see the top of this file."""
     if rows is None or name == "minimum_margin":
         return 1.0
     summed = options.get("reduction") == "sum"
@@ -105,10 +106,10 @@ def share(name: str, options: Mapping[str, Any], rows: Layout | None) -> float:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """A mistake in the options of a term is a ValueError that names it."""
+    """Turns a mistake in the options of a term into a ValueError that names the term."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # pml's are all of these
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # pytorch_metric_learning raises all four
         raise ValueError(f"terms.{name}: {error}") from error
 
 
@@ -144,12 +145,12 @@ def build_minimum_margin(bank: CenterBank, route: str = "through_update", **opti
 
 
 class TrainedCenters:
-    """The minimum margin of the bank's centres, which it moves itself: in a group by the average of all ranks'
-    gradients, C d numbers that travel in each step."""
+    """The minimum margin of the bank's centers, with a gradient step of its own: in a group with the gradient averaged
+    over the ranks, an all-reduce of C d numbers per step."""
 
     def __init__(self, bank: CenterBank, options: dict[str, Any]) -> None:
         self.bank, self.options = bank, options
-        self.leaf = bank.centers  # what the last loss was of: the same memory, with a gradient of its own
+        self.leaf = bank.centers  # of the last loss: shares memory with the centers, has a gradient of its own
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:  # [B, d], [B]
         self.leaf = self.bank.centers.detach().requires_grad_()
@@ -158,7 +159,7 @@ class TrainedCenters:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         gradient = self.leaf.grad
-        if self.bank.group is not None:  # sparse ones have other rows on each rank
+        if self.bank.group is not None:  # dense, as sparse gradients have different rows on each rank
             own = torch.zeros_like(self.leaf) if gradient is None else gradient.to_dense()
             gradient = averaged(own, self.bank.group)
         if gradient is not None:
@@ -166,7 +167,7 @@ class TrainedCenters:
 
 
 class MarginBased(nn.Module):
-    """The margin-based loss with a learnt boundary (DOP eq. 2)."""
+    """The margin-based loss with a learned boundary (DOP eq. 2)."""
 
     def __init__(self, beta: float = 0.5, **options: Any) -> None:
         super().__init__()
@@ -177,7 +178,7 @@ class MarginBased(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A loss of rows of one learnt length (DOP 4.2.5: lifted structure, from 12)."""
+    """A loss of rows scaled to one learned length (DOP 4.2.5: lifted structure, initially 12)."""
 
     def __init__(self, loss: nn.Module, scale: float) -> None:
         super().__init__()

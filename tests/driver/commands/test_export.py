@@ -29,12 +29,6 @@ SMALL = TrainConfig(optim=OptimConfig(steps=1600), data=DataConfig(size=16), dim
 WITH_ONNX = all(importlib.util.find_spec(package) for package in export.ONNX)
 
 
-def linear(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """A network of a user's own: `test_export:linear`."""
-    height, width = size
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, dim))
-
-
 def run_of(config: TrainConfig, where: Path, factory: str | None = None) -> nn.Module:
     """A run whose checkpoint holds a network with running statistics of its own; returns the network."""
     run_folder.claim(str(where), config)
@@ -196,8 +190,8 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
 
 def test_a_network_of_ones_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ONNX", ("absent",))
-    run_of(SMALL, tmp_path / "run", "test_export:linear")
-    with pytest.raises(ValueError, match="the run's network is test_export:linear; here it is cnn"):
+    run_of(SMALL, tmp_path / "run", "small_run:pixels")
+    with pytest.raises(ValueError, match="the run's network is small_run:pixels; here it is cnn"):
         export.export(tmp_path / "run", tmp_path / "out", print)
-    export.export(tmp_path / "run", tmp_path / "out", print, model="test_export:linear")
-    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "test_export:linear"
+    export.export(tmp_path / "run", tmp_path / "out", print, model="small_run:pixels")
+    assert json.loads((tmp_path / "out/backbone.json").read_bytes())["model"]["name"] == "small_run:pixels"

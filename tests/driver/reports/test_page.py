@@ -27,7 +27,7 @@ SECTIONS = [
 
 
 class Page(HTMLParser):
-    """What a browser would see; fails where a tag is not closed in its place."""
+    """What a browser would show; fails where a tag is not closed, or in the wrong order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def read(where: Path) -> Page:
 
 
 def reported(out: Path, config: TrainConfig = SMALL, names: Callable[[str], str] = str) -> Page:
-    """The page of a small run whose identities go by other names."""
+    """The page of a small run whose identities have other names."""
     current = train_loop(config, out)
     current.train = replace(current.train, names=[names(name) for name in current.train.names])
     evaluate.finish(current, out, print)
@@ -128,7 +128,7 @@ def test_a_run_of_one_step(tmp_path: Path) -> None:
 
 
 def test_a_run_without_records_or_a_name_that_is_no_text(tmp_path: Path) -> None:
-    """An older version wrote no seconds; a file's name may hold bytes that are no UTF-8."""
+    """An older version wrote no seconds; the name of a file may contain bytes that are not UTF-8."""
     current = run.build(SMALL, print)
     current.train = replace(current.train, names=[f"{name}\udcff" for name in current.train.names])
     current.table.update(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([[0.5]]))
@@ -156,7 +156,7 @@ def test_commands_hold_in_any_folder() -> None:
 
 
 def test_every_argument_is_escaped(tmp_path: Path) -> None:
-    """Of each function that takes text, in every place."""
+    """Every argument of every function that takes text."""
     (tmp_path / "a.png").write_bytes(b"picture")
     quote = f'{HOSTILE}" onclick="x'
     parts = [

@@ -136,7 +136,7 @@ def test_shares_that_an_older_version_did_not_record_are_left_out(tmp_path: Path
 
 
 def test_timing_stacks_milliseconds_from_the_first_step(tmp_path: Path, figures: list[Figure]) -> None:
-    """A record is of the steps up to its own, so the band of the first begins at 0."""
+    """A record covers the steps before it, so the band of the first begins at 0."""
     seconds = {"loader": 0.001, "backbone": 0.02, "head": 0.003, "rest": 0.0005}
     plots.plot_timing(tmp_path / "timing.png", [{"step": 10, "seconds": seconds}])
     (axes,) = figures[0].axes

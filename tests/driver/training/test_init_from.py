@@ -59,7 +59,7 @@ def test_a_folder_of_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, monk
 
 
 def test_another_margin_takes_the_class_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a plain layer's bias and scale it knows nothing."""
+    """But not a plain layer's bias and scale, which it does not have."""
     plain = replace(SCHEME_2, head=HeadConfig("L2Softmax"))
     for one, other in ((plain, SCHEME_2), (SCHEME_2, plain)):
         shutil.rmtree(tmp_path / "first", ignore_errors=True)

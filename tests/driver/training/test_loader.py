@@ -30,7 +30,7 @@ MINING = replace(SMALL, sampler=replace(SMALL.sampler, name="doppelganger"))
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Batches of 16 are too small to share."""
+    """Batches of 16 are too small to split over threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def with_workers(config: TrainConfig, workers: int) -> TrainConfig:
 def trained_on(config: TrainConfig) -> list[loader.Batch]:
     run = build(config, print)
     seen = []
-    for batch in loader.batches(run):
+    for batch in loader.batches(run.batch_source()):
         seen.append(batch)
         loop.train_step(run, *batch)
     return seen
@@ -65,7 +65,10 @@ def test_workers_change_no_bit(config: TrainConfig, workers: int) -> None:
 
 def test_a_batch_is_what_its_numbers_say(config: TrainConfig) -> None:
     run = build(config, print)
-    (index, epoch), batch = next(loader.numbers(run)), next(loader.batches(run))
+    (index, epoch), batch = (
+        next(loader.indices_and_epochs(run.batch_source())),
+        next(loader.batches(run.batch_source())),
+    )
     assert torch.equal(batch.labels, run.train.labels[index])
     assert torch.equal(batch.images, augment_faces(run.train.images[index], index, epoch, config.seed))
 
@@ -74,8 +77,8 @@ def test_repeated_images_are_augmented_anew() -> None:
     run = build(MINING, print)
     drawn = set()
     for _ in range(5):
-        index, epoch = next(loader.numbers(run))
-        loop.train_step(run, *next(loader.batches(run)))
+        index, epoch = next(loader.indices_and_epochs(run.batch_source()))
+        loop.train_step(run, *next(loader.batches(run.batch_source())))
         drawn |= set(zip(index.tolist(), epoch.tolist(), strict=True))
     assert len(drawn) == 5 * MINING.optim.batch_size
 
@@ -84,9 +87,9 @@ def test_fewer_images_than_a_batch_are_visited_more_than_once() -> None:
     few = replace(SMALL, data=replace(SMALL.data, source="synthetic:8x2", holdout=0.4))
     run = build(few, print)
     assert len(run.train.images) < few.optim.batch_size
-    index, epoch = next(loader.numbers(run))
+    index, epoch = next(loader.indices_and_epochs(run.batch_source()))
     assert len(set(zip(index.tolist(), epoch.tolist(), strict=True))) == 16 > len(set(index.tolist()))
-    assert next(loader.batches(run)).images.shape == (16, 3, 16, 16)
+    assert next(loader.batches(run.batch_source())).images.shape == (16, 3, 16, 16)
 
 
 class Watched:
@@ -123,7 +126,7 @@ def watched(config: TrainConfig, stop: int) -> tuple[Run, Watched]:
 def test_batches_are_prepared_ahead_but_not_too_far(config: TrainConfig, ahead: int) -> None:
     """Two workers prepare two batches each, and no more than the lag of 3 allows: one is being trained on."""
     run, images = watched(with_workers(config, 2), stop=1 + ahead)
-    prepared = loader.batches(run)
+    prepared = loader.batches(run.batch_source())
     next(prepared)
     assert images.reached.wait(30), "nothing is prepared while the first batch is trained on"
     images.go_on.set()
@@ -133,7 +136,7 @@ def test_batches_are_prepared_ahead_but_not_too_far(config: TrainConfig, ahead: 
 
 def test_without_workers_nothing_is_prepared() -> None:
     run, images = watched(SMALL, stop=100)
-    next(loader.batches(run))
+    next(loader.batches(run.batch_source()))
     assert images.asked == 1 and images.threads == {threading.current_thread()}
 
 
@@ -150,12 +153,12 @@ def test_damage_is_raised_where_it_is_met(tmp_path: Path, workers: int) -> None:
     build(config, print)
     (file,) = tmp_path.glob("packed-*")
     run = build(config, print)
-    third = [index for index, _ in loader.numbers(run)][2]
+    third = [index for index, _ in loader.indices_and_epochs(run.batch_source())][2]
     row = run.train.images.rows[third[0]]  # type: ignore[union-attr]
     content = bytearray(file.read_bytes())
     content[row * 20 * 20 * 3] ^= 1
     file.write_bytes(bytes(content))
-    prepared = loader.batches(build(config, print))
+    prepared = loader.batches(build(config, print).batch_source())
     before = threading.active_count()
     assert len(next(prepared).labels) == len(next(prepared).labels) == 16
     with pytest.raises(ValueError, match=f"image {row}, of .* is damaged"):

@@ -1,4 +1,4 @@
-"""Where the seconds of a step go, by a clock that the test moves; GPU events are stood in for."""
+"""Where the seconds of a step go, by a clock that the test advances and fake GPU events."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Clock:
-    """Seconds that pass only where the test lets them."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -47,7 +47,7 @@ class Spend(torch.autograd.Function):
 
 
 class Slow(nn.Module):
-    """A network and a layer of known times around it."""
+    """A network followed by a layer whose passes take known times."""
 
     def __init__(self, inner: nn.Module, clock: Clock, forward: float, backward: float) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class Slow(nn.Module):
         return Spend.apply(self.inner(x), *self.takes)
 
 
-def test_a_step_is_parted_in_its_backward_pass_too(clock: Clock) -> None:
+def test_the_backward_pass_of_a_step_is_split_too(clock: Clock) -> None:
     """Two steps: the loader takes 1 and 3 s, the backbone 10 + 20, the head's term 100 + 200, what follows 1000."""
     current = run.build(SMALL, print)
     current.replica = Slow(current.model, clock, 10, 20)
     current.terms.forward = lambda x, labels: Spend.apply(x, clock, 100, 200).sum() * 0  # type: ignore[method-assign]
     current.watch = Stopwatch(current.head.weight.device)
-    batches = loader.batches(current)
+    batches = loader.batches(current.batch_source())
     for wait in (1, 3):
         clock.seconds += wait
         current.watch("loader")

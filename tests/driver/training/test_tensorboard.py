@@ -19,7 +19,7 @@ WATCHED = replace(SMALL, tensorboard=True, terms={"center": TermConfig(weight=0.
 
 
 class SummaryWriter:
-    """Forgets as TensorBoard does: what is at or after `purge_step`."""
+    """Drops what TensorBoard drops: scalars at or after `purge_step`."""
 
     kept: dict[Path, dict[tuple[str, int], list[float]]]
 
@@ -36,7 +36,7 @@ class SummaryWriter:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Path, dict[tuple[str, int], list[float]]]]:
-    """What stands in for TensorBoard has been given, by folder."""
+    """What the fake TensorBoard has been given, by folder."""
     module = ModuleType("torch.utils.tensorboard")
     SummaryWriter.kept = {}
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Losses beside the head's in a training run: their sum, the centres' turn, exact resume, mistakes."""
+"""Losses beside the head's in a training run: their sum, when centers are updated, exact resume, mistakes."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ D = SMALL.dim
 
 
 def with_terms(base: TrainConfig = SMALL, **terms: Any) -> TrainConfig:
-    """git={"weight": 0.1, "pairs": "samples"} is the term of that weight, with the rest for options."""
+    """git={"weight": 0.1, "pairs": "samples"} is a term with this weight; the rest are its options."""
     made = {}
     for name, options in terms.items():
         options = dict(options)
@@ -88,27 +88,27 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.M
     assert records(parts) == records(whole)
 
 
-def test_checkpoints_hold_centres_and_what_terms_learn(tmp_path: Path) -> None:
+def test_checkpoints_hold_centers_and_what_terms_learn(tmp_path: Path) -> None:
     config = with_terms(center={"weight": 0.01}, margin_based={})
     current = train_loop(config, tmp_path)
     saved = checkpoint.load_latest(tmp_path / "checkpoints")
     assert saved is not None and current.terms.bank is not None
     names = {name for name in saved.tensors if name.startswith("terms/")}
-    assert names == {"terms/bank.centers", "terms/learnt.margin_based.beta"}
+    assert names == {"terms/bank.centers", "terms/learned.margin_based.beta"}
     assert torch.equal(saved.tensors["terms/bank.centers"], current.terms.bank.centers)
-    assert "optimizer/terms.learnt.margin_based.beta.momentum_buffer" in saved.tensors
-    assert saved.tensors["terms/learnt.margin_based.beta"] != 0.5
+    assert "optimizer/terms.learned.margin_based.beta.momentum_buffer" in saved.tensors
+    assert saved.tensors["terms/learned.margin_based.beta"] != 0.5
     assert saved.state["config"]["terms"]["center"] == {"weight": 0.01, "options": {}}
 
 
-def test_losses_see_the_old_centres_and_the_loss_is_the_weighted_sum() -> None:
+def test_losses_see_the_old_centers_and_the_loss_is_the_weighted_sum() -> None:
     current = run.build(GIT, print)
     bank = current.terms.bank
     assert bank is not None
     bank.centers.copy_(torch.randn_like(bank.centers))
     old, seen = bank.centers.clone(), []
     current.model.register_forward_hook(lambda _, __, x: (x.retain_grad(), seen.append(x))[0])
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     out = loop.train_step(current, images, labels)
     x = seen[0].detach().requires_grad_()
     expected = {"center": fm.center_loss(x, labels, old), "git": fm.git_loss(x, labels, old)}
@@ -133,10 +133,10 @@ def test_each_term_is_in_the_records_without_its_weight(tmp_path: Path) -> None:
     assert records(tmp_path / "none")[0]["terms"] == {} and "objective" not in records(tmp_path / "none")[0]
 
 
-def test_the_objective_is_what_is_minimised(
+def test_the_objective_is_what_is_minimized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Printed, too, and the loss is the head's."""
+    """It is also what is printed first; `loss` is that of the head."""
     given: list[float] = []
     original = Optimizers.backward
     monkeypatch.setattr(Optimizers, "backward", lambda self, loss: (given.append(loss.item()), original(self, loss))[1])
@@ -244,7 +244,7 @@ def test_losses_of_pytorch_metric_learning_come_by_their_name() -> None:
         terms = terms_of(**{name: options})
         torch.manual_seed(1)
         torch.testing.assert_close(terms(x, labels), getattr(losses, name)(**options)(x, labels))
-    assert [name for name, _ in terms.named_parameters()] == ["learnt.ProxyNCALoss.proxies"]
+    assert [name for name, _ in terms.named_parameters()] == ["learned.ProxyNCALoss.proxies"]
 
 
 def test_lifted_structure_with_a_learnt_scale() -> None:
@@ -298,7 +298,7 @@ def test_without_pytorch_metric_learning_it_says_what_to_install(monkeypatch: py
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
     with pytest.raises(ValueError, match=r"terms.TripletMarginLoss: .* pip install 'fastmargin\[pml\]'"):
         terms_of(TripletMarginLoss={})
-    assert terms_of(margin_based={}).learnt
+    assert terms_of(margin_based={}).learned
 
 
 def calls_of_train(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:

@@ -1,4 +1,4 @@
-"""A run on many processes: the steps of one, equal tables, one set of files, exact resume, signals, one mistake."""
+"""A run on many processes: same steps as on one, equal tables, one set of files, exact resume, signals, one mistake."""
 
 import os
 import signal
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """`test_torchrun:plain`: without batch norm, whose statistics are each rank's own."""
+    """`test_torchrun:plain`: without batch norm, whose statistics differ between ranks."""
     flat = channels * size[0] * size[1]
     return nn.Sequential(nn.Flatten(), nn.Linear(flat, 32), nn.PReLU(32), nn.Linear(32, dim))
 
 
 def dropping(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """`test_torchrun:dropping`: draws, and has running statistics."""
+    """`test_torchrun:dropping`: with dropout and running statistics."""
     flat = channels * size[0] * size[1]
     return nn.Sequential(nn.Flatten(), nn.Linear(flat, 32), nn.BatchNorm1d(32), nn.Dropout(0.3), nn.Linear(32, dim))
 
@@ -36,7 +36,7 @@ def trained(config: TrainConfig, out: Path, factory: str | None = "test_torchrun
 
     Returns the table, weights, and replicated buffers of this process.
     """
-    run.load_data, original = load_data, loop.train_step  # in a rank no fixture does so
+    run.load_data, original = load_data, loop.train_step  # fixtures do not reach the ranks
 
     def train_step(current: run.Run, *batch: Tensor) -> object:
         if current.step == stop - 1 and current.processes.rank == current.processes.count - 1:
@@ -63,14 +63,14 @@ def trained(config: TrainConfig, out: Path, factory: str | None = "test_torchrun
     return {**current.table.state_dict(), **shared}, current.optimizers.scaler.state_dict(), current.head.class_range
 
 
-def assert_equal_on_all_ranks(everyones: list[Any]) -> None:
+def assert_equal_on_all_ranks(all_ranks: list[Any]) -> None:
     """Bit for bit."""
-    (tensors, scaler, _), *others = everyones
+    (tensors, scaler, _), *others = all_ranks
     assert not (tensors["classes"] == -1).all()
     for theirs, scaler_there, _ in others:
         assert scaler == scaler_there
         assert tensors.keys() == theirs.keys() and all(torch.equal(theirs[name], t) for name, t in tensors.items())
-    assert [lo for _, _, (lo, _) in everyones[1:]] == [hi for _, _, (_, hi) in everyones[:-1]], "parts of the classes"
+    assert [lo for _, _, (lo, _) in all_ranks[1:]] == [hi for _, _, (_, hi) in all_ranks[:-1]], "parts of the classes"
 
 
 def saved_tensors(where: Path, step: int = 12) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def saved_tensors(where: Path, step: int = 12) -> dict[str, Tensor]:
 
 
 def assert_close_runs(one: Path, other: Path) -> None:
-    """To rounding: what is mined, recorded, and what moved."""
+    """Up to rounding: tables, records and trained weights."""
     expected, got = saved_tensors(one), saved_tensors(other)
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():

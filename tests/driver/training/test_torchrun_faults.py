@@ -1,4 +1,4 @@
-"""What goes wrong on many processes: on one rank, on all; and torchrun itself, stopped and started with another N."""
+"""Faults on many processes, on one rank or on all; torchrun stopped, and started again with another N."""
 
 import json
 import os
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def idle_part(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """`test_torchrun_faults:idle_part`: has a weight that does nothing."""
+    """`test_torchrun_faults:idle_part`: has a weight that its output does not depend on."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], dim))
     network.spare = nn.Parameter(torch.zeros(1))
     return network
 
 
 def in_group(task: Callable[[processes.Processes], Any]) -> Any:
-    run.load_data = load_data  # in a rank no fixture does so
+    run.load_data = load_data  # fixtures do not reach the ranks
     with processes.process_group() as ours:
         return task(ours)
 
 
 def says(message: str, task: Callable[[processes.Processes], Any]) -> None:
-    """On every rank the same ValueError."""
+    """Every rank raises the same error."""
 
     def refused(ours: processes.Processes) -> None:
         with pytest.raises((ValueError, OSError), match=message):
@@ -69,7 +69,7 @@ def overflow(config: TrainConfig) -> None:
                 current.head.weight.grad[0] = torch.inf
 
         optimizers.backward = backward  # type: ignore[method-assign]
-        for batch in zip(range(2), loader.batches(current), strict=False):
+        for batch in zip(range(2), loader.batches(current.batch_source()), strict=False):
             loop.train_step(current, *batch[1])
             assert torch.equal(current.head.weight, before) == (current.step == 1), "no rank's classes move, then all"
             assert all(p.isfinite().all() for p in (current.head.weight, *current.model.parameters()))
@@ -113,7 +113,7 @@ def few_classes(**optim: Any) -> int:
         few = data.take((data.labels < 5).nonzero()[:, 0].numpy())
         run.load_data = lambda *_: (few, few)
         current = run.build(configured(HeadConfig(topk=2), **optim), print, None, ours)
-        for _, batch in zip(range(3), loader.batches(current), strict=False):
+        for _, batch in zip(range(3), loader.batches(current.batch_source()), strict=False):
             loop.train_step(current, *batch)
         assert not (current.table.classes == -1).all() and not current.optimizers.failed()
         return current.head.classes.count
@@ -252,7 +252,7 @@ def measured(out: Path) -> dict[str, dict[str, float]]:
 def test_one_process_reads_what_many_have_written(
     ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And many what one has."""
+    """And many processes what one has written."""
     out = tmp_path / "run"
     assert ranks(3, whole_run, out) == [out] * 3
     metrics = [measured(out)]

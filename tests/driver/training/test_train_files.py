@@ -1,4 +1,4 @@
-"""Training on files through the command line, with no option but the path and what makes it quick."""
+"""Training on files through the command line, with the path and otherwise only options that make it quick."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastmargin.driver.training import run_folder
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """11 people with 3 photographs each, but for three of them, who have one."""
+    """11 people with 3 photographs each, except three of them, who have one."""
     names = write_folder(tmp_path / "people", pictures(33), each=3, kind="JPEG")
     for name in names[::4]:
         for path in sorted((tmp_path / "people" / name).iterdir())[1:]:

@@ -2,15 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import (  # noqa: F401 (fixtures, too)
     IMAGES,
     SMALL,
-    identities,
     load_data,
     records,
     small_data,
@@ -18,6 +17,7 @@ from small_run import (  # noqa: F401 (fixtures, too)
     train_loop,
 )
 
+from fastmargin import checkpoint
 from fastmargin.driver.commands import evaluate, train
 from fastmargin.driver.training import loop, run, run_folder
 
@@ -83,30 +83,21 @@ def test_a_run_under_way_can_be_evaluated_and_goes_on(tmp_path: Path, monkeypatc
     assert run_folder.finished(tmp_path)
 
 
-def test_progress_lines_show_life_where_there_is_no_terminal(tmp_path: Path) -> None:
-    said: list[str] = []
-    say: Callable[[str], None] = said.append
-    current = run.build(replace(SMALL, log_every=1, optim=replace(SMALL.optim, steps=30)), say)
-    loop.loop(current, run_folder.claim(str(tmp_path), current.config), say)
-    assert [int(line.split()[1]) for line in said] == list(range(3, 31, 3))
+def test_a_network_of_ones_own_trains_and_resumes_from_python_alone(tmp_path: Path) -> None:
+    config = replace(SMALL, optim=replace(SMALL.optim, steps=4))
+    where = train.train(config, str(tmp_path), print, model="small_run:pixels")
+    saved = checkpoint.load_latest(where / run_folder.CHECKPOINTS)
+    assert saved is not None and saved.state["factory"] == "small_run:pixels"
+    assert {name for name in saved.tensors if name.startswith("model/")} == {"model/1.weight", "model/1.bias"}
+    evaluate.evaluate(where, print, model="small_run:pixels")
+    assert run_folder.read_config(where) == config, "no configuration file names it"
+    with pytest.raises(ValueError, match="the run's network is small_run:pixels; here it is cnn"):
+        evaluate.evaluate(where, print)
 
 
-def test_a_record_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    for step in (1, 2):
-        run_folder.append_record(tmp_path, {"step": step, "loss": 1.0})
-    with (tmp_path / run_folder.RECORDS).open("a") as file:
-        file.write('{"step": 3, "lo')
-    for step in (2, 3):
-        run_folder.append_record(tmp_path, {"step": step, "loss": 2.0})
-    assert run_folder.read_records(tmp_path) == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 2.0},
-    ]
-
-
-def test_dated_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folders = [run_folder.claim(None, SMALL) for _ in range(4)]
-    assert len(set(folders)) == 4 and all(path.parent.name == "runs" for path in folders)
-    assert all(run_folder.read_config(path) == SMALL for path in folders)
+def test_raw_pixels_are_averaged_over_tiles() -> None:
+    small, large = torch.rand(3, 1, 32, 32), torch.rand(3, 3, 96, 96)
+    assert torch.equal(evaluate.RawPixels()(small), small.flatten(1))
+    tiles = large.double().unfold(2, 3, 3).unfold(3, 3, 3).mean((-1, -2))
+    assert (evaluate.RawPixels()(large) - tiles.flatten(1)).abs().max() < 1e-6
+    assert torch.equal(evaluate.RawPixels()(torch.zeros(1, 1, 8, 8)), torch.ones(1, 64)), "black has no direction"

@@ -1,30 +1,21 @@
-"""What moves the weights of a run: optimisers, schedules, precision, averages, what is not finite, and signals."""
+"""What updates the weights of a run: schedules, optimizers, loss scale, averages."""
 
-import copy
-import math
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import SMALL, batches, configured, records, small_data, stop_at, train_loop  # noqa: F401 (a fixture, too)
+from small_run import SMALL, batches, configured, small_data  # noqa: F401 (a fixture, too)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmargin import checkpoint
 from fastmargin.driver.commands import train
-from fastmargin.driver.config import HeadConfig, OptimConfig, TermConfig, TrainConfig
+from fastmargin.driver.config import HeadConfig, OptimConfig, TrainConfig
 from fastmargin.driver.training import backbone, loader, loop, run, run_folder, state
 from fastmargin.driver.training.optimizers import learning_rate, update_average
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def linear(dim: int, size: tuple[int, int], channels: int) -> nn.Module:
-    """`test_training:linear`: nothing drawn, and rows do not meet."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], dim))
 
 
 # ---------------------------------------------------------------------------------------------- schedules
@@ -64,12 +55,12 @@ def test_steps_and_a_constant() -> None:
     assert [learning_rate(constant, step) for step in (0, 1, 3, 4, 39)] == [0.025, 0.05, 0.1, 0.1, 0.1]
 
 
-# ---------------------------------------------------------------------------------------------- optimisers
+# ---------------------------------------------------------------------------------------------- optimizers
 
 
 def by_hand(config: TrainConfig, steps: int) -> dict[str, torch.Tensor]:
-    """The weights after some steps of an ordinary loop: whole batches, torch's optimiser on everything."""
-    current = run.build(config, print, "test_training:linear")
+    """The weights after some steps of an ordinary loop: whole batches, torch's optimizer on everything."""
+    current = run.build(config, print, "small_run:pixels")
     current.head.class_optimizer, optim = None, config.optim
     named = run.trainable_parameters(current.model, current.head, current.terms)
     groups = [
@@ -113,11 +104,11 @@ def by_hand(config: TrainConfig, steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("margin", ["ArcFace", "L2Softmax"])  # which learns a scale and a bias
 def test_steps_are_those_of_an_ordinary_loop(optim: dict[str, Any], margin: str) -> None:
     config = configured(HeadConfig(margin), **optim)  # type: ignore[arg-type]
-    current = run.build(config, print, "test_training:linear")
+    current = run.build(config, print, "small_run:pixels")
     for batch in batches(current, 5):
         loop.train_step(current, *batch)
     start = run.trainable_parameters(
-        *(getattr(run.build(config, print, "test_training:linear"), n) for n in ("model", "head", "terms"))
+        *(getattr(run.build(config, print, "small_run:pixels"), n) for n in ("model", "head", "terms"))
     )
     expected = by_hand(config, 5)
     assert current.optimizers.classes.in_backward == (config.optim.clip is None and config.optim.accumulation == 1)
@@ -136,66 +127,8 @@ def test_a_long_gradient_is_clipped() -> None:
         assert len(gradients) > 3 and all(g is not None for g in gradients)
 
 
-def test_parts_of_a_step_are_recorded_as_one() -> None:
-    """Without batch norm a step in parts has the loss, the term and the mined classes of the whole batch."""
-    outs = []
-    for parts in (1, 4):
-        config = replace(configured(accumulation=parts), terms={"center": TermConfig(0.1)})
-        current = run.build(config, print, "test_training:linear")
-        batch = next(loader.batches(current))
-        out = loop.train_step(current, *batch)
-        outs.append((out, current.terms.last["center"], current.table.scores))
-    (whole, term, scores), (joined, of_parts, again) = outs
-    assert torch.allclose(joined.loss, whole.loss) and joined.hard_classes.equal(whole.hard_classes)
-    assert joined.target_score.shape == whole.target_score.shape == (16,) and torch.allclose(scores, again)
-    assert torch.allclose(term, of_parts) and term > 0
-
-
-def test_a_frozen_network_trains_a_head_alone(tmp_path: Path) -> None:
-    current = train_loop(configured(), tmp_path)
-    fresh = run.build(configured(), print)
-    for p in fresh.model.parameters():
-        p.requires_grad_(False)
-    before = copy.deepcopy(fresh.head.weight)
-    fresh.optimizers = type(fresh.optimizers)(fresh.config.optim, fresh.head, fresh.model, fresh.terms)
-    loop.train_step(fresh, *next(loader.batches(fresh)))
-    assert not torch.equal(fresh.head.weight, before) and current.step == 12
-
-
-def test_sampled_classes_hold_the_mined_ones() -> None:
-    current = run.build(configured(HeadConfig(sample_rate=0.1)), print)
-    current.table.classes[:, 0] = torch.arange(len(current.table.classes)).roll(1)
-    images, labels = next(loader.batches(current))
-    loop.train_step(current, images, labels)
-    sampled = current.head.sampled
-    assert sampled is not None and len(sampled) < current.head.num_classes
-    assert {*labels.tolist(), *(labels - 1).remainder(current.head.num_classes).tolist()} <= {*sampled.tolist()}
-
-
-# ---------------------------------------------------------------------------------------------- precision, averages
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [(None, "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
-def test_autocast_is_for_the_network_alone(precision: Any, dtype: str) -> None:
-    current = run.build(configured(precision=precision), print)
-    seen: list[torch.dtype] = []
-    convolution = next(m for m in current.model.modules() if isinstance(m, nn.Conv2d))
-    convolution.register_forward_hook(lambda _, __, x: seen.append(x.dtype))
-    current.head.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
-    out = loop.train_step(current, *next(loader.batches(current)))
-    assert seen == [getattr(torch, dtype), torch.float32] and out.loss.dtype == torch.float32
-    learnt = run.trainable_parameters(current.model, current.head, current.terms)
-    assert {p.dtype for p in learnt.values()} == {torch.float32}
-    assert (current.optimizers.scaler.get_scale() > 1) == (precision == "fp16") and not current.optimizers.failed()
-
-
-def test_products_of_the_head_are_rounded_if_wanted() -> None:
-    assert run.build(configured(HeadConfig(compute_dtype="bf16")), print).head.compute_dtype == torch.bfloat16
-    assert run.build(SMALL, print).head.compute_dtype is None
-
-
 def test_fp16_searches_its_scale_and_goes_on(tmp_path: Path) -> None:
-    """Steps that overflow change nothing but the scale, and are no failure."""
+    """Steps that overflow change only the loss scale, and are no failure."""
     current = run.build(configured(precision="fp16", clip=1.0), print)
     current.optimizers.scaler.load_state_dict({**current.optimizers.scaler.state_dict(), "scale": 2.0**40})
     still, scales = [], []
@@ -209,6 +142,9 @@ def test_fp16_searches_its_scale_and_goes_on(tmp_path: Path) -> None:
     current.optimizers.scaler.load_state_dict({**current.optimizers.scaler.state_dict(), "scale": 2.0**24})
     loop.loop(current, run_folder.claim(str(tmp_path), current.config), print)
     assert 1 < current.optimizers.scaler.get_scale() < 2.0**24 and not current.optimizers.failed()
+
+
+# ---------------------------------------------------------------------------------------------- averages
 
 
 def test_average_of_the_weights_by_hand(tmp_path: Path) -> None:
@@ -258,74 +194,7 @@ def test_an_average_of_whole_numbers_is_the_last() -> None:
     assert ours.num_batches_tracked == 5 and torch.equal(ours.running_mean, torch.tensor([1.5, 1.5]))  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------- what is not finite
-
-
-@pytest.mark.parametrize("optim", [{}, {"name": "adamw", "lr": 1e-3}, {"clip": 1.0}, {"accumulation": 2}])
-@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
-def test_a_step_that_is_not_finite_moves_nothing_and_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: dict[str, Any], sample_rate: float
-) -> None:
-    config = configured(HeadConfig(sample_rate=sample_rate), **optim)
-    original, moved = loop.train_step, []
-
-    def train_step(current: run.Run, images: torch.Tensor, labels: torch.Tensor) -> object:
-        named = run.trainable_parameters(current.model, current.head, current.terms)
-        current.head.class_optimizer.apply_lazy_updates()  # type: ignore[union-attr]
-        held = [p.detach().clone() for p in named.values()]
-        if current.step == 6:
-            images = images.clone()
-            images[3] = math.nan
-        out = original(current, images, labels)
-        if current.step == 7:
-            sampled = slice(None) if current.head.sampled is None else current.head.sampled
-            for (name, p), before in zip(named.items(), held, strict=True):
-                rows = sampled if name == "head.weight" else slice(None)
-                if not torch.equal(p[rows], before[rows]) or not p.isfinite().all():
-                    moved.append(name)
-        return out
-
-    monkeypatch.setattr(loop, "train_step", train_step)
-    with pytest.raises(ValueError, match="diverged by step 8"):
-        train_loop(config, tmp_path)
-    assert moved == []
-    saved = checkpoint.load_latest(tmp_path / run_folder.CHECKPOINTS)
-    assert saved is not None and saved.step == 4
-    assert all(t.isfinite().all() for name, t in saved.tensors.items() if name.startswith(("model", "head", "opt")))
-
-
-def test_a_gradient_alone_that_is_not_finite_is_found(tmp_path: Path) -> None:
-    """At the very first step, too, where there are no moments yet."""
-    current = run.build(replace(SMALL, log_every=1), print)
-    p = next(current.model.parameters())
-    handle = p.register_hook(lambda gradient: gradient * math.inf)
-    before, loader_ = p.detach().clone(), loader.batches(current)
-    out = loop.train_step(current, *next(loader_))
-    handle.remove()
-    assert torch.equal(p, before) and current.optimizers.failed() and out.loss.isfinite()
-    with pytest.raises(ValueError, match="a gradient"):
-        loop.measure(current, out)
-    loop.train_step(current, *next(loader_))
-    assert p.isfinite().all() and not torch.equal(p, before)
-
-
-def test_statistics_that_are_not_finite_are_found(tmp_path: Path) -> None:
-    """An overflow of fp16 in the forward pass leaves the loss and the weights finite."""
-    current = run.build(configured(precision="fp16"), print)
-    images, labels = next(loader.batches(current))
-    out = loop.train_step(current, images, labels)
-    loop.measure(current, out)
-    next(b for b in current.model.buffers() if b.is_floating_point()).fill_(math.nan)
-    with pytest.raises(ValueError, match="a statistic not finite"):
-        loop.measure(current, out)
-
-
-def test_speed_counts_whatever_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.measure
-    monkeypatch.setattr(loop, "measure", lambda *given: (time.sleep(0.05), original(*given))[1])
-    current = train_loop(replace(SMALL, log_every=1), tmp_path)
-    assert current.seconds >= 12 * 0.05
-    assert all(line["images_per_second"] <= 16 / 0.05 for line in run_folder.read_records(tmp_path))
+# ---------------------------------------------------------------------------------------------- no host sync
 
 
 WAITS = {
@@ -335,7 +204,7 @@ WAITS = {
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Refuses what would make the host wait for a GPU."""
+    """Refuses ops that would be a host sync on a GPU."""
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert op.name() not in WAITS, op
@@ -357,9 +226,9 @@ class NothingIsRead(TorchDispatchMode):
     ],
     ids=["default", "adamw", "clip", "fp16", "ema"],
 )
-def test_no_optimiser_waits_for_a_number(config: TrainConfig) -> None:
+def test_no_optimizer_waits_for_a_number(config: TrainConfig) -> None:
     current = run.build(config, print)
-    images, labels = next(loader.batches(current))
+    images, labels = next(loader.batches(current.batch_source()))
     for step in range(2):
         current.optimizers.set_rate(step)
         current.optimizers.zero_grad()
