@@ -247,7 +247,7 @@ def test_losses_of_pytorch_metric_learning_come_by_their_name() -> None:
     assert [name for name, _ in terms.named_parameters()] == ["learned.ProxyNCALoss.proxies"]
 
 
-def test_lifted_structure_with_a_learnt_scale() -> None:
+def test_lifted_structure_with_a_learned_scale() -> None:
     """DOP 4.2.5, on the formula of the lifted structure paper: the negatives of both rows of each positive pair."""
     pytest.importorskip("pytorch_metric_learning")
     terms = terms_of(LiftedStructureLoss={"scale": 12.0})
