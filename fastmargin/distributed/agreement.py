@@ -20,8 +20,8 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
         raise ValueError(f"group is {group!r}: want a ProcessGroup, such as torch.distributed.group.WORLD, or None")
     if group.size() != dist.get_world_size():
         raise ValueError(
-            f"the group has {group.size()} of {dist.get_world_size()} processes: want one of all, as shards have no "
-            "replicas"
+            f"the group has {group.size()} of {dist.get_world_size()} processes: want a group of all, as shards "
+            "have no replicas"
         )
     check_device(group)
     all_ranks = gather_objects(dict(options), group)

@@ -1,17 +1,21 @@
-"""The autograd Functions and reductions that communicate: N ranks share the classes, and the rows of a batch.
+"""The autograd Functions and reductions that communicate. Classes and batch rows are sharded over N ranks.
 
 The objective is the average over ranks of the losses that they back-propagate, L = 1/N sum_r L_r, as in DDP and FSDP2.
-The owner of row i merges the results of all ranks r for that row (merge.py), with gradients pre-divided by N, and
+Where the factors N and 1/N are:
 
-    d x_i = N sum_r d x_ir
+    L_r       N times this rank's share of the mean (MarginHead._reduce)
+    d rest    divided by N: MergeShards.backward, by merge.shard_gradients
+    dw        then is the gradient of the objective, on the rank that holds the class
+    dx        times N: GatherRows.backward. It is the gradient of L_r, which the backbone's DDP divides by N
+    others    parameters that every rank holds in full (learned scale, margins, bias): averaged over the ranks
 
-So dw is the gradient of the objective, as it is. d x_i is that of the owner's L_r: DDP of the backbone divides it by N.
-Parameters that every rank holds in full (a learned scale, margins, a bias) have their gradients averaged.
+Bytes of each of the B rows of all ranks that a rank sends or receives in a step (d float32 features, k classes of top-k):
 
-Bytes that a rank sends or receives in a step, for B rows of all ranks, d float32 features and k nearest classes:
+    forward   labels 8, x 4 d (2 d in bfloat16), rest and target 8, top-k 12 k;  8 more where a margin needs the whole
+              batch, 8 k where hard classes are passed to a head that samples
+    backward  d_rest, d_target and rest 12, dx 4 d
 
-    labels 8 B, x 4 d B (2 d B in bfloat16), rest and target 8 B, top-k 12 k B; backward 12 B, dx 4 d B
-    8 B more where a margin needs the whole batch, 8 k B where hard classes are passed to a head that samples
+and 16 a rank where batch sizes are exchanged, 4 for each number of `others`.
 
 All calls are public ones of torch.distributed, made in the same order on every rank, and end by the group's timeout.
 """

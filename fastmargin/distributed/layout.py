@@ -51,7 +51,7 @@ class Layout:
         return local if self.group is None else all_gather(local.detach(), self)
 
     def local_index(self, ids: Tensor) -> Tensor:  # [n] global ids -> [n]
-        """The position of each among those of this rank; -1 for those of other ranks, and for ids of nothing."""
+        """The position of each among those of this rank; -1 for those of other ranks, and for -1."""
         return torch.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
 
     def global_id(self, local: Tensor) -> Tensor:  # local indices of any shape, -1: none -> the same
@@ -61,7 +61,8 @@ class Layout:
         """`all_ranks` with this rank's part replaced by `local`, through which gradients then flow."""
         return torch.cat((all_ranks[: self.start], local, all_ranks[self.stop :]))
 
-    def local_index_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n], [n]
+    def local_index_and_rank(self, index: Tensor) -> tuple[Tensor, Tensor]:  # [n] in [0, total) -> [n], [n]
+        """Where each lies: its position on its rank, and that rank."""
         if len(set(self.sizes)) == 1:
             return index % self.sizes[0], index // self.sizes[0]
         stops = torch.tensor(self.sizes, device=index.device).cumsum(0)
@@ -85,9 +86,10 @@ def batch_layout(
 ) -> tuple[Layout, Tensor]:  # and the rows
     """The layout of the batch that the rows of all ranks make.
 
-    uneven or may_sync: the ranks exchange b, 16 bytes each, a host sync on a GPU. Unless uneven, a difference raises
-    ValueError on every rank. Without the exchange it is not validated: the collectives fail or time out.
-    If rows require a gradient on any rank, they are returned so on every rank: all must join the backward collective.
+    If `uneven` or `may_sync`, the ranks exchange their row counts, a host sync on a GPU; if not `uneven`, different
+    counts then raise ValueError on every rank. Without the exchange all are taken to be equal: if they are not, the
+    collectives fail or time out. With it, rows that require a gradient on any rank are returned so on every rank, since
+    all must join the backward collective.
     """
     if group is None:
         return Layout(None, (len(rows),)), rows
@@ -96,17 +98,17 @@ def batch_layout(
     mine = torch.tensor([[len(rows), rows.requires_grad]], device=rows.device)
     sizes, require_grad = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
     if not uneven and len(set(sizes)) > 1:
-        raise ValueError(f"the ranks' batches have {[*sizes]} rows: want as many on each, or a head with uneven=True")
+        raise ValueError(
+            f"the ranks' batches have {[*sizes]} rows: want the same number on every rank, or a head with uneven=True"
+        )
     if any(require_grad) and not rows.requires_grad:
         rows = rows.detach().requires_grad_()
     return Layout(group, sizes), rows
 
 
 # Collectives along the first dimension. Gloo and NCCL need equal parts: where sizes differ, the smaller are padded.
-
+# The names of newer torch, or of older.
 all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-
-
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 

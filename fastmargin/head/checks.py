@@ -96,7 +96,7 @@ def check_rows(
     given = (("labels", labels), ("sample_weight", sample_weight), ("hard_classes", hard_classes))
     for name, value in given:
         if value is not None and not isinstance(value, Tensor):
-            raise ValueError(f"{name} are a {type(value).__name__}: want a tensor of {B} rows")
+            raise ValueError(f"{name} is a {type(value).__name__}: want a tensor of {B} rows")
     check_int64("labels", labels, B)
     if sample_weight is not None and sample_weight.shape != (B,):
         raise ValueError(f"want sample_weight [{B}]; got {[*sample_weight.shape]}")

@@ -173,7 +173,9 @@ def test_what_all_say_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert cli.main(arguments) == 2
         return capsys.readouterr().err
 
-    assert said(1, "export", "run", "--out", "there").startswith("fastmargin: rank 1: export runs in one process, not 2")
+    assert said(1, "export", "run", "--out", "there").startswith(
+        "fastmargin: rank 1: export runs in one process, not 2"
+    )
     assert said(0, "train", "--dim", "0") == "fastmargin: dim is 0; want at least 1\n"
     assert said(1, "train", "--dim", "0") == ""
     assert said(1, "train", "--dim", "x").startswith("fastmargin: rank 1: ")
