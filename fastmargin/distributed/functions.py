@@ -9,7 +9,7 @@ Where the factors N and 1/N are:
     dx        times N: GatherRows.backward. It is the gradient of L_r, which the backbone's DDP divides by N
     others    parameters that every rank holds in full (learned scale, margins, bias): averaged over the ranks
 
-Bytes of each of the B rows of all ranks that a rank sends or receives in a step (d float32 features, k classes of top-k):
+Bytes that a rank sends or receives in a step for each row of all ranks' batches (d float32 features, k of top-k):
 
     forward   labels 8, x 4 d (2 d in bfloat16), rest and target 8, top-k 12 k;  8 more where a margin needs the whole
               batch, 8 k where hard classes are passed to a head that samples

@@ -3,7 +3,8 @@
     rest_i    = log sum_r exp(rest_ir)                  target_i    = sum_r target_ir
     d rest_ir = 1/N exp(rest_ir - rest_i) d rest_i      d target_ir = 1/N d target_i      0 where rest_ir = -inf
 
-for the objective L = 1/N sum_r L_r, d v standing for dL/dv. Letters: N ranks, B rows of all ranks, b of this one, k nearest classes.
+for the objective L = 1/N sum_r L_r; d v stands for dL/dv. Letters: N ranks, B rows of all ranks, b of this one, k
+nearest classes.
 """
 
 import torch

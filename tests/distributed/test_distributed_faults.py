@@ -43,7 +43,9 @@ def bad_labels():
 def unequal_batches():
     it = head()
     mine = slice(0, 2 + dist.get_rank())
-    with pytest.raises(ValueError, match=r"batches have \[2, 3, 4\] rows: want as many on each, or .* uneven=True"):
+    with pytest.raises(
+        ValueError, match=r"batches have \[2, 3, 4\] rows: want the same number on every rank, or .* uneven=True"
+    ):
         it(F[mine], Y[mine])
     it(F, Y).loss.backward()
 
@@ -94,7 +96,7 @@ def groups_that_will_not_do():
         with pytest.raises(ValueError, match=message):
             MarginHead(3, 5, fm.ArcFace(), group=group)
     if dist.get_rank() < 2:
-        with pytest.raises(ValueError, match="2 of 3 processes: want one of all"):
+        with pytest.raises(ValueError, match="2 of 3 processes: want a group of all"):
             MarginHead(3, 5, fm.ArcFace(), group=some)
 
 

@@ -182,7 +182,7 @@ def test_rates_out_of_range(rate):
 @pytest.mark.parametrize(
     ("hard", "message"),
     [
-        ([[1]] * 20, "hard_classes are a list: want a tensor of 20 rows"),
+        ([[1]] * 20, "hard_classes is a list: want a tensor of 20 rows"),
         (torch.zeros(20, dtype=torch.int64), r"want int64 hard_classes \[20, k\]; got torch.int64 \[20\]"),
         (torch.zeros(19, 2, dtype=torch.int64), r"got torch.int64 \[19, 2\]"),
         (torch.zeros(20, 2), r"got torch.float32 \[20, 2\]"),
