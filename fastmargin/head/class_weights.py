@@ -33,6 +33,7 @@ from fastmargin.head.sampling import initial_rows
 from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import check_compute_dtype, named
 from fastmargin.ops.class_update import SteppingBackward
+from fastmargin.ops.common import unit_rows
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 
@@ -128,13 +129,9 @@ class ClassWeights(nn.Module):
 
     def _rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [b, d] -> x [b, d], norms [b], r [b]
         f = embeddings.to(self.weight.dtype)
-        norms = f.norm(dim=1)
+        unit, norms = unit_rows(f)
         r = self.margin.scale(norms)
-        if not self.margin.normalize_features:
-            return f, norms, r
-        unit = f / norms.clamp(min=1e-6)[:, None]
-        unit = torch.where(norms[:, None] == 0, 0.0, unit)  # a zero row has no direction to learn
-        return r[:, None] * unit, norms, r
+        return (r[:, None] * unit if self.margin.normalize_features else f), norms, r
 
     def _primitive(
         self,
@@ -245,7 +242,7 @@ class ClassWeights(nn.Module):
         if not 0 <= lo <= hi < self.num_classes:
             raise ValueError(f"classes run from {lo} to {hi}: want [0, {self.num_classes})")
         ids, inverse = classes.unique(return_inverse=True)
-        unit = F.normalize(embeddings.to(self.weight.dtype), eps=1e-6)
+        unit, _ = unit_rows(embeddings.to(self.weight.dtype))
         total = unit.new_zeros(len(ids), self.in_features).index_add_(0, inverse, unit)
         undefined = ~(total.norm(dim=1) > 1e-6)
         if undefined.any():
@@ -256,7 +253,7 @@ class ClassWeights(nn.Module):
         local, total, count = local[held], total[held], inverse.bincount(minlength=len(ids))[held]
         if self.margin.normalize_weight:
             norm = self.weight[local].norm(dim=1, keepdim=True)
-            self.weight[local] = F.normalize(total, eps=1e-6) * torch.where(norm > 0, norm, 1.0)
+            self.weight[local] = unit_rows(total)[0] * torch.where(norm > 0, norm, 1.0)
         else:
             self.weight[local] = total / count[:, None]
 

@@ -68,12 +68,6 @@ def wide(x: Tensor) -> Tensor:  # [B, d]
     return x if x.dtype in DTYPES else x.float()
 
 
-def unit_rows(x: Tensor) -> Tensor:  # [B, d] -> [B, d]
-    """Rows of length 1; a zero row stays zero and has no gradient."""
-    norms = x.norm(dim=1, keepdim=True)
-    return torch.where(norms == 0, 0.0, x / norms.clamp(min=1e-6))
-
-
 def reduced(rows: Tensor, reduction: Reduction) -> Tensor:  # [n] -> [] or [n]; the mean of no rows is 0
     require(reduction in ("mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'")
     if reduction == "none":
