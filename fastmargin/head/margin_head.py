@@ -10,7 +10,7 @@ A plain layer (Softmax, L2Softmax) has no cosine: loss_i = -logsigmoid(target_i 
 Letters: B rows, b of them on this rank, C classes, d features, k nearest wrong classes. Without a group b = B.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,15 @@ class HeadOutput(NamedTuple):
     hard_scores: Tensor  # [b, k], -inf where there is none
 
 
+def match_counter(head: "MarginHead", state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Any head reads the state of any other: without a counter it drops the count, with one it starts from 0."""
+    key = f"{prefix}counter._extra_state"
+    if head.counter is None:
+        state.pop(key, None)
+    else:
+        state.setdefault(key, torch.tensor(0))
+
+
 class MarginHead(ClassWeights):
     """A margin-softmax classifier over `num_classes` classes, trained without ever storing the logits.
 
@@ -71,7 +80,7 @@ class MarginHead(ClassWeights):
         seed: of the initial weights, the sampled classes and random margins, 0 or more.
 
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
-    on (seed, step) alone. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
+    on (seed, step) alone. Strict loading works between heads that count and heads that do not. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
@@ -122,6 +131,7 @@ class MarginHead(ClassWeights):
         self.register_buffer("bad_label", torch.zeros(3 if group is None else 4, dtype=torch.int64), persistent=False)
         self.counter = StepCounter() if group is not None or sample_rate < 1 else None
         self.sampled: Tensor | None = None
+        self.register_load_state_dict_pre_hook(match_counter)
 
     def forward(
         self,
@@ -132,6 +142,9 @@ class MarginHead(ClassWeights):
         hard_classes: Tensor | None = None,  # [b, k] int64, -1: none
     ) -> HeadOutput:
         """The loss of a batch and, with topk, the nearest wrong classes of its rows.
+
+        Embeddings may have any length; where features are normalized, their gradient is divided by max(length, 1e-6),
+        and a zero row gets none. A row that is not finite has a NaN loss, and a NaN in it hard_classes -1.
 
         hard_classes, such as `DoppelgangerTable.classes[labels]`, are always among the sampled classes.
 
