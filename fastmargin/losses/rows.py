@@ -5,7 +5,6 @@ Letters: B rows, C classes, K of them in the batch, d features.
 
 from typing import Literal, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

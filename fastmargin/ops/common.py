@@ -22,14 +22,16 @@ def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch's, but a second derivative always raises RuntimeError: with torch's it is silently zero where no incoming
-    gradient requires one, as that of a plain sum."""
+    """As torch's, but a second derivative always raises RuntimeError: with torch's it is silently zero where no
+    incoming gradient requires one, as that of a plain sum."""
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> Any:
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(None if g is None else g.detach().requires_grad_(g.is_floating_point()) for g in gradients)
+            gradients = tuple(
+                None if g is None else g.detach().requires_grad_(g.is_floating_point()) for g in gradients
+            )
         return once(ctx, *gradients)
 
     return run

@@ -80,40 +80,6 @@ def test_two_runs_are_equal_to_the_bit(backend, dtype):
     assert equal(step(head, f, y), step(head, f, y))
 
 
-# ---------------------------------------------------------------------------------------------- lengths of rows
-
-
-@pytest.mark.parametrize("norm", [1e-30, 1e-10, 1e-7, 1e10, 1e20, 1e30])
-def test_rows_of_any_length_have_the_scores_of_their_direction(norm):
-    head, f, y = problem(topk=3)
-    f = F.normalize(f.double())
-    want, got = head.double()(f, y), head.float()((norm * f).float(), y)
-    assert error(got.loss, want.loss) < 1e-5 and error(got.hard_scores, want.hard_scores) < 1e-5
-    assert torch.equal(got.hard_classes, want.hard_classes)
-    scores, classes = head.nearest((norm * f).float(), 3)
-    table = f @ F.normalize(head.weight.detach().double()).T
-    assert error(scores, table.topk(3).values) < 1e-5 and torch.equal(classes, table.topk(3).indices)
-    head.imprint(torch.arange(12), (norm * f).float())
-    assert error(F.normalize(head.weight[:12].detach()), f) < 1e-5
-
-
-def test_the_gradient_of_a_short_row_is_bounded_and_of_a_zero_row_zero():
-    head, f, y = problem()
-    unit = F.normalize(f)
-    gradients = [step(head, norm * unit, y)[-2] for norm in (1.0, 1e-6, 1e-9, 0.0)]
-    for got, factor in zip(gradients[1:3], (1e6, 1e6), strict=True):
-        assert error(got, factor * gradients[0]) < 1e-4
-    assert not gradients[3].any()
-
-
-def test_a_row_with_nan_has_no_neighbors(backend):
-    head, f, y = problem(topk=3, backend=backend)
-    f[4, 1] = torch.nan
-    for scores, classes in (head.nearest(f, 3), head(f, y)[:1:-1]):
-        assert scores[4].isnan().all() and (classes[4] == -1).all()
-        assert not scores[:4].isnan().any() and (classes[:4] >= 0).all()
-
-
 # ---------------------------------------------------------------------------------------------- neighbors and weights
 
 
