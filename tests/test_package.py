@@ -18,7 +18,7 @@ from fastmargin.ops.backends import BUILD, pick
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 LAYERS = (  # a part imports from itself and from the lines above its own
-    ("kernels", "_C", "files", "require", "splitmix64"),
+    ("kernels", "_C", "files", "require", "splitmix64", "torch_private"),
     ("margins.angles",),
     ("margins",),
     ("ops.backends",),

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastmargin.distributed.layout import Group, Layout, all_gather, all_to_all_by_owner, batch_layout, reduce_scatter
 from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, shard_gradients
+from fastmargin.ops.common import once_differentiable
 
 
 class GatherRows(torch.autograd.Function):

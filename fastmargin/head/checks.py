@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import HALVES
 from fastmargin.ops.checks import check_int64
+from fastmargin.torch_private import within_backward_pass, within_ddp
+
+IN_A_GROUP = (
+    "head in a group, whose ranks hold different classes: wrap the backbone alone, and call the head on its output"
+)
 
 
 def check_options(
@@ -65,11 +70,28 @@ def check_class_weight(class_weight: Tensor, num_classes: int) -> None:  # [C]
 
 def check_one_device(head: nn.Module) -> None:
     """A head whose `weight` was replaced by one on another device left its buffers behind."""
-    device = head.weight.device
-    for name, held in head.named_buffers():
+    device = next(head.parameters(recurse=False)).device  # without recursion: applies no lazy updates
+    for name, held in (*head.named_buffers(recurse=False), *head.get_submodule("margin").named_buffers("margin")):
         if held.device != device:
             where = f"the weight is on {device}, {name} on {held.device}"
             raise ValueError(f"{where}: move the whole head, head.to({device})")
+
+
+def check_first_pass(sample_rate: float, margin: Margin) -> None:
+    """In training a pass that activation checkpointing recomputes draws other classes and margins, or moves statistics
+    again. Not validated in compiled code."""
+    changes = sample_rate < 1 or margin.whole_batch
+    if changes and not torch.compiler.is_compiling() and within_backward_pass():
+        raise ValueError(
+            "a training pass of the head inside a backward pass, as in activation checkpointing: its sampled classes, "
+            "random margins and statistics are not those of the first pass; keep the head out of the checkpointed part"
+        )
+
+
+def check_wrapper(head: nn.Module) -> None:
+    """Not validated in compiled code."""
+    if not torch.compiler.is_compiling() and within_ddp(head):
+        raise RuntimeError(f"DistributedDataParallel around a {IN_A_GROUP}; its weights are now those of rank 0")
 
 
 def check_embeddings(

@@ -11,7 +11,7 @@ features, k nearest. A class has up to three numbers:
 -1 in each: no class, or a class of another rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -28,11 +28,12 @@ from fastmargin.distributed.functions import (
     reshard,
 )
 from fastmargin.distributed.layout import Group, Layout, batch_layout, chunks
-from fastmargin.head.checks import check_embeddings, check_imprint
+from fastmargin.head.checks import IN_A_GROUP, check_embeddings, check_imprint
 from fastmargin.head.sampling import initial_rows
 from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import check_compute_dtype, named
 from fastmargin.ops.class_update import SteppingBackward
+from fastmargin.ops.common import unit_rows
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 
@@ -87,21 +88,46 @@ class ClassWeights(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
+        self.class_optimizer = None
         margin.check_classes(num_classes)
         self.margin, self.seed = margin, seed
         self.gather_dtype, self.compute_dtype, self.backend = gather_dtype, compute_dtype, backend
         self.classes = chunks(num_classes, group)
         self.weight = nn.Parameter(initial_rows(*self.class_range, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
-        self.class_optimizer = None
         self.register_state_dict_pre_hook(apply_lazy_updates)
         self.register_load_state_dict_pre_hook(apply_lazy_updates)
         named(IMPLS, backend)  # raises now, and not at the first batch; reads the environment, too
-        check_compute_dtype(compute_dtype, self.weight.dtype)
+        check_compute_dtype(compute_dtype, self._weight.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self._apply_lazy_updates()
+        return super().__getattr__(name)
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[Any]:
+        """As nn.Module's, which `parameters()` of the head and of a module that contains it call."""
+        self._apply_lazy_updates()
+        return super().named_modules(*args, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and hasattr(value, "full_tensor") and self.classes.group is not None:
+            raise RuntimeError(f"fully_shard of a {IN_A_GROUP}")
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.classes.group is not None:
+            raise RuntimeError(f"DataParallel of a {IN_A_GROUP}")
+        return super()._replicate_for_data_parallel()
+
+    @property
+    def _weight(self) -> nn.Parameter:  # [C_local, d]
+        """`weight`, whose rows may have pending lazy updates."""
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self._weight.shape[1]
 
     @property
     def num_classes(self) -> int:
@@ -114,7 +140,7 @@ class ClassWeights(nn.Module):
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """The parameters that every rank holds in full, for an ordinary optimizer: learned scale and margins, bias."""
-        return [p for p in self.parameters() if p is not self.weight]
+        return [*([] if self.bias is None else [self.bias]), *self.margin.parameters()]
 
     def grad_norm(self, others: Iterable[nn.Parameter] = ()) -> Tensor:  # []
         """The 2-norm of all gradients: class weights of all ranks, replicated parameters and `others`.
@@ -124,17 +150,13 @@ class ClassWeights(nn.Module):
         """
         if self.class_optimizer is not None and self.class_optimizer.in_backward:
             raise RuntimeError("in_backward=True leaves no gradient of the class weights to measure: want it False")
-        return global_grad_norm(self.weight, [*self.replicated_parameters(), *others], self.classes.group)
+        return global_grad_norm(self._weight, [*self.replicated_parameters(), *others], self.classes.group)
 
     def _rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [b, d] -> x [b, d], norms [b], r [b]
-        f = embeddings.to(self.weight.dtype)
-        norms = f.norm(dim=1)
+        f = embeddings.to(self._weight.dtype)
+        unit, norms = unit_rows(f)
         r = self.margin.scale(norms)
-        if not self.margin.normalize_features:
-            return f, norms, r
-        unit = f / norms.clamp(min=1e-6)[:, None]
-        unit = torch.where(norms[:, None] == 0, 0.0, unit)  # a zero row has no direction to learn
-        return r[:, None] * unit, norms, r
+        return (r[:, None] * unit if self.margin.normalize_features else f), norms, r
 
     def _primitive(
         self,
@@ -164,14 +186,14 @@ class ClassWeights(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_index [B, k]
         """`nontarget_lse` over the classes of this rank. Both indices: in the subset; local where there is none."""
         optimizer = None
-        training = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        training = self.training and torch.is_grad_enabled() and self._weight.requires_grad
         if self.class_optimizer is not None and training:
             self.class_optimizer.before_forward(subset)
             optimizer = self.class_optimizer if self.class_optimizer.in_backward else None
         else:
             self._apply_lazy_updates()
         return nontarget_lse(
-            x, self.weight, index, bias=bias, class_ids=subset, normalize_weight=self.margin.normalize_weight, topk=k,
+            x, self._weight, index, bias=bias, class_ids=subset, normalize_weight=self.margin.normalize_weight, topk=k,
             compute_dtype=self.compute_dtype, backend=self.backend, optimizer=optimizer,
         )  # fmt: skip
 
@@ -190,7 +212,7 @@ class ClassWeights(nn.Module):
 
         Raises ValueError for embeddings of the wrong width.
         """
-        check_embeddings(embeddings, self.weight)
+        check_embeddings(embeddings, self._weight)
         self._apply_lazy_updates()
         average_gradients(self.replicated_parameters(), self.classes.group)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -206,7 +228,7 @@ class ClassWeights(nn.Module):
         Any number of classes; no logits are stored. Where C < k, the last entries are score -inf, class -1. Ranks may
         have different numbers of rows. Raises ValueError for embeddings of the wrong width and for k < 0.
         """
-        check_embeddings(embeddings, self.weight)
+        check_embeddings(embeddings, self._weight)
         batch, embeddings = batch_layout(embeddings, self.classes.group)
         x, _, r = self._rows(embeddings)
         y = torch.full((batch.total,), -1, dtype=torch.int64, device=x.device)
@@ -245,7 +267,7 @@ class ClassWeights(nn.Module):
         if not 0 <= lo <= hi < self.num_classes:
             raise ValueError(f"classes run from {lo} to {hi}: want [0, {self.num_classes})")
         ids, inverse = classes.unique(return_inverse=True)
-        unit = F.normalize(embeddings.to(self.weight.dtype), eps=1e-6)
+        unit, _ = unit_rows(embeddings.to(self.weight.dtype))
         total = unit.new_zeros(len(ids), self.in_features).index_add_(0, inverse, unit)
         undefined = ~(total.norm(dim=1) > 1e-6)
         if undefined.any():
@@ -256,7 +278,7 @@ class ClassWeights(nn.Module):
         local, total, count = local[held], total[held], inverse.bincount(minlength=len(ids))[held]
         if self.margin.normalize_weight:
             norm = self.weight[local].norm(dim=1, keepdim=True)
-            self.weight[local] = F.normalize(total, eps=1e-6) * torch.where(norm > 0, norm, 1.0)
+            self.weight[local] = unit_rows(total)[0] * torch.where(norm > 0, norm, 1.0)
         else:
             self.weight[local] = total / count[:, None]
 

@@ -10,7 +10,7 @@ A plain layer (Softmax, L2Softmax) has no cosine: loss_i = -logsigmoid(target_i 
 Letters: B rows, b of them on this rank, C classes, d features, k nearest wrong classes. Without a group b = B.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,12 @@ from fastmargin.distributed.layout import Group, Layout, batch_layout
 from fastmargin.head.checks import (
     check_class_weight,
     check_embeddings,
+    check_first_pass,
     check_hard_classes,
     check_one_device,
     check_options,
     check_rows,
+    check_wrapper,
     digest,
     module_fingerprint,
 )
@@ -40,6 +42,15 @@ class HeadOutput(NamedTuple):
     target_score: Tensor  # [b], NaN on ignored rows
     hard_classes: Tensor  # [b, k] the nearest wrong classes, best first; -1 where there is none
     hard_scores: Tensor  # [b, k], -inf where there is none
+
+
+def match_counter(head: "MarginHead", state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Any head reads the state of any other: without a counter it drops the count, with one it starts from 0."""
+    key = f"{prefix}counter._extra_state"
+    if head.counter is None:
+        state.pop(key, None)
+    else:
+        state.setdefault(key, torch.tensor(0))
 
 
 class MarginHead(ClassWeights):
@@ -71,10 +82,16 @@ class MarginHead(ClassWeights):
         seed: of the initial weights, the sampled classes and random margins, 0 or more.
 
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
-    on (seed, step) alone. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
+    on (seed, step) alone. Heads that count and heads that do not load each other's state strictly. `sampled` [n] are
+    the local indices (rows of `weight`) of the last pass, sorted; None: all.
+
+    `weight`, `parameters()`, `named_parameters()` and `state_dict()`, also those of a module that contains the head,
+    first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from
+    earlier call the optimizer's `apply_lazy_updates()` before it is read.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
+        RuntimeError: a head in a group inside DistributedDataParallel (in its first pass), fully_shard or DataParallel.
     """
 
     class_weight: Tensor | None
@@ -122,6 +139,7 @@ class MarginHead(ClassWeights):
         self.register_buffer("bad_label", torch.zeros(3 if group is None else 4, dtype=torch.int64), persistent=False)
         self.counter = StepCounter() if group is not None or sample_rate < 1 else None
         self.sampled: Tensor | None = None
+        self.register_load_state_dict_pre_hook(match_counter)
 
     def forward(
         self,
@@ -133,6 +151,12 @@ class MarginHead(ClassWeights):
     ) -> HeadOutput:
         """The loss of a batch and, with topk, the nearest wrong classes of its rows.
 
+        Keep a head that samples classes, or whose margin draws numbers or has statistics, out of activation
+        checkpointing: its training pass inside a backward pass raises ValueError.
+
+        Embeddings may have any length; where features are normalized, their gradient is divided by max(length, 1e-6),
+        and a zero row gets none. A row that is not finite has a NaN loss, and a NaN in it hard_classes -1.
+
         hard_classes, such as `DoppelgangerTable.classes[labels]`, are always among the sampled classes.
 
         A label outside [0, C), on any rank, raises ValueError on the CPU. It is not validated in compiled code and on
@@ -140,8 +164,12 @@ class MarginHead(ClassWeights):
         without `uneven` raise ValueError on the CPU; on CUDA they are not validated, and the collectives fail or time
         out.
         """
+        if self.training:
+            check_first_pass(self.sample_rate, self.margin)
+        if self.classes.group is not None:
+            check_wrapper(self)
         check_one_device(self)
-        check_embeddings(embeddings, self.weight)
+        check_embeddings(embeddings, self._weight)
         check_rows(embeddings, labels, sample_weight, hard_classes)
         may_sync = self.check_labels or embeddings.device.type == "cpu"
         batch, embeddings = batch_layout(embeddings, self.classes.group, uneven=self.uneven, may_sync=may_sync)

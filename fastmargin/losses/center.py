@@ -82,11 +82,13 @@ class CenterBank(nn.Module):
         x: Tensor,  # [B, d]
         labels: Tensor,  # [B] int64 in [0, C)
     ) -> None:
-        """Updates the centers of the batch's classes; a class with a row that is not finite keeps its center.
+        """Updates the centers of the batch's classes; rows that are not finite stay out.
 
         In a group all ranks call it together. Raises ValueError as `center_loss`.
         """
-        classes, fresh = self.updated(x, labels)
+        check_rows(x, labels, self.centers)
+        kept = x.to(self.centers.dtype).isfinite().all(1)
+        classes, fresh = self.updated(x[kept], labels[kept])
         finite = fresh.isfinite().all(1, keepdim=True)
         self.centers[classes] = torch.where(finite, fresh, self.centers[classes])
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fastmargin.losses.center import batch_means
-from fastmargin.losses.rows import check_batch, unit_rows, wide
-from fastmargin.ops.common import rank_in_group
+from fastmargin.losses.rows import check_batch, wide
+from fastmargin.ops.common import rank_in_group, unit_rows
 from fastmargin.require import require
 
 EXACT = "donot_use_mm_for_euclid_dist"  # products lose the digits of small distances
@@ -53,7 +53,7 @@ def marginal_loss(
     check_batch(x, labels)
     require(0 <= threshold <= 2, "threshold", threshold, "a distance of unit rows, from 0 to 2")
     require(0 <= error_margin < math.inf, "error_margin", error_margin, "a number of 0 or more")
-    unit = unit_rows(wide(x))
+    unit, _ = unit_rows(wide(x))
     distance = torch.cdist(unit, unit, compute_mode=EXACT)
     sign = torch.where(labels[:, None] == labels, 1.0, -1.0).to(distance.dtype)
     hinge = (error_margin - sign * (threshold - distance)).clamp(min=0)
@@ -145,7 +145,7 @@ def margin_based_loss(
     """
     check_batch(x, labels)
     require(0 <= margin < math.inf, "margin", margin, "a number of 0 or more")
-    unit = unit_rows(wide(x))
+    unit, _ = unit_rows(wide(x))
     beta = torch.as_tensor(beta, dtype=unit.dtype, device=unit.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         positives, negatives = violating_pairs(unit @ unit.T, labels, beta, margin, generator)

@@ -5,7 +5,6 @@ Letters: B rows, C classes, K of them in the batch, d features.
 
 from typing import Literal, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,12 +65,6 @@ def centers_of(
 def wide(x: Tensor) -> Tensor:  # [B, d]
     """Half precisions cast to float32; float32 and float64 as they are."""
     return x if x.dtype in DTYPES else x.float()
-
-
-def unit_rows(x: Tensor) -> Tensor:  # [B, d] -> [B, d]
-    """Rows of length 1; a zero row stays zero and has no gradient."""
-    norms = x.norm(dim=1, keepdim=True)
-    return torch.where(norms == 0, 0.0, x / norms.clamp(min=1e-6))
 
 
 def reduced(rows: Tensor, reduction: Reduction) -> Tensor:  # [n] -> [] or [n]; the mean of no rows is 0

@@ -11,12 +11,15 @@ from fastmargin.margins.angles import Value
 from fastmargin.margins.base import Margin, Options, Values, require_angle, require_cosine
 from fastmargin.require import require
 
+LIMITS = (1e-3, 100.0)  # of the norms that AdaFace reads
+
 
 class AdaFace(Margin):
     """Margins by image quality, estimated by the norm (Kim 2022): m2 = -m z, m3 = m + m z with
     z = clip(h (norm - mu) / sd, -1, 1), without gradient to the norm.
 
-    mu and sd are running statistics, initially 20 and 100 as in the public code; `momentum` is the weight of a batch.
+    mu and sd are running statistics, initially 20 and 100; `momentum` is the weight of a batch. Norms are clipped to
+    [0.001, 100], both in the public code and here; rows that are not finite stay out of the statistics.
     """
 
     mu: Tensor  # []
@@ -36,15 +39,18 @@ class AdaFace(Margin):
         self.register_buffer("sd", torch.tensor(100.0))
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
-        z = (self.h * (norms.detach() - self.mu) / self.sd.clamp(min=1e-3)).clamp(-1, 1)
+        norms = norms.detach().clamp(*LIMITS)
+        z = (self.h * (norms - self.mu) / self.sd.clamp(min=1e-3)).clamp(-1, 1)
         m = self.of_rows("m", labels)
         return 1.0, -m * z, m + m * z
 
     @torch.no_grad()
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
-        n = (~all_norms.isnan()).sum()
-        mu = all_norms.nansum() / n
-        sd = ((all_norms - mu).square().nansum() / (n - 1)).sqrt()
+        finite = all_norms.isfinite() & all_cos.isfinite()  # an overflow in float16 must not stay in mu and sd for good
+        n = finite.sum()
+        norms = torch.where(finite, all_norms.clamp(*LIMITS), torch.nan)
+        mu = norms.nansum() / n
+        sd = ((norms - mu).square().nansum() / (n - 1)).sqrt()
         for running, now in ((self.mu, mu), (self.sd, sd)):
             moved = running.lerp(now.to(running), self.momentum)
             running.copy_(torch.where(n > 1, moved, running))  # one row has no spread

@@ -1,4 +1,5 @@
-"""Helpers of several portable ops and of the modules above them. Letters: B rows, n classes, k nearest ones."""
+"""Helpers of several portable ops and of the modules above them. Letters: B rows, n classes, d features,
+k nearest ones."""
 
 import functools
 import math
@@ -18,6 +19,37 @@ def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(x, *args)
 
     return run
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's, but a second derivative always raises RuntimeError: with torch's it is silently zero where no
+    incoming gradient requires one, as that of a plain sum."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = tuple(
+                None if g is None else g.detach().requires_grad_(g.is_floating_point()) for g in gradients
+            )
+        return once(ctx, *gradients)
+
+    return run
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:  # [B, d] -> [B, d], norms [B]
+    """Rows of length 1 and their norms, without over- or underflow: a row is brought near 1 by a power of two first.
+
+    The gradient of a unit row is divided by max(norm, 1e-6). A zero row stays zero, and its gradient is exactly 0.
+    """
+    exponent = x.detach().abs().amax(1, keepdim=True).frexp()[1].clamp(-125, 125)
+    down, up = torch.ones_like(x[:, :1]).ldexp(-exponent), torch.ones_like(x[:, :1]).ldexp(exponent)
+    near_one = x * down
+    norms = near_one.norm(dim=1, keepdim=True)
+    unit = near_one / torch.where(norms == 0, 1.0, norms)
+    norms = norms * up
+    slope = (norms.detach() / 1e-6).clamp(max=1.0)
+    return unit.detach() + (slope * unit - (slope * unit).detach()), norms[:, 0]
 
 
 def padded(

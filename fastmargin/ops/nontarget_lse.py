@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastmargin.ops import class_update, target_logit
 from fastmargin.ops import nontarget_lse_portable as portable
@@ -38,7 +37,7 @@ from fastmargin.ops.backends import (
     triton_compute,
 )
 from fastmargin.ops.checks import check_ids, check_operands
-from fastmargin.ops.common import without_autocast
+from fastmargin.ops.common import once_differentiable, without_autocast
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,10 @@ class NontargetLSE(torch.autograd.Function):
             x, w, y, bias, class_ids, None, o.normalize_weight, 1, o.topk, o.compute_dtype, o.need_expected_weight,
             **cached_operands(w, class_ids, o),
         )  # fmt: skip
+        if o.topk:  # each backend sorts NaN in its own way
+            undefined = x.isnan().any(1, keepdim=True)
+            topk_values = topk_values.masked_fill(undefined, torch.nan)
+            topk_classes = topk_classes.masked_fill(undefined, -1)
         target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, class_ids, o.normalize_weight)
         ctx.save_for_backward(x, w, y, bias, class_ids, rest, topk_classes, expected_weight)
         ctx.options = o
@@ -156,8 +159,9 @@ def nontarget_lse(
     in x: pass rows of norm s.
 
     Args:
-        x: rows, float32 or float64, any strides.
-        w: class weights of x's dtype, any strides; normalized on the fly (1/||w|| := 0 for ||w|| < 1e-12).
+        x: rows, float32 or float64, any strides. A row with a NaN has k values NaN, of class -1.
+        w: class weights of x's dtype, any strides; normalized on the fly. A class weight shorter than 1e-12 counts as
+            zero; its square must not overflow.
         y: the class of each row; -1: none of these classes, so all of them count as other classes.
         bias: only with normalize_weight=False.
         class_ids: restricts the classes to w[class_ids], gathered a tile at a time. y and topk_classes then are indices

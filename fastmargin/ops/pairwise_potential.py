@@ -22,12 +22,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastmargin.ops import pairwise_potential_portable as portable
 from fastmargin.ops.backends import BUILD, Impl, native_can_run, pick, triton_can_run
 from fastmargin.ops.checks import check_points
-from fastmargin.ops.common import without_autocast
+from fastmargin.ops.common import once_differentiable, without_autocast
 
 
 @dataclass(frozen=True)

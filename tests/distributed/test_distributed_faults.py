@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import fastmargin as fm
 from fastmargin.distributed import agreement
@@ -100,7 +103,33 @@ def groups_that_will_not_do():
             MarginHead(3, 5, fm.ArcFace(), group=some)
 
 
+def wrapped_heads():
+    """Around a head or around a model that contains it; a head without a group is replicated as any module is."""
+    for model in (head(C=6), nn.ModuleList([nn.Linear(3, 3), head(C=6)])):
+        run = nn.parallel.DistributedDataParallel(Last(model))
+        with pytest.raises(RuntimeError, match=r"DistributedDataParallel around a head in a group.* wrap the backbone"):
+            run(F, Y)
+    with pytest.raises(RuntimeError, match=r"fully_shard of a head in a group.* wrap the backbone"):
+        fully_shard(nn.Sequential(nn.Linear(3, 3), head(C=7)), mesh=init_device_mesh("cpu", (3,)))
+    with pytest.raises(RuntimeError, match=r"DataParallel of a head in a group.* wrap the backbone"):
+        head()._replicate_for_data_parallel()
+    copies = nn.parallel.DistributedDataParallel(MarginHead(3, 5, fm.ArcFace()), broadcast_buffers=False)
+    copies(F, Y).loss.backward()
+
+
+class Last(nn.Module):
+    """Calls the head, which is the module or its last part."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, f, y):
+        return (self.module[-1] if isinstance(self.module, nn.ModuleList) else self.module)(f, y).loss
+
+
 MISTAKES = (
+    wrapped_heads,
     bad_labels,
     unequal_batches,
     no_rows_at_all,

@@ -200,3 +200,12 @@ def test_hard_classes_that_will_not_do(hard, message):
 def test_a_way_to_travel_that_will_not_do():
     with pytest.raises(ValueError, match=r"gather_dtype = torch.int8: want None, torch.bfloat16 or torch.float16"):
         MarginHead(3, 5, fm.ArcFace(), gather_dtype=torch.int8)
+
+
+def test_heads_that_count_their_steps_and_heads_that_do_not_read_each_other():
+    sampled, full = (nn.Sequential(fm.MarginHead(8, 40, fm.ArcFace(), sample_rate=rate, seed=1)) for rate in (0.3, 1.0))
+    sampled[0](torch.randn(4, 8), torch.arange(4))
+    full.load_state_dict(sampled.state_dict())
+    assert sampled[0].counter.step == 1 and full[0].counter is None
+    sampled.load_state_dict(full.state_dict())
+    assert sampled[0].counter.step == 0

@@ -135,10 +135,10 @@ def test_adaface_by_hand() -> None:
     sd = (100 + math.sqrt(500 / 3)) / 2  # of the batch: mean 25, unbiased variance 500 / 3
     assert margin.mu.item() == pytest.approx((20 + 25) / 2)
     assert margin.sd.item() == pytest.approx(sd)
-    norms = torch.tensor([30.0, 1.0, 1e4], dtype=torch.float64, requires_grad=True)
+    norms = torch.tensor([30.0, 1.0, 1e4], dtype=torch.float64, requires_grad=True)  # 1e4 counts as 100
     cos = torch.full((3,), math.cos(1.2), dtype=torch.float64, requires_grad=True)
     value = psi(margin, cos, norms)
-    z = [0.333 * 7.5 / sd, 0.333 * -21.5 / sd, 1.0]
+    z = [0.333 * (n - 22.5) / sd for n in (30, 1, 100)]
     assert value.tolist() == pytest.approx([math.cos(1.2 - 0.4 * v) - 0.4 - 0.4 * v for v in z], rel=1e-6)
     assert torch.autograd.grad(value.sum(), (cos, norms), allow_unused=True)[1] is None
     assert sorted(margin.state_dict()) == ["mu", "sd"]
@@ -148,8 +148,22 @@ def test_adaface_clips_and_one_row_teaches_nothing() -> None:
     margin = fm.AdaFace()
     margin.observe(torch.tensor([5.0]), torch.zeros(1))
     assert (margin.mu.item(), margin.sd.item(), margin.beyond) == (20.0, 100.0, "clip")
+    margin.sd.fill_(20.0)
     long = torch.full((1,), 1e4)  # m2 = -0.4, m3 = 0.8: psi is constant below an angle of 0.4
     assert psi(margin, torch.tensor([math.cos(0.2)]), long).item() == pytest.approx(1 - 0.8, abs=1e-6)
+
+
+def test_adaface_clips_norms_as_the_public_code() -> None:
+    margin = fm.AdaFace(momentum=1.0)
+    margin.observe(torch.tensor([10.0, 12.0, 14.0, 16.0, 18.0, 5000.0]), torch.zeros(6))
+    assert (margin.mu.item(), margin.sd.item()) == pytest.approx((28.3333, 35.2231), rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_adaface_skips_rows_that_are_not_finite(bad: float) -> None:
+    margin = fm.AdaFace(momentum=1.0)
+    margin.observe(torch.tensor([10.0, 12.0, bad, 14.0, 50.0]), torch.tensor([0.0, 0.0, 0.0, 0.0, bad]))
+    assert (margin.mu.item(), margin.sd.item()) == pytest.approx((12.0, 2.0))
 
 
 def test_magface_by_hand_and_by_finite_differences() -> None:

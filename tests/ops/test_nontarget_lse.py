@@ -291,3 +291,12 @@ def test_a_label_out_of_range_is_named(backend, label):
 def test_rows_out_of_order_or_range_are_named(backend, class_ids):
     with pytest.raises(ValueError, match=r"class_ids\[\d\] = -?\d"):
         nontarget_lse(X, W, Y, class_ids=torch.tensor(class_ids), backend=backend)
+
+
+@pytest.mark.parametrize("output", [0, 1, 2], ids=["rest", "target", "topk"])
+def test_a_second_derivative_raises(output):
+    """Also through a plain sum, whose gradient does not itself require one."""
+    x, w, y = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8), torch.arange(5)
+    first = torch.autograd.grad(nontarget_lse(x, w, y, topk=2)[output].sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (first.square().sum() + x.square().sum()).backward()

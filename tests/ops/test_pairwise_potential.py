@@ -267,3 +267,12 @@ def test_the_op_itself_checks_what_it_reads():
         op(a, a.double(), ids, ids, None, "inverse", 0.0, False)
     with pytest.raises(ValueError, match="kind = cosine"):
         op(a, a, ids, ids, None, "cosine", 0.0, False)
+
+
+def test_a_second_derivative_raises():
+    """Also through a plain sum, whose gradient does not itself require one."""
+    a, b = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    potential = pairwise_potential(a, b, torch.arange(5), torch.arange(4), kind="inverse")
+    first = torch.autograd.grad(potential.sum(), a, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (first.square().sum() + a.square().sum()).backward()

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from fastmargin.driver.log import Log
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import Backbone, adapted, embed_images, load, load_backbone
-from fastmargin.ops.common import rank_in_group
+from fastmargin.ops.common import rank_in_group, unit_rows
 from fastmargin.ops.nontarget_lse import nontarget_lse
 
 BLOCK = 4096  # images embedded, and centers compared, at a time
@@ -97,11 +96,11 @@ def find_centers(network: nn.Module, identities: Identities, dim: int) -> tuple[
     centers, cosines = torch.empty(identities.num_classes, dim), torch.empty(len(labels))
     with tqdm(total=len(labels), unit="image", disable=not sys.stderr.isatty()) as bar:
         for rows in whole_identities(labels):
-            x = F.normalize(embed_images(network, identities.images[rows]))
+            x, _ = unit_rows(embed_images(network, identities.images[rows]))
             if not x.isfinite().all():
                 raise ValueError("the network gives embeddings that are not finite")
             own, inverse = labels[rows].unique(return_inverse=True)
-            centers[own] = F.normalize(x.new_zeros(len(own), dim).index_add_(0, inverse, x))
+            centers[own] = unit_rows(x.new_zeros(len(own), dim).index_add_(0, inverse, x))[0]
             cosines[rows] = (x * centers[labels[rows]]).sum(1)
             bar.update(len(rows))
     return centers, cosines

@@ -218,9 +218,13 @@ def build_average(config: OptimConfig, model: nn.Module) -> nn.Module | None:
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """After `step` steps. Buffers, such as batch norm's statistics, are averaged, too; integer ones are copied."""
+    """After `step` steps. Buffers, such as batch norm's statistics, are averaged, too; integer ones are copied.
+
+    A number that is not finite stays out of the average.
+    """
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     ours, theirs = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+    theirs = tuple(torch.where(its.isfinite(), its, mine) for mine, its in zip(ours, theirs, strict=True))
     get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(ours, theirs, step)
     for mine, its in pairs:
         if not mine.is_floating_point():

@@ -71,9 +71,7 @@ def local_part(saved: Checkpoint, part: str, head: MarginHead) -> dict[str, Tens
 
 def load_head(head: MarginHead, saved: Checkpoint, passes: int) -> None:
     """passes: forward passes made in training. Heads with sampled classes and heads in a group count them."""
-    weights = local_part(saved, "head", head)
-    weights.pop(COUNTER, None)
-    head.load_state_dict(weights | ({} if head.counter is None else {COUNTER: torch.tensor(passes)}))
+    head.load_state_dict(local_part(saved, "head", head) | {COUNTER: torch.tensor(passes)})
 
 
 def state(run: Run) -> dict[str, Any]:

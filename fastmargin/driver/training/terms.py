@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmargin.distributed.functions import averaged
@@ -37,6 +36,8 @@ from fastmargin.losses.center import CenterBank, batch_means, center_loss
 from fastmargin.losses.git import git_loss
 from fastmargin.losses.minimum_margin import minimum_margin_loss
 from fastmargin.losses.pairs import margin_based_loss, marginal_loss, range_loss
+from fastmargin.losses.rows import wide
+from fastmargin.ops.common import unit_rows
 from fastmargin.require import require
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # rows [B, d], labels [B] -> scalar
@@ -185,7 +186,7 @@ class Scaled(nn.Module):
         self.loss, self.scale = loss, nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # [B, d], [B]
-        value: Tensor = self.loss(self.scale * F.normalize(x), labels)
+        value: Tensor = self.loss(self.scale * unit_rows(wide(x))[0], labels)
         return value
 
 

@@ -1,5 +1,6 @@
 """What updates the weights of a run: schedules, optimizers, loss scale, averages."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,13 @@ def test_an_average_of_whole_numbers_is_the_last() -> None:
     theirs.running_mean.fill_(2.0)  # type: ignore[union-attr]
     update_average(ours, theirs, 0.25, 1000)
     assert ours.num_batches_tracked == 5 and torch.equal(ours.running_mean, torch.tensor([1.5, 1.5]))  # type: ignore[arg-type]
+
+
+def test_an_average_skips_numbers_that_are_not_finite() -> None:
+    ours, theirs = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    theirs.running_mean.copy_(torch.tensor([math.inf, 2.0]))  # type: ignore[union-attr]
+    update_average(ours, theirs, 0.25, 1000)
+    assert torch.equal(ours.running_mean, torch.tensor([0.0, 1.5]))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- no host sync
