@@ -72,6 +72,7 @@ class MarginHead(ClassWeights):
 
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
     on (seed, step) alone. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
+    On CUDA they may end in -1, no class: their number is an upper bound, so that no pass waits for the device.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
@@ -199,7 +200,7 @@ class MarginHead(ClassWeights):
         y: Tensor,  # [B]
         hard_classes: Tensor | None,  # [b, k]
         batch: Layout,
-    ) -> Tensor | None:  # [n] local indices, sorted; None: all
+    ) -> Tensor | None:  # [n] local indices, sorted, then on CUDA -1; None: all
         if not self.training or self.counter is None or self.sample_rate == 1:
             return None
         required = y
