@@ -15,7 +15,7 @@ struct Operands {
   at::Tensor w;                         // [C, d] any strides
   at::Tensor y;                         // [B] class indices: in [-1, C), or with class_ids in [-1, n)
   std::optional<at::Tensor> bias;       // [C]
-  std::optional<at::Tensor> class_ids;  // [n] sorted, unique, in [0, C)
+  std::optional<at::Tensor> class_ids;  // [n] sorted, unique, in [0, C); on a GPU the last may be -1: no class
   bool normalize_weight;
 
   int64_t classes() const { return class_ids ? class_ids->size(0) : w.size(0); }

@@ -33,6 +33,7 @@ from fastmargin.distributed.agreement import is_replica
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.ops.backends import HALVES, pick
 from fastmargin.ops.class_update import IMPLS, Step, count_write
+from fastmargin.ops.common import rows_of
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
 from fastmargin.ops.operand_cache import OperandCache
 
@@ -134,8 +135,7 @@ class ClassOptimizer(torch.optim.Optimizer):
     def apply(self, grad: Tensor) -> None:  # [C, d], dense or sparse
         subset = None
         if grad.is_sparse:
-            grad = grad.coalesce()
-            subset, grad = grad.indices()[0], grad.values()
+            subset, grad = rows_of(grad)
         if grad.shape[1:] != self.weight.shape[1:] or grad.dtype != self.weight.dtype:
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.subset = subset
@@ -214,7 +214,8 @@ class ClassSGD(ClassOptimizer):
     def mark_current(self) -> None:
         """Call when all rows are up to date: forgets the steps so far."""
         self.products = np.eye(2)[None]  # [T + 1, 2, 2] products of M over the last T steps, T - 1, ..., 0
-        self.steps_applied: Tensor | None = None  # [C] int32, of the T steps a row has had; None: all T
+        # [C + 1] int32, of the T steps a row has had; the last is that of -1, no class, in a subset. None: all T
+        self.steps_applied: Tensor | None = None
 
     def next_step(self) -> Step:
         group = self.param_groups[0]
@@ -227,10 +228,10 @@ class ClassSGD(ClassOptimizer):
         if self.steps_applied is None:
             return
         T = len(self.products) - 1
-        if subset is not None:
+        if subset is not None and not subset.is_cuda:  # there it would be a host sync; the last product is the identity
             subset = subset[self.steps_applied[subset] < T]  # without rows that the forward pass has updated already
-        products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight)
-        applied = self.steps_applied if subset is None else self.steps_applied[subset]
+        products = self.device_products()
+        applied = self.steps_applied[:-1] if subset is None else self.steps_applied[subset]
         state = self.next_step().state
         lazy_update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["lazy_update"]
         lazy_update(self.weight, state[0] if state else None, subset, products[applied.long()])
@@ -239,12 +240,18 @@ class ClassSGD(ClassOptimizer):
         else:
             self.steps_applied[subset] = T
 
+    def device_products(self) -> Tensor:  # [T + 1, 4]
+        """Copied from pinned memory: from any other the host would wait."""
+        products = torch.from_numpy(self.products.reshape(-1, 4)).to(self.weight.dtype)
+        pinned = torch.empty(products.shape, dtype=products.dtype, pin_memory=self.weight.is_cuda)
+        return pinned.copy_(products).to(self.weight.device, non_blocking=True)
+
     def advance(self) -> None:
         super().advance()
         if self.subset is None and self.steps_applied is None:
             return
         if self.steps_applied is None:
-            self.steps_applied = torch.zeros(len(self.weight), dtype=torch.int32, device=self.weight.device)
+            self.steps_applied = torch.zeros(len(self.weight) + 1, dtype=torch.int32, device=self.weight.device)
         lr, mu, lam, nesterov = self.next_step().hyper
         w_row = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
         self.products = np.concatenate([np.array([[mu, lam], w_row]) @ self.products, np.eye(2)[None]])

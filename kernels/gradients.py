@@ -76,6 +76,9 @@ def weight_gradient_kernel(
             )
             products += residual[:, None] * entries
             products = exponent[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
+        if class_ids is not None:  # 0 where there is no class, whatever x is
+            ids = tl.load(class_ids + first + j, mask=inside, other=-1)
+            products = tl.where((ids >= 0)[:, None], products, 0.0)
         tl.store(out, products, mask=mask)
 
 

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradients import add_row_products, d_rest_scale_of, entries_of, finish_chunk, finish_rows, multiply, splits_of
-from .operands import GROUP, ClassChunk, class_chunks, whole_rows
-from .tile import contains_any, logits, own_columns
+from .operands import GROUP, ClassChunk, class_chunks, count_of, whole_rows
+from .tile import classes_in, contains_any, logits, own_columns
 from .tile_table import Plan, plan_of
 from .topk import Best, classes_of_best
 
@@ -42,6 +42,7 @@ def nontarget_lse_fwd_kernel(
     y,  # [B] int64
     residual_scale,  # [n] or None
     bias,  # [n] or None
+    count,  # [] or None: see classes_in
     B,
     n,
     first,  # class index of the chunk
@@ -58,16 +59,16 @@ def nontarget_lse_fwd_kernel(
     row = tl.program_id(0) * BLOCK_B
     at = row + tl.arange(0, BLOCK_B)
     in_b = at < B
-    own = own_columns(y, at, B, first, n)
+    own, here = own_columns(y, at, B, first, n), classes_in(n, first, count)
     partial = at.to(tl.int64) * strips + tl.program_id(1)
     m = tl.load(high + partial, mask=in_b, other=0.0)
     s = tl.load(total + partial, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
         col = (tl.program_id(1) * STRIP + block) * BLOCK_C
         z = logits(x, o, residual_scale, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
-        if contains_any(own, col, BLOCK_C) | (col + BLOCK_C > n):
+        if contains_any(own, col, BLOCK_C) | (col + BLOCK_C > here):
             cols = col + tl.arange(0, BLOCK_C)
-            z = tl.where((cols[None, :] == own[:, None]) | (cols >= n)[None, :], float("-inf"), z)
+            z = tl.where((cols[None, :] == own[:, None]) | (cols >= here)[None, :], float("-inf"), z)
         if groups is None:
             top = tl.max(z, 1)
         else:
@@ -93,6 +94,7 @@ def nontarget_lse_bwd_kernel(
     bias,  # [n] or None
     safe_rest,  # [B] float32: rest, but +inf where there is no other class: g is 0 there
     d_rest,  # [B] float32
+    count,  # [] or None: see classes_in
     B,
     n,
     first,  # class index of the chunk
@@ -108,7 +110,7 @@ def nontarget_lse_bwd_kernel(
     row = tl.program_id(0) * BLOCK_B
     at = row + tl.arange(0, BLOCK_B)
     in_b = at < B
-    own = own_columns(y, at, B, first, n)
+    own, here = own_columns(y, at, B, first, n), classes_in(n, first, count)
     rest = tl.load(safe_rest + at, mask=in_b, other=0.0)
     upstream = tl.load(d_rest + at, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
@@ -118,8 +120,8 @@ def nontarget_lse_bwd_kernel(
         value = tl.exp(z - rest[:, None]) * upstream[:, None]
         if residual_scale is not None:
             value = value * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
-        if contains_any(own, col, BLOCK_C):
-            value = tl.where(cols[None, :] == own[:, None], 0.0, value)
+        if contains_any(own, col, BLOCK_C) | (col + BLOCK_C > here):
+            value = tl.where((cols[None, :] == own[:, None]) | (cols >= here)[None, :], 0.0, value)
         if TMA:
             g.store([row, col], value.to(x.dtype))
         else:
@@ -148,18 +150,19 @@ def forward(
     strips = plan.grid(B, plan.step)[1]
     high, total = w.new_full((B, strips), LOW), w.new_zeros(B, strips)
     best = Best(B, topk, triton.cdiv(n, GROUP), x.device)
-    groups = w.new_empty(B, plan.step // GROUP) if topk else None
+    groups, class_count = w.new_empty(B, plan.step // GROUP) if topk else None, count_of(class_ids)
     with torch.cuda.device_of(x):
         for chunk in class_chunks(w, class_ids, normalize_weight, compute_dtype, plan.step) if B else ():
             size = len(chunk.o)
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
                 high, total, groups, *plan.operands(x, chunk.o), y, chunk.residual_scale,
-                None if bias is None else bias[chunk.at], B, size, chunk.first, strips, plan.step // GROUP,
+                None if bias is None else bias[chunk.at], class_count, B, size, chunk.first, strips,
+                plan.step // GROUP,
                 d=d, GROUP=GROUP, **plan.options(),
             )  # fmt: skip
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
-        values, classes = classes_of_best(best, x, w, y, bias, class_ids, normalize_weight)
+        values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, normalize_weight)
     return merged(high, total), values, classes, w.new_empty(0)
 
 
@@ -215,7 +218,7 @@ def backward(
         return dx, dw, db
     d_rest_scale = d_rest_scale_of(d_rest, compute_dtype)
     safe_rest = rest.masked_fill(rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
-    given = y, bias, safe_rest, d_rest.contiguous() * d_rest_scale
+    given = y, bias, safe_rest, d_rest.contiguous() * d_rest_scale, count_of(class_ids)
     entries = entries_of(y, d_target, topk_classes, d_topk, n, whole_rows(d)["BLOCK_C"])
     plan = plan_of(x, n, max(B, d) * x.element_size())
     workspace, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
@@ -245,12 +248,13 @@ def gradient_of_logits(
     bias: Tensor | None,  # [C]
     safe_rest: Tensor,  # [B]
     d_rest: Tensor,  # [B] scaled
+    count: Tensor | None,  # []
 ) -> Tensor:  # g [B, n]
     (B, d), n = x.shape, len(chunk.o)
     g = workspace[:, :n]
     nontarget_lse_bwd_kernel[plan.grid(B, n)](
         plan.blocks(g, plan.tile.rows, plan.tile.classes), *plan.operands(x, chunk.o), y, chunk.residual_scale,
-        None if bias is None else bias[chunk.at], safe_rest, d_rest, B, n, chunk.first, plan.step,
+        None if bias is None else bias[chunk.at], safe_rest, d_rest, count, B, n, chunk.first, plan.step,
         d=d, **plan.options(),
     )  # fmt: skip
     return g

@@ -64,6 +64,11 @@ def operands_kernel(
         tl.store(o + j.to(tl.int64)[:, None] * d + f[None, :], wt.to(COMPUTE), mask=inside[:, None] & (f < d)[None, :])
 
 
+def count_of(class_ids: Tensor | None) -> Tensor | None:  # [n] -> []
+    """How many of class_ids are a class: they may end in -1. On the device: the host does not wait."""
+    return None if class_ids is None else (class_ids >= 0).sum()
+
+
 def whole_rows(d: int) -> dict[str, int]:
     """Block sizes of a kernel that works on whole rows of weights, at most a group of them."""
     features = triton.next_power_of_2(d)

@@ -23,10 +23,11 @@ def weight_rows(
     d: tl.constexpr,
     BLOCK_D: tl.constexpr,  # d or more
 ):
-    """[BLOCK, BLOCK_D]; 0 past the last feature and where `inside` is false."""
+    """[BLOCK, BLOCK_D]; 0 past the last feature, where `inside` is false, and where class_ids has -1, no class."""
     ids = indices
     if class_ids is not None:
-        ids = tl.load(class_ids + indices, mask=inside, other=0)
+        ids = tl.load(class_ids + indices, mask=inside, other=-1)
+        inside = inside & (ids >= 0)
     f = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = inside[:, None] & (f < d)[None, :]
     return tl.load(w + ids[:, None] * w_row + f[None, :] * w_feature, mask=mask, other=0.0)
@@ -110,6 +111,19 @@ def logits(
     if bias is not None:
         z = z + tl.load(bias + cols, mask=cols < n, other=0.0)[None, :]
     return z
+
+
+@triton.jit
+def classes_in(
+    n,
+    first,
+    count,  # [] int64: how many class_ids are a class, the first ones; or None: all
+):
+    """Of the chunk of n class indices from `first` on, how many have a class."""
+    inside = n
+    if count is not None:
+        inside = tl.minimum(tl.load(count) - first, n).to(tl.int32)
+    return inside
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import operands
 from .operands import GROUP, TYPES, whole_rows
-from .tile import inverse_norms, split_scale, weight_rows
+from .tile import classes_in, inverse_norms, split_scale, weight_rows
 
 SEARCHED = 1024  # numbers searched at a time
 
@@ -69,6 +69,7 @@ def rescore_kernel(
     y,  # [B] int64
     bias,  # [n] or None
     class_ids,  # [n] or None
+    count,  # [] or None: see classes_in
     n,
     groups_row,
     w_row,
@@ -84,10 +85,11 @@ def rescore_kernel(
     i = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, BLOCK_D)
     xt = tl.load(x + i * d + f, mask=f < d, other=0.0).to(tl.float32)
+    here = classes_in(n, 0, count)
     first = tl.load(groups + i * groups_row + tl.program_id(1)).to(tl.int64) * GROUP
     for part in range(0, GROUP, BLOCK_C):
         index = first + part + tl.arange(0, BLOCK_C)
-        inside = index < n
+        inside = index < here
         wt = weight_rows(w, class_ids, index, inside, w_row, w_feature, d, BLOCK_D)
         if NORMALIZE:
             exponent_scale, residual_scale = split_scale(inverse_norms(wt), COMPUTE)
@@ -124,6 +126,7 @@ def classes_of_best(
     y: Tensor,  # [B]
     bias: Tensor | None,  # [n]
     class_ids: Tensor | None,  # [n]
+    count: Tensor | None,  # []
     normalize_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, k], [B, k]
     """Values and class indices of the k largest logits in the k best groups; (-inf, -1) where there are fewer."""
@@ -135,7 +138,7 @@ def classes_of_best(
         part = groups[:, first : first + at_once]
         scores = x.new_empty(*part.shape, GROUP, dtype=torch.float32)
         rescore_kernel[tuple(part.shape)](
-            scores, part, x, w, y, bias, class_ids, n, part.stride(0), *w.stride(),
+            scores, part, x, w, y, bias, class_ids, count, n, part.stride(0), *w.stride(),
             d=d, GROUP=GROUP, COMPUTE=TYPES[x.dtype], NORMALIZE=normalize_weight, **whole_rows(d),
         )  # fmt: skip
         found.add(scores.flatten(1), first * GROUP)

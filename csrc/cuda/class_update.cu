@@ -8,6 +8,7 @@
 namespace fastmargin {
 namespace {
 
+// Where the row of a class index begins; negative: no class.
 __device__ inline int64_t offset_of(const ClassStates& s, int64_t index) {
   return (s.class_ids ? s.class_ids[index] : index) * s.d;
 }
@@ -22,6 +23,7 @@ __global__ void class_update_kernel(Rule rule, ClassStates s, OperandCache cache
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (j >= n) return;
   const int64_t at = offset_of(s, first + j), tail = lane + kHeld * kWarp;
+  if (at < 0) return;
   const float inverse_grad_scale = s.grad_scale ? 1.0f / *s.grad_scale : 1.0f;
   float not_finite = 0;  // stays 0 if all numbers are finite, else becomes NaN
   for (int64_t f = lane; s.grad_scale && f < s.d; f += kWarp) not_finite += g[j * s.d + f] * inverse_grad_scale * 0.0f;
@@ -60,6 +62,7 @@ __global__ void class_lazy_update_kernel(ClassStates s, const float* p /* [n, 4]
   if (j >= n) return;
   const int64_t at = offset_of(s, j);
   const float vv = p[4 * j], vw = p[4 * j + 1], wv = p[4 * j + 2], ww = p[4 * j + 3];
+  if (at < 0 || (vv == 1.0f && vw == 0.0f && wv == 0.0f && ww == 1.0f)) return;  // no class, or up to date
   for (int64_t f = threadIdx.x % kWarp; f < s.d; f += kWarp) {
     const float v = s.first ? s.first[at + f] : 0.0f, w = s.w[at + f];
     if (s.first) s.first[at + f] = vv * v + vw * w;

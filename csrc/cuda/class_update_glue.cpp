@@ -59,7 +59,7 @@ void class_operands(const Tensor& w,  // [C, d]
   const OperandCache cache = operand_cache_of(w, normalize_weight, operands.scalar_type(), operands, scales);
   const int64_t C = w.size(0), d = w.size(1);
   const Classes all{
-      w.const_data_ptr<float>(), w.stride(0), w.stride(1), nullptr, nullptr, C, d, normalize_weight, 0, C};
+      w.const_data_ptr<float>(), w.stride(0), w.stride(1), nullptr, nullptr, nullptr, C, d, normalize_weight, 0, C};
   const c10::DeviceGuard guard(w.device());
   check(launch_operands(cache.type, all, cache.o, cache.exponent_scale, cache.residual_scale, device::stream_of(w)));
 }

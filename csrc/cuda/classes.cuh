@@ -11,6 +11,17 @@ static __device__ inline int64_t id_of(const Classes& c, int64_t index) {
   return c.class_ids ? c.class_ids[index] : index;
 }
 
+// Whether there is a class at a class index: class_ids may end in -1.
+static __device__ inline bool has_class(const Classes& c, int64_t index) {
+  return index >= 0 && index < c.all && id_of(c, index) >= 0;
+}
+
+// How many places of the chunk have a class: the first ones.
+static __device__ inline int64_t classes_in(const Classes& c) {
+  const int64_t left = c.count ? *c.count - c.first : c.n;
+  return left < c.n ? left : c.n;
+}
+
 static __device__ inline const float* row_of(const Classes& c, int64_t index) { return c.w + id_of(c, index) * c.row; }
 
 // 1 / ||w||, 0 for ||w|| < 1e-12, from each lane's partial sum of squares.

@@ -12,12 +12,14 @@ namespace fastmargin {
 enum class OperandType { kFloat, kBf16, kHalf };  // of the matrix products
 
 // The weights, and one chunk of classes: `n` of them from class index `first`. A class index counts in class_ids where
-// the caller gave them, else in w.
+// the caller gave them, else in w. class_ids may end in -1, no class: of these places no kernel reads or writes a row,
+// and their gradient is 0.
 struct Classes {
   const float* w;            // [C, d] with strides
   int64_t row, column;       // strides of w, in elements
   const float* bias;         // [C], or null
   const int64_t* class_ids;  // [all] ids, or null
+  const int64_t* count;      // [] how many of class_ids are a class, or null: all places are
   int64_t all;               // classes in w, or in class_ids
   int64_t d;                 //
   bool normalize;            //
@@ -65,7 +67,7 @@ struct Upstream {
 struct ClassStates {
   float* w;                  // [C, d]
   float *first, *second;     // [C, d] each, or null
-  const int64_t* class_ids;  // [n] ids of the classes that change, or null: all
+  const int64_t* class_ids;  // [n] ids of the classes that change, -1: none; or null: all
   const float* grad_scale;   // [] or null
   int64_t d;
 };

@@ -26,6 +26,11 @@ __global__ void operands_kernel(Classes c, O* o /* [n, d] or null */, float* exp
                                 float* residual_scale /* [n] */) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (j >= c.n) return;
+  if (!has_class(c, c.first + j)) {  // zeros, so that the products over the whole chunk stay finite
+    for (int64_t f = lane; o && f < c.d; f += kWarp) o[j * c.d + f] = rounded(0.0f, O());
+    if (lane == 0) exponent_scale[j] = residual_scale[j] = 0.0f;
+    return;
+  }
   const float* w = row_of(c, c.first + j);
   const float scale = c.normalize ? inverse_norm(w, c) : 1.0f;
   float residual;
@@ -46,13 +51,13 @@ __device__ inline float logit(const Logits& z, const Classes& c, int64_t i, int6
 // Over this thread's logits of one row: the sum of exponentials, and the first of the largest.
 __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Running<float>& sum, Best& best) {
   constexpr int kAtOnce = 4;  // loads in flight, and exponents that share a rescaling
-  const int64_t own = z.y[i] - c.first;
-  for (int64_t j0 = threadIdx.x; j0 < c.n; j0 += kAtOnce * kThreads) {
+  const int64_t own = z.y[i] - c.first, n = classes_in(c);
+  for (int64_t j0 = threadIdx.x; j0 < n; j0 += kAtOnce * kThreads) {
     float v[kAtOnce];
 #pragma unroll
     for (int l = 0; l < kAtOnce; ++l) {
       const int64_t j = j0 + l * kThreads;
-      v[l] = j < c.n && j != own ? logit(z, c, i, j) : -INFINITY;
+      v[l] = j < n && j != own ? logit(z, c, i, j) : -INFINITY;
       if (v[l] > best.value) best = {v[l], c.first + j};
     }
     add(sum, v);
@@ -61,9 +66,9 @@ __device__ inline void scan(const Logits& z, const Classes& c, int64_t i, Runnin
 
 // Of the same logits the next one after `last`, in descending order.
 __device__ inline Best next_best(const Logits& z, const Classes& c, int64_t i, const Best& last) {
-  const int64_t own = z.y[i] - c.first;
+  const int64_t own = z.y[i] - c.first, n = classes_in(c);
   Best best = {-INFINITY, INT64_MAX};
-  for (int64_t j = threadIdx.x; j < c.n; j += kThreads) {
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
     const Best b = {logit(z, c, i, j), c.first + j};
     if (j != own && before(last, b) && before(b, best)) best = b;
   }
@@ -101,11 +106,11 @@ __global__ void rest_kernel(RowState s, float* rest /* [B] */, int64_t B) {
 
 template <typename O>
 __global__ void nontarget_lse_bwd_kernel(Logits z, Classes c, Upstream u, O* g /* [B, n], may be z */) {
-  const int64_t i = blockIdx.x, own = z.y[i] - c.first;
+  const int64_t i = blockIdx.x, own = z.y[i] - c.first, n = classes_in(c);
   const float rest = u.rest[i], scaled_d_rest = *u.d_rest_scale * u.d_rest[i];
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < c.n; j += kThreads) {
-    const bool none = j == own || rest == -INFINITY;
+    const bool none = j >= n || j == own || rest == -INFINITY;
     const float value = none ? 0.0f : gradient(logit(z, c, i, j), rest, scaled_d_rest) * z.residual_scale[j];
     g[i * c.n + j] = rounded(value, O());
   }
@@ -129,6 +134,11 @@ __global__ void weight_gradient_kernel(Classes c, Upstream u, Entries e, const f
                                        float* db /* [n] or null */) {
   const int64_t j = warp_of_grid(), lane = threadIdx.x % kWarp, index = c.first + j;
   if (j >= c.n) return;
+  if (!has_class(c, index)) {
+    for (int64_t f = lane; dw && f < c.d; f += kWarp) dw[j * c.d + f] = 0.0f;
+    if (db && lane == 0) db[j] = 0.0f;
+    return;
+  }
   const float exponent = exponent_scale[j], scale = exponent * residual_scale[j], d_rest_scale = *u.d_rest_scale;
   const float* w = row_of(c, index);
   const int64_t begin = lower_bound(e, index);
@@ -151,7 +161,7 @@ __global__ void weight_gradient_kernel(Classes c, Upstream u, Entries e, const f
 
 // Adds value * w^ of one class to dx of this block's row.
 __device__ inline void add_unit(const Classes& c, int64_t index, float value, float* dx /* [d] */) {
-  if (index < 0 || index >= c.all) return;
+  if (!has_class(c, index)) return;
   const float* w = row_of(c, index);
   const float scale = c.normalize ? inverse_norm(w, c) : 1.0f;
   for (int64_t f = threadIdx.x; f < c.d; f += kThreads) dx[f] += value * (w[f * c.column] * scale);

@@ -12,6 +12,7 @@
 #include <ATen/ops/floor_divide.h>
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ge.h>
 #include <ATen/ops/ldexp.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rsub.h>
@@ -43,13 +44,14 @@ void check_types(at::ScalarType dtype, const optional<at::ScalarType>& compute) 
                     "want compute_dtype bfloat16 or float16; got ", *compute);
 }
 
-// The weights with one chunk of classes; first and n are 0 for kernels that access single classes.
-Classes classes_of(const Operands& in, int64_t first, int64_t n) {
+// The weights with one chunk of classes; first and n are 0, and count null, for kernels that access single classes.
+Classes classes_of(const Operands& in, const int64_t* count, int64_t first, int64_t n) {
   return {in.w.const_data_ptr<float>(),
           in.w.stride(0),
           in.w.stride(1),
           in.bias ? in.bias->const_data_ptr<float>() : nullptr,
           in.class_ids ? in.class_ids->const_data_ptr<int64_t>() : nullptr,
+          count,
           in.classes(),
           in.x.size(1),
           in.normalize_weight,
@@ -60,6 +62,7 @@ Classes classes_of(const Operands& in, int64_t first, int64_t n) {
 // What both passes iterate over: the inputs, cut into chunks of classes, and the buffers for one chunk.
 struct ClassChunks {
   Operands in;
+  Tensor count;           // [] of class_ids without the -1 at their end; undefined without class_ids
   at::ScalarType type;    // of the products' operands
   int64_t B, d, C, step;  // rows, features, classes, classes of a chunk
   Tensor x, z;            // [B, d], [B step]
@@ -71,6 +74,7 @@ struct ClassChunks {
   ClassChunks(const Operands& given, const optional<at::ScalarType>& compute, const optional<Tensor>& operands = {},
               const optional<Tensor>& scales = {})
       : in(given),
+        count(in.class_ids ? at::sum(at::ge(*in.class_ids, 0), at::kLong) : Tensor()),
         type(compute.value_or(at::kFloat)),
         B(in.x.size(0)),
         d(in.x.size(1)),
@@ -94,7 +98,10 @@ struct ClassChunks {
     residual_scale = at::empty({step}, options);
   }
 
-  Classes classes(int64_t first) const { return classes_of(in, first, std::min(step, C - first)); }
+  Classes classes(int64_t first) const {
+    return classes_of(in, count.defined() ? count.const_data_ptr<int64_t>() : nullptr, first,
+                      std::min(step, C - first));
+  }
 
   // Where a chunk's operands and scales begin in o and the scales.
   int64_t begin(const Classes& c) const { return cache.o ? c.first : 0; }
@@ -235,7 +242,7 @@ void sweep(const ClassChunks& chunks, const Saved& saved, const Gradients& out, 
   const Tensor workspace =
       chunks.type == at::kFloat ? chunks.z : at::empty({chunks.B * chunks.step}, options.dtype(chunks.type));
   if (out.dx.defined())  // targets and top-k first: `take` may change the weights
-    check(launch_row_gradient(classes_of(in, 0, 0), u, in.y.const_data_ptr<int64_t>(), chunks.B,
+    check(launch_row_gradient(classes_of(in, nullptr, 0, 0), u, in.y.const_data_ptr<int64_t>(), chunks.B,
                               out.dx.data_ptr<float>(), chunks.stream));
   const bool all = out.dw.defined() && out.dw.size(0) == chunks.C;
   for (int64_t first = 0; first < chunks.C; first += chunks.step) {
@@ -262,8 +269,8 @@ Tensor target_logit(const Tensor& x,                    // [B, d]
   const c10::DeviceGuard guard(x.device());
   const int64_t B = x.size(0);
   Tensor target = at::empty({B}, in.x.options());
-  check(launch_target_logit(classes_of(in, 0, 0), in.x.const_data_ptr<float>(), in.y.const_data_ptr<int64_t>(), B,
-                            target.data_ptr<float>(), device::stream_of(x)));
+  check(launch_target_logit(classes_of(in, nullptr, 0, 0), in.x.const_data_ptr<float>(), in.y.const_data_ptr<int64_t>(),
+                            B, target.data_ptr<float>(), device::stream_of(x)));
   return target;
 }
 

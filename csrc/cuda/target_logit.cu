@@ -8,7 +8,7 @@ __global__ void target_logit_kernel(Classes c, const float* x /* [B, d] */, cons
                                     float* target /* [B] */) {
   const int64_t i = warp_of_grid(), lane = threadIdx.x % kWarp;
   if (i >= B) return;
-  const bool here = y[i] >= 0 && y[i] < c.all;
+  const bool here = has_class(c, y[i]);
   const float* w = here ? row_of(c, y[i]) : nullptr;
   float sum = 0;
   for (int64_t f = lane; here && f < c.d; f += kWarp) sum += x[i * c.d + f] * w[f * c.column];

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fastmargin.distributed.layout import Group, Layout, all_gather, all_to_all_by_owner, batch_layout, reduce_scatter
 from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, shard_gradients
-from fastmargin.ops.common import once_differentiable
+from fastmargin.ops.common import once_differentiable, rows_of
 
 
 class GatherRows(torch.autograd.Function):
@@ -207,7 +207,7 @@ def global_grad_norm(
 ) -> Tensor:  # []
     """The 2-norm of all gradients together. One all-reduce of a number, and the communication of DTensors' norms."""
     grad = sharded.new_zeros(0) if sharded.grad is None else sharded.grad
-    grad = grad.coalesce().values() if grad.is_sparse else grad
+    grad = rows_of(grad)[1] if grad.is_sparse else grad
     square = grad.norm().square()
     if group is not None:
         dist.all_reduce(square, group=group)

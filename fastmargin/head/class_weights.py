@@ -6,7 +6,7 @@ features, k nearest. A class has up to three numbers:
 
     global class id   in [0, C): labels, results
     local index       row of this rank's `weight`: global id - start of the rank's range
-    subset index      position in `subset`, the sorted local indices that a pass sampled
+    subset index      position in `subset`, the sorted local indices that a pass sampled; on CUDA then -1, no class
 
 -1 in each: no class, or a class of another rank.
 """
@@ -53,14 +53,17 @@ class LazyOptimizer(SteppingBackward, Protocol):
 
 def to_subset_index(
     local: Tensor,  # [B] local indices, -1: none; the others are in the subset
-    subset: Tensor | None,  # [n] sorted
+    subset: Tensor | None,  # [n] sorted, then perhaps -1
 ) -> Tensor:  # [B]
-    return local if subset is None else torch.where(local < 0, -1, torch.searchsorted(subset, local))
+    if subset is None:
+        return local
+    rising = subset.masked_fill(subset < 0, torch.iinfo(torch.int64).max)
+    return torch.where(local < 0, -1, torch.searchsorted(rising, local))
 
 
 def to_local_index(
     index: Tensor,  # [B, k] subset indices, -1: none
-    subset: Tensor | None,  # [n]
+    subset: Tensor | None,  # [n] sorted, then perhaps -1
 ) -> Tensor:  # [B, k]
     if subset is None:
         return index

@@ -83,7 +83,8 @@ class MarginHead(ClassWeights):
 
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
     on (seed, step) alone. Heads that count and heads that do not load each other's state strictly. `sampled` [n] are
-    the local indices (rows of `weight`) of the last pass, sorted; None: all.
+    the local indices (rows of `weight`) of the last pass that sampled, sorted; None: all. On CUDA they may end in -1,
+    no class: their number is an upper bound, so that no pass waits for the device.
 
     `weight`, `parameters()`, `named_parameters()` and `state_dict()`, also those of a module that contains the head,
     first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from
@@ -227,7 +228,7 @@ class MarginHead(ClassWeights):
         y: Tensor,  # [B]
         hard_classes: Tensor | None,  # [b, k]
         batch: Layout,
-    ) -> Tensor | None:  # [n] local indices, sorted; None: all
+    ) -> Tensor | None:  # [n] local indices, sorted, then on CUDA -1; None: all
         if not self.training or self.counter is None or self.sample_rate == 1:
             return None
         required = y

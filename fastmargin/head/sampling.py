@@ -69,13 +69,31 @@ def sampled_classes(
     required: Tensor,  # [n] global class ids; those outside [0, C) are ignored
     rate: float,
     number: int,
-) -> Tensor:  # [m] local indices, sorted
-    """The classes of a step that this rank holds: those required, and a share of each block, drawn by `number`."""
+) -> Tensor:  # [m] local indices, sorted; on CUDA then -1: no class
+    """The classes of a step that this rank holds: those required, and a share of each block, drawn by `number`.
+
+    On CUDA the host does not wait for their number: m is an upper bound that it knows.
+    """
     kept = torch.zeros(classes.count + 1, dtype=torch.bool, device=required.device)
     kept[classes.local_index(required)] = True  # local_index is -1, the extra last entry, for classes of other ranks
     for ids in drawn(classes, rate, number, required.device):
         kept[classes.local_index(ids)] = True
-    return kept[:-1].nonzero()[:, 0]
+    if not kept.is_cuda:
+        return kept[:-1].nonzero()[:, 0]
+    most = most_drawn(classes, rate)
+    most += min(len(required), classes.count - most)
+    return torch.nonzero_static(kept[:-1], size=most, fill_value=-1)[:, 0]
+
+
+def most_drawn(classes: Layout, rate: float) -> int:
+    """So many of this rank's classes are drawn; where ranks share a block, an upper bound."""
+    start, stop = classes.start, classes.stop
+    whole = range(-(-start // BLOCK), stop // BLOCK)
+    most = len(whole) * math.ceil(rate * BLOCK)
+    for block in {start // BLOCK, stop // BLOCK} - {*whole[:1]}:
+        first, last = block * BLOCK, min((block + 1) * BLOCK, classes.total)
+        most += max(0, min(math.ceil(rate * (last - first)), min(stop, last) - max(start, first)))
+    return most
 
 
 def drawn(classes: Layout, rate: float, number: int, device: torch.device) -> Iterator[Tensor]:  # [m] each

@@ -6,10 +6,11 @@
 as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t.
 
 class_lazy_update applies T skipped steps of SGD to a row at once: momentum and weight decay without a gradient are a
-product of T 2 x 2 matrices on its (v, w); see optim.py. Letters: C classes, n of them selected, d features.
+product of T 2 x 2 matrices on its (v, w); see optim.py. On a GPU class_ids may end in -1, no class: these places
+change nothing. Letters: C classes, n of them selected, d features.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,47 @@ def stream_update(
     hyper: list[float],
     grad_scale: Tensor | None,  # []
 ) -> None:
+    if class_ids is not None and class_ids.is_cuda:
+        class_ids, grad = without_none(class_ids, grad)
+    update_rows(w, state, grad, class_ids, None, rule, hyper, grad_scale)
+
+
+def triton_update(
+    w: Tensor,  # [C, d], changed
+    state: list[Tensor],  # [C, d] each, changed
+    grad: Tensor,  # [n, d]
+    class_ids: Tensor | None,  # [n], perhaps -1 at the end
+    *step: Any,
+) -> None:
+    """stream_update, without a host sync where class_ids end in -1."""
+    is_class = None
+    if class_ids is not None:
+        class_ids, grad = first_for_none(class_ids, grad)
+        is_class = (class_ids >= 0)[:, None]  # at least one, except where all are -1
+    update_rows(w, state, grad, class_ids, is_class, *step)
+
+
+def without_none(class_ids: Tensor, of_each: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n, ...] -> [m], [m, ...]
+    keep = class_ids >= 0
+    return class_ids[keep], of_each[keep]  # a host sync: the number of classes
+
+
+def first_for_none(class_ids: Tensor, of_each: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n, ...] -> the same
+    """The first class and its numbers in place of -1: written more than once, its row gets the same bits each time."""
+    places = torch.where(class_ids < 0, 0, torch.arange(len(class_ids), device=class_ids.device))
+    return class_ids[places], of_each[places]
+
+
+def update_rows(
+    w: Tensor,  # [C, d], changed
+    state: list[Tensor],  # [C, d] each, changed
+    grad: Tensor,  # [n, d]
+    class_ids: Tensor | None,  # [n]
+    is_class: Tensor | None,  # [n, 1] rows that may change; None: all
+    rule: str,
+    hyper: list[float],
+    grad_scale: Tensor | None,  # []
+) -> None:
     rows = slice(None) if class_ids is None else class_ids
     old = [t[rows] for t in (w, *state)]
     new = [t.clone() for t in old]
@@ -62,9 +104,10 @@ def stream_update(
         sgd_(*new, g=grad, hyper=hyper)
     else:
         adamw_(*new, g=grad, hyper=hyper)
-    if grad_scale is not None:
-        finite = grad.isfinite().all(1, keepdim=True)
-        new = [torch.where(finite, after, before) for after, before in zip(new, old, strict=True)]
+    finite = None if grad_scale is None else grad.isfinite().all(1, keepdim=True)
+    for changes in (finite, is_class):
+        if changes is not None:
+            new = [torch.where(changes, after, before) for after, before in zip(new, old, strict=True)]
     for t, after in zip((w, *state), new, strict=True):
         t[rows] = after
 
@@ -103,6 +146,30 @@ def stream_lazy_update(
     class_ids: Tensor | None,  # [n]
     products: Tensor,  # [n, 4] of each row, a 2 x 2 matrix on (v, w)
 ) -> None:
+    if class_ids is not None and class_ids.is_cuda:
+        class_ids, products = without_none(class_ids, products)
+    lazy_update_rows(w, v, class_ids, products)
+
+
+def triton_lazy_update(
+    w: Tensor,  # [C, d], changed
+    v: Tensor | None,  # [C, d], changed
+    class_ids: Tensor | None,  # [n], perhaps -1 at the end
+    products: Tensor,  # [n, 4]
+) -> None:
+    """stream_lazy_update, without a host sync where class_ids end in -1."""
+    if class_ids is not None:
+        class_ids, products = first_for_none(class_ids, products)
+        products = torch.where((class_ids < 0)[:, None], products.new_tensor((1, 0, 0, 1)), products)
+    lazy_update_rows(w, v, class_ids, products)
+
+
+def lazy_update_rows(
+    w: Tensor,  # [C, d], changed
+    v: Tensor | None,  # [C, d], changed
+    class_ids: Tensor | None,  # [n]
+    products: Tensor,  # [n, 4]
+) -> None:
     rows = slice(None) if class_ids is None else class_ids
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[rows], torch.zeros_like(w[rows]) if v is None else v[rows]  # views, if of all rows
@@ -131,4 +198,5 @@ if BUILD.facts:
 
 
 IMPLS["stream"] = Impl({"update": stream_update, "lazy_update": stream_lazy_update}, lambda w: True)
-IMPLS["triton"] = IMPLS["reference"] = IMPLS["stream"]
+IMPLS["reference"] = IMPLS["stream"]
+IMPLS["triton"] = Impl({"update": triton_update, "lazy_update": triton_lazy_update}, lambda w: True)

@@ -85,6 +85,26 @@ def stable_topk(
     return padded(values, classes.gather(1, order), k)
 
 
+def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:  # sparse COO [C, ...] -> ids [n], rows [n, ...]
+    """The rows of a sparse gradient, those of one class added up, by rising class.
+
+    On CUDA without a host sync: the ids end in -1, with rows of 0.
+    """
+    if gradient.is_cuda:
+        return merged_rows(gradient._indices()[0], gradient._values())
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()
+
+
+def merged_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n, ...] -> [n], [n, ...]
+    ordered, order = ids.sort(stable=True)
+    is_first = ordered.diff(prepend=ordered.new_full((1,), -1)) != 0
+    ordered_place = is_first.cumsum(0) - 1
+    place = torch.empty_like(order).scatter_(0, order, ordered_place)
+    merged = torch.zeros_like(rows).index_put_((place,), rows, accumulate=True)  # sorted on a GPU: no atomics
+    return torch.full_like(ids, -1).scatter_(0, ordered_place, ordered), merged
+
+
 def rank_in_group(groups: Tensor) -> Tensor:  # [n] ids, equal ones adjacent -> [n]
     """The number of each item in its group: 0, 1, 2, ... from the first."""
     sizes = groups.unique_consecutive(return_counts=True)[1]

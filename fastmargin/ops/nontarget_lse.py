@@ -136,8 +136,14 @@ def scatter(
     """A gradient of the selected classes as a sparse COO tensor, of the shape of `like`."""
     if class_ids is None:
         return gradient
+    ids = without_padding(class_ids) if class_ids.is_cuda else class_ids
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # torch 2.11 warns unless told here
-        return torch.sparse_coo_tensor(class_ids[None], gradient, like.shape, is_coalesced=True)
+        return torch.sparse_coo_tensor(ids[None], gradient, like.shape, is_coalesced=not class_ids.is_cuda)
+
+
+def without_padding(class_ids: Tensor) -> Tensor:  # [n], perhaps -1 at the end -> [n]
+    """The first class in place of -1: its rows, 0 there, add nothing to its gradient, and no other class gets one."""
+    return torch.where(class_ids < 0, class_ids[:1].clamp(min=0), class_ids)
 
 
 def nontarget_lse(
@@ -165,7 +171,9 @@ def nontarget_lse(
         y: the class of each row; -1: none of these classes, so all of them count as other classes.
         bias: only with normalize_weight=False.
         class_ids: restricts the classes to w[class_ids], gathered a tile at a time. y and topk_classes then are indices
-            into `class_ids`, and the gradients of w and bias are sparse COO tensors of these rows.
+            into `class_ids`, and the gradients of w and bias are sparse COO tensors of these rows. On CUDA class_ids
+            may end in -1, no class, so that the host need not know their number: nothing is computed or changed for
+            these places. The sparse gradients are not coalesced there.
         topk: k; where fewer than k other classes exist, the last entries are class -1, value -inf. The cost is
             negligible up to about 10, and higher where classes happen to be sorted by rising similarity.
         compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it for the products, and so may
@@ -187,6 +195,8 @@ def nontarget_lse(
         raise ValueError(f"topk = {topk!r}: want an int of 0 or more")
     need_expected_weight = x.requires_grad and torch.is_grad_enabled()
     backend = pick(IMPLS, x, backend)
+    if class_ids is not None and class_ids.is_cuda and backend in ("stream", "reference"):
+        class_ids = class_ids[class_ids >= 0]  # a host sync: they know no class -1
     options = Options(
         normalize_weight, topk, pick_compute(IMPLS, backend, x, compute_dtype), backend, need_expected_weight, optimizer
     )

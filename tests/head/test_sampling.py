@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 from check import error
+from emulation import wants_compiler
 from torch import nn
 
 import fastmargin as fm
 from fastmargin.distributed.layout import chunks
-from fastmargin.head import sampling
+from fastmargin.head import margin_head, sampling
+from fastmargin.head.class_weights import to_local_index, to_subset_index
 from fastmargin.head.margin_head import MarginHead
-from fastmargin.head.sampling import BLOCK, derive_seed, hashed, sampled_classes
+from fastmargin.head.sampling import BLOCK, derive_seed, hashed, most_drawn, sampled_classes
+from fastmargin.ops.common import merged_rows
+from fastmargin.ops.nontarget_lse import without_padding
 
 F64 = torch.float64
 NONE = torch.empty(0, dtype=torch.int64)
@@ -79,6 +83,65 @@ def test_what_is_required_is_there_above_the_share():
     required[::7] = -1
     classes, share = drawn(2 * BLOCK, 0.01, required=required), drawn(2 * BLOCK, 0.01)
     assert torch.equal(classes, torch.cat((share, required[required >= 0])).unique()) and len(classes) > 4 * len(share)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 0.999])
+@pytest.mark.parametrize("N", [1, 2, 3, 7])
+@pytest.mark.parametrize("C", [1, 3, BLOCK, 2049, 5003])
+def test_the_host_knows_how_many_are_drawn_at_most(C, N, rate):
+    for rank in range(N):
+        layout = chunks(C, Rank(rank, N))
+        count, most = len(sampled_classes(layout, NONE, rate, FIRST)), most_drawn(layout, rate)
+        assert count <= most <= layout.count
+        ends_with_blocks = layout.start % BLOCK == 0 and (layout.stop % BLOCK == 0 or layout.stop == C)
+        assert count == most or not ends_with_blocks
+
+
+# ---------------------------------------------------------------------------------------------- no class, as on CUDA
+
+
+def test_indices_of_a_subset_that_ends_in_no_class():
+    local = torch.tensor([7, -1, 2, 5])
+    for subset in (torch.tensor([2, 5, 7]), torch.tensor([2, 5, 7, -1, -1])):
+        index = to_subset_index(local, subset)
+        assert index.tolist() == [2, -1, 0, 1] and torch.equal(to_local_index(index, subset), local)
+
+
+def test_sparse_gradients_add_up_without_their_number():
+    ids = torch.tensor([3, 5, 9, -1, -1])
+    rows = torch.randn(5, 4).masked_fill(ids[:, None] < 0, 0.0)
+    one = torch.sparse_coo_tensor(without_padding(ids)[None], rows, (10, 4))
+    for gradient in (one, one + torch.sparse_coo_tensor(torch.tensor([[9, 0, 3]]), torch.randn(3, 4), (10, 4))):
+        want, (got, merged) = gradient.coalesce(), merged_rows(gradient._indices()[0], gradient._values())
+        n = len(want.indices()[0])
+        assert torch.equal(got[:n], want.indices()[0]) and torch.equal(merged[:n], want.values())
+        assert (got[n:] == -1).all() and not merged[n:].any()
+    assert without_padding(ids[3:]).tolist() == [0, 0]
+
+
+@wants_compiler
+@pytest.mark.parametrize("kind", [fm.optim.ClassSGD, fm.optim.ClassAdamW])
+def test_a_head_trains_alike_where_its_classes_end_in_none(emulated, monkeypatch, kind):
+    def ending_in_none(*given):
+        return torch.cat((sampled_classes(*given), torch.full((40,), -1)))
+
+    ends = []
+    for sample in (sampled_classes, ending_in_none):
+        monkeypatch.setattr(margin_head, "sampled_classes", sample)
+        torch.manual_seed(1)
+        head = MarginHead(16, 2500, fm.ArcFace(), topk=3, sample_rate=0.1, backend="emulated")
+        optimizer = kind(head, 0.1, in_backward=True, weight_decay=0.1)
+        seen = []
+        for _ in range(4):
+            x, y = (9 * torch.randn(20, 16)).requires_grad_(), torch.randint(0, 2500, (20,))
+            out = head(x, y)
+            out.loss.backward()
+            optimizer.step()
+            seen += [out.loss.detach(), out.hard_classes, x.grad]
+        head._apply_lazy_updates()
+        ends.append([*seen, head.weight.detach().clone()])
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b) if a.dtype == torch.int64 else error(a, b) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- the head

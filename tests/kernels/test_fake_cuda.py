@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulation import ROOT, compiler, torch_flags, wants_compiler
 from fake_cuda import CUDA, backward, install, moved
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import fastmargin as fm
 from fastmargin.ops.nontarget_lse import IMPLS
@@ -83,13 +83,34 @@ def test_features_of_autocast(gpu, name, dtype):
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 def test_every_optimizer(gpu, name, kind, in_backward, sample_rate):
+    """With sampled classes, stream and reference wait for the device: they drop the places without a class."""
     head = moved(fm.MarginHead(d, C, fm.ArcFace(), sample_rate=sample_rate, backend=name))
     optimizer = kind(head, 0.1, in_backward=in_backward)
+    if sample_rate < 1 and name in ("stream", "reference"):
+        with pytest.raises(DynamicOutputShapeException):
+            step(head)
+        return
     for _ in range(3):
         optimizer.zero_grad()
         step(head)
         optimizer.step()
     assert {t.device for t in optimizer.state[head.weight].values() if isinstance(t, torch.Tensor)} <= {CUDA}
+
+
+@pytest.mark.parametrize("margin", [fm.ArcFace, fm.L2Softmax])
+def test_sampled_classes_and_the_gradients_of_several_passes(gpu, name, margin):
+    if name in ("stream", "reference"):
+        pytest.skip("these wait for the device where classes are sampled")
+    head = moved(fm.MarginHead(d, C, margin(), bias=margin is fm.L2Softmax, sample_rate=0.1, topk=3, backend=name))
+    optimizer = fm.optim.ClassSGD(head, 0.1, momentum=0.9)
+    hard = torch.randint(-1, C, (B, 2), device=CUDA)
+    for _ in range(2):
+        for _ in range(2):
+            _, out = step(head, hard_classes=hard)
+        assert out.hard_classes.shape == (B, 3) and len(head.sampled) == 102 + B + 2 * B  # of 1009, and the required
+        head.grad_norm()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_a_head_answers(gpu, name):

@@ -15,8 +15,8 @@ from dense import F32, F64, cast, dense, leaves, problem, run, seen, without_top
 from emulation import wants_compiler
 from places import check, moved, run_on
 
+from fastmargin.ops import class_update, target_logit
 from fastmargin.ops import nontarget_lse as op
-from fastmargin.ops import target_logit
 from fastmargin.ops.backends import native_can_run
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
@@ -115,6 +115,102 @@ def test_selected_classes_agree_to_the_bit_with_a_copy_of_their_weights(place, r
     want, order = run_on(place, x, w[class_ids], y, None, upstream, **options)
     got[4] = got[4][class_ids]
     assert torch.equal(classes, order) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def directly(place, padding, x, w, y, bias, class_ids, upstream, k, dtype):
+    """What the ops return: of the -1 that class_ids end in, the gradients are 0, and left out here."""
+    device, backend = place
+    n, class_ids = len(class_ids), torch.cat((class_ids, torch.full((padding,), -1)))
+    x, w, y, bias, class_ids, *upstream = moved(device, x, w, y, bias, class_ids, *upstream)
+    given = x, w, y, bias, class_ids
+    functions, plain = IMPLS[backend].functions, bias is not None
+    rest, values, classes, none = functions["fwd"](*given, None, not plain, 1, k, dtype, False)
+    target = target_logit.IMPLS[backend].functions["fwd"](*given, not plain)
+    dx, dw, db = functions["bwd"](
+        *given, None, not plain, 1, dtype, rest, classes, none, *upstream, True, True, plain
+    )  # fmt: skip
+    assert dw.shape == (n + padding, w.shape[1]) and not dw[n:].any() and not db[n:].any()
+    return moved("cpu", rest, values, classes, target, dw[:n], db[:n], dx)
+
+
+@pytest.fixture
+def any_ids(monkeypatch):
+    """As on a GPU, where class_ids are not checked."""
+    for module in (op, target_logit):
+        monkeypatch.setattr(module, "check_ids", lambda *given: None)
+
+
+@pytest.mark.usefixtures("poison", "any_ids")
+@pytest.mark.parametrize(("C", "n", "padding", "plain"), [
+    (900, 513, 100, False), (900, 513, 600, True), (900, 257, 300, False), (9, 3, 4, True), (9, 0, 5, False),
+])  # fmt: skip
+def test_class_ids_may_end_in_no_class(place, compute_dtype, C, n, padding, plain):
+    """A place of -1 counts for nothing, whatever chunk it is in, also where all of a chunk have none."""
+    x, w, _, bias = cast(F32, *problem(5, 96, C, 4, plain=plain)[:4])
+    upstream = [torch.randn(5), torch.randn(5), torch.randn(5, 4)]
+    class_ids = torch.randperm(C)[:n].sort().values
+    y = torch.randint(-1, max(n, 1), (5,)).clamp(max=n - 1)
+    given = x, w, y, bias, class_ids, upstream, 4, compute_dtype
+    got, want = directly(place, padding, *given), directly(place, 0, *given)
+    assert torch.equal(got[2], want[2])
+    for a, b in zip(got[:5], want[:5], strict=True):
+        assert place[1] != "emulated" or torch.equal(a, b)
+    for a, b in zip(got, want, strict=True):  # db and dx are summed in other parts
+        finite = b.isfinite()
+        assert torch.equal(a[~finite], b[~finite]) and (error(a[finite], b[finite]) < 4e-6 or not finite.any())
+
+
+@pytest.mark.usefixtures("any_ids")
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n", [300, 0])
+def test_an_update_leaves_no_class_as_it_is(place, rule, scaled, n):
+    """The last row too, which -1 would be in Python; and the same bits as without padding."""
+    device, backend = place
+    C, d, padding = 400, 24, 300
+    w, grad, p = torch.randn(C, d), torch.randn(n + padding, d), torch.randn(n + padding, 4)
+    hyper = [0.1, 0.9, 0.01, 1.0] if rule == "sgd" else [0.1, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.1]
+    state = [torch.rand(C, d) for _ in range(1 if rule == "sgd" else 2)]
+    grad[n:] = torch.nan
+    for ids in (torch.randperm(C)[:n].sort().values, torch.arange(n) + C - n):
+        ends = []
+        for more in (0, padding):
+            one, states = moved(device, w)[0].clone(), [t.clone() for t in moved(device, *state)]
+            rows, g, products = moved(
+                device, torch.cat((ids, torch.full((more,), -1))), grad[: n + more], p[: n + more]
+            )
+            scale = torch.tensor(2.0, device=device) if scaled else None
+            functions = class_update.IMPLS[backend].functions
+            functions["update"](one, states, g, rows, rule, hyper, scale)
+            functions["lazy_update"](one, states[0], rows, products)
+            ends.append([one.cpu(), *moved("cpu", *states)])
+        for a, b in zip(*ends, strict=True):
+            assert torch.equal(a, b)
+        others = torch.ones(C, dtype=torch.bool).index_fill(0, ids, False)
+        assert torch.equal(ends[1][0][others], w[others])
+
+
+@pytest.mark.usefixtures("any_ids")
+def test_a_step_in_the_backward_pass_leaves_no_class_as_it_is(place, compute_dtype):
+    device, backend = place
+    if "bwd_update" not in IMPLS[backend].functions:
+        pytest.skip("makes its step from the whole gradient")
+    x, w = cast(F32, *problem(5, 96, 900)[:2])
+    ids, y, ones = torch.randperm(900)[:513].sort().values, torch.randint(-1, 513, (5,)), torch.ones(5)
+    ends = []
+    for padding in (0, 600):
+        rows = torch.cat((ids, torch.full((padding,), -1)))
+        one, v, *given = moved(device, w.clone(), torch.zeros_like(w), x, y, rows, ones)
+        data = given[0], one, given[1], None, given[2]
+        rest, _, classes, none = IMPLS[backend].functions["fwd"](*data, None, True, 1, 0, compute_dtype, False)
+        IMPLS[backend].functions["bwd_update"](
+            *data, None, True, 1, compute_dtype, rest, classes, none, given[3], -given[3], None, True, False,
+            [v], "sgd", [0.1, 0.9, 0.01, 0.0], None,
+        )  # fmt: skip
+        ends.append(moved("cpu", one, v))
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b) if backend == "emulated" else error(a, b) < 2e-6
+    assert not torch.equal(ends[1][0], w)
 
 
 def test_any_strides(place):

@@ -72,6 +72,7 @@ def test_info_does_not_claim_a_gpu():
 POINTERS = {
     "y": "*i64",
     "class_ids": "*i64",
+    "count": "*i64",
     "classes": "*i64",
     "entry_row": "*i64",
     "entry_class": "*i32",
@@ -107,7 +108,11 @@ ARCHITECTURES = {
     (tile_table.HOPPER, tile_table.HALF): (90,),
     (tile_table.BLACKWELL, tile_table.HALF): (100,),
 }
-VARIANTS = {"normalized": ("bias",), "bias": ("residual_scale", "groups")}  # arguments that are None
+VARIANTS = {
+    "normalized": ("bias", "count"),
+    "sampled": ("bias",),
+    "bias": ("residual_scale", "groups"),
+}  # arguments that are None
 TILES = [
     (capability, key[0] != tile_table.AMPERE, key[1], tile, variant)
     for key, rows in tile_table.TABLE.items()
