@@ -72,7 +72,8 @@ class MarginHead(ClassWeights):
 
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
     on (seed, step) alone. `sampled` [n] are the local indices (rows of `weight`) of the last pass, sorted; None: all.
-    On CUDA they may end in -1, no class: their number is an upper bound, so that no pass waits for the device.
+    On CUDA they may end in -1, no class: their number is an upper bound, so that no pass waits for the device, except
+    with the backends stream and reference. The gradient of `weight` is not coalesced there.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
