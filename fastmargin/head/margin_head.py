@@ -84,7 +84,8 @@ class MarginHead(ClassWeights):
     `counter.step` counts the training passes of a head in a group or with sampled classes: their random numbers depend
     on (seed, step) alone. Heads that count and heads that do not load each other's state strictly. `sampled` [n] are
     the local indices (rows of `weight`) of the last pass that sampled, sorted; None: all. On CUDA they may end in -1,
-    no class: their number is an upper bound, so that no pass waits for the device.
+    no class: their number is an upper bound, so that no pass waits for the device, except with the backends stream and
+    reference. The gradient of `weight` is not coalesced there.
 
     `weight`, `parameters()`, `named_parameters()` and `state_dict()`, also those of a module that contains the head,
     first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from

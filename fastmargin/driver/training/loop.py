@@ -83,8 +83,8 @@ def train_step(
     images: Tensor,  # [b, c, H, W] float32, of this process
     labels: Tensor,  # [b] int64
 ) -> HeadOutput:  # of these rows
-    """One optimizer step. On a GPU the host waits for the step before (table_feed.py); with sampled classes or terms it
-    waits for this one, too."""
+    """One optimizer step. On a GPU the host waits for the step before (table_feed.py); with terms, or with sampled
+    classes of the backends stream and reference, it waits for this one, too."""
     torch.manual_seed(derive_seed(run.config.seed, run.step, run.processes.rank))  # dropout and random margins
     run.optimizers.set_rate(run.step)
     run.optimizers.zero_grad()
