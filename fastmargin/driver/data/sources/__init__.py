@@ -9,8 +9,8 @@
     a safetensors file                      its own   none           tensors
     synthetic:CLASSESxIMAGES                112       none           synthetic
 
-Size and augmentation are those that a null stands for. A null `data.color` keeps the images' own, for folders and
-records that of the first image; synthetic images are in color.
+Size and augmentation are those that a null stands for. A null `data.color` keeps the images' own; folders and
+records are gray if all their images are, else in color; synthetic images are in color.
 
 Encoded pictures (folder, recordio) are decoded once, into a packed file: see `packed`. `pixels` scales them.
 """
