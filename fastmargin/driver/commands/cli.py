@@ -22,7 +22,7 @@ from fastmargin import __version__
 from fastmargin.driver.commands import scale
 from fastmargin.driver.commands.parser import Parser, new_parser
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict
-from fastmargin.driver.log import log
+from fastmargin.driver.log import log, on_one_line
 from fastmargin.driver.training import run_folder
 from fastmargin.require import require
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_one_process(given.command)
         COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
-        if said := only_once(" ".join(str(mistake).split())):
+        if said := only_once(on_one_line(" ".join(str(mistake).split()))):
             print(f"fastmargin: {said}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:

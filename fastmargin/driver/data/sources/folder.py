@@ -17,7 +17,7 @@ from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources.packed import SHOWN, pack
 from fastmargin.driver.data.sources.pixels import FORMATS
-from fastmargin.driver.log import Log
+from fastmargin.driver.log import Log, on_one_line
 
 SIZE = 112  # pixels a side, if data.size is null
 SUFFIXES = frozenset(  # of files that are not opened to see whether they are pictures
@@ -67,7 +67,7 @@ def load_folder(config: DataConfig, log: Log) -> Identities:
 
 def some(left_out: list[str]) -> str:
     more = f", and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-    return f"{len(left_out)} files or folders: {', '.join(left_out[:SHOWN])}{more}"
+    return f"{len(left_out)} files or folders: {', '.join(map(on_one_line, left_out[:SHOWN]))}{more}"
 
 
 def folders(root: Path, left_out: list[str]) -> list[str]:

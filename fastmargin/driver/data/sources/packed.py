@@ -35,7 +35,7 @@ from tqdm import tqdm
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities, dense
 from fastmargin.driver.data.sources.pixels import Color, decode, own_color
-from fastmargin.driver.log import Log
+from fastmargin.driver.log import Log, on_one_line
 from fastmargin.files import written
 
 VERSION = 3
@@ -160,7 +160,7 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
         for number, found in decoded(encoded, size, color):
             bar.update()
             if isinstance(found, Exception):
-                skipped.append(f"{encoded.title(number)} ({found})")
+                skipped.append(on_one_line(f"{encoded.title(number)} ({found})"))
                 log(f"data: skipped {skipped[-1]}")
                 check_budget(skipped, count)
                 continue
