@@ -51,8 +51,7 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 
     ValueError if the source is none of those above, is damaged, or has no images.
     """
-    key = KINDS[recognize(config.source)].key
-    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
+    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key_of(config))
     test = held_out.comparable(EVALUATED, config.split_seed)
     if len(test.labels) < len(held_out.labels):
         log(
@@ -65,6 +64,11 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 def load_all(config: DataConfig, log: Log) -> Identities:
     """All identities of the source, held out or not. ValueError as for `load_data`."""
     return KINDS[recognize(config.source)].load(config, log)
+
+
+def key_of(config: DataConfig) -> Callable[[str], object]:
+    """The function of an identity's name that decides whether it is held out."""
+    return KINDS[recognize(config.source)].key
 
 
 def recognize(source: str) -> str:
