@@ -243,7 +243,7 @@ class TrainConfig:
     terms: dict[str, TermConfig] = field(
         default_factory=dict,
         metadata={"help": "losses beside the head's, by name: center, git, minimum_margin, marginal, range, "
-                          "margin_based, or a class of pytorch_metric_learning.losses. Each has a weight (1) and "
+                          "margin_based, or a loss of pytorch-metric-learning. Each has a weight (1) and "
                           "options, the arguments of its function or class by name"},
     )  # fmt: skip
     init_from: str | None = option(
@@ -314,6 +314,8 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
             return from_dict(hints[name], given)
         if hints[name] == dict[str, TermConfig]:
             require(isinstance(given, Mapping), name, given, "terms by name")
+            for term, options in given.items():
+                require(isinstance(options, Mapping), f"{name}.{term}", options, "a weight and options by name")
             return {term: from_dict(TermConfig, options) for term, options in given.items()}
         return tuple(given) if isinstance(given, list) else given
 

@@ -2,7 +2,7 @@
 
 LFW's pairs.txt (vis-www.cs.umass.edu/lfw): the first line holds the number of folds and the pairs of each kind
 in a fold, or that number alone for one fold; then, for each fold, its genuine pairs `name n m` and its impostor
-pairs `name n name m`. n counts the images of a name from 1: image n of NAME is NAME_000n.jpg.
+pairs `name n name m`. Image n of NAME is the file NAME_000n.jpg. Names may have spaces where tabs separate the fields.
 
 InsightFace's verification sets (lfw.bin, cfp_fp.bin, agedb_30.bin): a pickled pair (images, same), where images
 is a list of 2 P encoded files, pair p being images 2p and 2p + 1, and same a list of P booleans.
@@ -11,7 +11,9 @@ is a list of 2 P encoded files, pair p being images 2p and 2p + 1, and same a li
 import io
 import pickle
 import pickletools
-from pathlib import Path
+import re
+import unicodedata
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,9 @@ import numpy as np
 from fastmargin.evaluation.arrays import Array, array
 from fastmargin.evaluation.sampling import Pairs
 
-Image = tuple[str, int]  # name, number from 1
+Image = tuple[str, int]  # name, number
+
+SHOWN = 10  # images that an error names
 
 ADMITTED = frozenset(  # opcodes of a pickle that build lists, tuples, bytes and numbers, and call nothing
     "PROTO FRAME STOP MARK EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
@@ -41,29 +45,81 @@ class PairList(NamedTuple):
         self,
         labels: Array,  # [N]
         names: list[str] | None = None,  # [C], by label
+        titles: list[str] | None = None,  # [N], paths of the images
+        skip_missing: bool = False,
     ) -> Pairs:
-        """The pairs as rows of N labeled embeddings: image n of a name is the n-th row with its label.
+        """The pairs as rows of N labeled embeddings.
 
-        Without names, the label as text is the name. ValueError for an image without a row.
+        Image n of a name is the row whose file, in a folder of that name, has a name that ends in n: 7.jpg, A_0007.jpg.
+        Without titles, or if one is no such path, it is the n-th row with that label. Without names, the label as text
+        is the name. Names are compared in Unicode's NFC. ValueError for images without a row, or with two;
+        skip_missing: pairs with an image without a row are left out.
         """
-        found: dict[Image, int] = {}
-        counts: dict[str, int] = {}
-        for row, label in enumerate(array(labels).tolist()):
-            if names is not None and not 0 <= label < len(names):
-                raise ValueError(f"label {label}; want 0 to {len(names) - 1}, there are {len(names)} names")
-            name = str(label) if names is None else names[label]
-            counts[name] = counts.get(name, 0) + 1
-            found[name, counts[name]] = row
-        missing = next((image for image in (*self.first, *self.second) if image not in found), None)
-        if missing is not None:
-            name, number = missing
-            named = "a label as text, as there are no names" if names is None else "by the names of the labels"
+        found = rows_by_image(array(labels).tolist(), names, titles)
+        sides = [[(nfc(name), n) for name, n in side] for side in (self.first, self.second)]
+        listed = dict.fromkeys(image for pair in zip(*sides, strict=True) for image in pair)
+        if double := [image for image in listed if len(found.get(image, ())) > 1]:
             raise ValueError(
-                f"image {number} of {name!r} is in the pair list, not in the embeddings: {counts.get(name, 0)} rows "
-                f"have that name ({named}), and image n is the n-th of them"
+                f"the embeddings have more than one row for an image of the pair list: {some_images(double)}"
             )
-        first, second = (np.array([found[image] for image in side]) for side in (self.first, self.second))
-        return Pairs(first, second, self.same)
+        missing = {image: None for image in listed if image not in found}
+        if missing and not skip_missing:
+            raise ValueError(
+                f"the embeddings have no row for {len(missing)} of the pair list's {len(listed)} images: "
+                f"{some_images([*missing])}. "
+                "Image n of a name is the file in a folder of that name whose own name ends in n; of embeddings "
+                "without such paths, the n-th row of that name"
+            )
+        kept = [p for p, pair in enumerate(zip(*sides, strict=True)) if missing.keys().isdisjoint(pair)]
+        first, second = (np.array([found[side[p]][0] for p in kept], np.int64) for side in sides)
+        return Pairs(first, second, self.same[kept])
+
+
+def rows_by_image(
+    labels: list[int],  # N
+    names: list[str] | None,
+    titles: list[str] | None,
+) -> dict[Image, list[int]]:
+    """The rows of each image; names as in `PairList.rows`."""
+    named = [nfc(name_of(label, names)) for label in labels]
+    numbers = None if titles is None else numbers_of(named, titles)
+    found: dict[Image, list[int]] = {}
+    counts: dict[int, int] = {}
+    for row, (label, name) in enumerate(zip(labels, named, strict=True)):
+        counts[label] = counts.get(label, 0) + 1
+        number = counts[label] if numbers is None else numbers[row]
+        if number is not None:
+            found.setdefault((name, number), []).append(row)
+    return found
+
+
+def name_of(label: int, names: list[str] | None) -> str:
+    if names is not None and not 0 <= label < len(names):
+        raise ValueError(f"label {label}; want 0 to {len(names) - 1}, there are {len(names)} names")
+    return str(label) if names is None else names[label]
+
+
+def numbers_of(
+    names: list[str],  # N
+    titles: list[str],  # N
+) -> list[int | None] | None:
+    """The number that ends the name of each file, None where there is none; None if a title is no path of a file in a
+    folder of that name."""
+    paths = [PurePath(nfc(title)) for title in titles]
+    if not all(name in path.parts[:-1] for name, path in zip(names, paths, strict=True)):
+        return None
+    ends = (re.search(r"[0-9]+$", path.stem) for path in paths)
+    return [end and int(end[0]) for end in ends]
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def some_images(images: list[Image]) -> str:
+    named = ", ".join(f"{name} {number}" for name, number in images[:SHOWN])
+    more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
+    return named + more
 
 
 class ImagePairs(NamedTuple):
@@ -76,10 +132,10 @@ class ImagePairs(NamedTuple):
 def read_pairs(path: str | Path) -> PairList:
     """Reads a pairs.txt. ValueError names the line that does not follow the format; OSError as `open`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no pair list: {error}") from error
-    fields = [line.split() for line in lines]
+    fields = [words_of(line) for line in lines]
     while fields and not fields[-1]:
         fields.pop()
     head = [int(word) for word in fields[0] if word.isdecimal()] if fields else []
@@ -99,6 +155,12 @@ def read_pairs(path: str | Path) -> PairList:
         pairs.append(((name, int(n)), (other, int(m)), same))
     first, second, kinds = (list(column) for column in zip(*pairs, strict=True))
     return PairList(first, second, np.array(kinds), folds)
+
+
+def words_of(line: str) -> list[str]:
+    """The fields of a line, separated by tabs if it has three or four so, else by any space."""
+    words = [word.strip() for word in line.strip().split("\t")]
+    return words if len(words) in (3, 4) else line.split()
 
 
 def read_bin(path: str | Path) -> ImagePairs:

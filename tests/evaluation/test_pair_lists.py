@@ -73,21 +73,71 @@ def test_pairs_as_rows_of_embeddings(tmp_path):
     labels = torch.tensor([2, 0, 1, 0, 1, 0])  # Cy, Ann, Bob, Ann, Bob, Ann
     got = pairs.rows(labels, ["Ann", "Bob_Lee", "Cy"])
     assert got.first.tolist() == [1, 3, 2, 0] and got.second.tolist() == [5, 2, 4, 1]
-    assert got.same is pairs.same
+    assert np.array_equal(got.same, pairs.same)
     numbered = PairList([("7", 2)], [("-3", 1)], np.array([False]), 1)
     assert [side.tolist() for side in numbered.rows(np.array([7, -3, 7]))[:2]] == [[2], [1]]
 
 
 def test_images_that_are_not_there(tmp_path):
     pairs = read_pairs(write(tmp_path / "pairs.txt", TWO_FOLDS))
-    with pytest.raises(ValueError, match="image 3 of 'Ann' is in the pair list, not in the embeddings"):
+    with pytest.raises(ValueError, match="no row for 1 of the pair list's 6 images: Ann 3"):
         pairs.rows(np.array([0, 0, 1, 1, 2]), ["Ann", "Bob_Lee", "Cy"])
-    with pytest.raises(ValueError, match="image 1 of 'Ann'"):
+    with pytest.raises(ValueError, match="no row for 6 of the pair list's 6 images: Ann 1, "):
         pairs.rows(np.array([0, 0, 0]))
     with pytest.raises(ValueError, match="label 3; want 0 to 2, there are 3 names"):
         pairs.rows(np.array([0, 3]), ["Ann", "Bob_Lee", "Cy"])
     with pytest.raises(ValueError, match="label -1"):
         pairs.rows(np.array([0, -1]), ["Ann", "Bob_Lee", "Cy"])
+
+
+def test_image_n_is_the_file_whose_name_ends_in_n():
+    """Text order is another one: 1, 10, 11, 12, 2, ...; and files may be missing."""
+    files = sorted([*(f"data/P0/{n}.jpg" for n in range(1, 13)), "data/P0/cover.jpg"])
+    files += ["data/A/x/A_0001.png", "data/A/A_0003.png", "data/A/A_0004.png"]
+    labels, names = np.array([0] * 13 + [1] * 3), ["P0", "A"]
+    pairs = PairList([("P0", 2), ("P0", 10), ("A", 1)], [("P0", 10), ("A", 4), ("A", 3)], np.array([1, 0, 1], bool), 1)
+    first, second, _ = pairs.rows(labels, names, files)
+    at = [[files[row] for row in side] for side in (first, second)]
+    assert at == [
+        ["data/P0/2.jpg", "data/P0/10.jpg", "data/A/x/A_0001.png"],
+        ["data/P0/10.jpg", "data/A/A_0004.png", "data/A/A_0003.png"],
+    ]
+
+
+def test_images_that_are_missing_are_counted_and_named_or_skipped():
+    files = ["A/A_0001.png", "A/A_0003.png", "A/A_0004.png"]
+    pairs = PairList([("A", 1), ("A", 1), ("A", 2)], [("A", 2), ("A", 4), ("B", 7)], np.array([True, True, False]), 1)
+    with pytest.raises(ValueError, match=r"no row for 2 of the pair list's 4 images: A 2, B 7"):
+        pairs.rows([0, 0, 0], ["A"], files)
+    kept = pairs.rows([0, 0, 0], ["A"], files, skip_missing=True)
+    assert [side.tolist() for side in kept] == [[0], [2], [True]]
+    many = PairList([("A", n) for n in range(20, 40)], [("A", 1)] * 20, np.ones(20, bool), 1)
+    with pytest.raises(ValueError, match=r"no row for 20 of the pair list's 21 images: A 20, .*A 29 and 10 more"):
+        many.rows([0, 0, 0], ["A"], files)
+
+
+def test_two_files_of_one_number_are_an_error():
+    pairs = PairList([("A", 1)], [("A", 2)], np.array([True]), 1)
+    with pytest.raises(ValueError, match="more than one row for an image of the pair list: A 1"):
+        pairs.rows([0, 0, 0], ["A"], ["A/1.png", "A/A_0001.png", "A/2.png"])
+
+
+@pytest.mark.parametrize("titles", [["train.rec, record 7", "train.rec, record 8"], ["image 4", "image 5"]])
+def test_titles_that_are_no_paths_count_rows(titles):
+    pairs = PairList([("9", 1)], [("9", 2)], np.array([True]), 1)
+    assert [side.tolist() for side in pairs.rows([9, 9], None, titles)[:2]] == [[0], [1]]
+
+
+def test_names_with_spaces_a_byte_order_mark_and_either_form_of_unicode(tmp_path):
+    text = "\ufeff1\t1\r\nJose\u0301 Mari\u0301a\t1\t2\r\nAnn Lee \t1\tJos\u00e9 Mar\u00eda\t2\r\n"
+    pairs = read_pairs(write(tmp_path / "pairs.txt", text))
+    assert pairs.second[0][0] == "Jose\u0301 Mari\u0301a" and pairs.first[1] == ("Ann Lee", 1)
+    composed, decomposed = "Jos\u00e9 Mar\u00eda", "Jose\u0301 Mari\u0301a"
+    for name in (composed, decomposed):
+        files = [f"p/{name}/1.jpg", f"p/{name}/2.jpg", "p/Ann Lee/1.jpg"]
+        for titles in (None, files):
+            got = pairs.rows([0, 0, 1], [name, "Ann Lee"], titles)
+            assert got.first.tolist() == [0, 2] and got.second.tolist() == [1, 1]
 
 
 # ---- verification sets ----

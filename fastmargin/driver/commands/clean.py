@@ -4,7 +4,8 @@
 
     images.csv     the images of each identity by <e_i, c_k>, worst first (ArcFace, arXiv 1801.07698v1, 3.1.1: those too
                    far from the feature center of their identity are removed, those near the threshold checked by hand)
-    remove.txt     the images with a cosine below a threshold, one a line, the worst of all identities first
+    remove.txt     the images with a cosine below a threshold, one a line, the worst of all identities first; a line
+                   that begins with a double quote is a path with control characters, such as line breaks, in JSON
     pairs.csv      the pairs of identities whose centers have at least a given cosine: one person under two names?
     overlap.csv    the same for these identities and those of another data set, such as a test set, whose people should
                    not be trained on (ArcFace 3.4: cosine above 0.45; AM-Softmax 4.2)
@@ -12,8 +13,12 @@
 An image is part of its own center: among n images, one unlike all others still has a cosine of about 1 / n, and the two
 images of an identity of two have the same. Identities that the run held out are cleaned like the others. Images are
 embedded identity by identity: memory holds all centers, and one block of images or the largest identity.
+
+In the CSVs a name or path that a spreadsheet would read as a formula, as it begins with = + - @, has an apostrophe
+before it.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +31,7 @@ from tqdm import tqdm
 
 from fastmargin.driver.config import GLYPHS, CleanConfig
 from fastmargin.driver.data.identities import Identities
-from fastmargin.driver.log import Log
+from fastmargin.driver.log import UNSAFE, Log, on_one_line
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import Backbone, adapted, embed_images, load, load_backbone
@@ -82,7 +87,8 @@ def clean(where: Path, out: Path, options: CleanConfig, log: Log, model: str | N
 
 
 def describe(backbone: Backbone, source: str, identities: Identities) -> DataSet:
-    names = list(map(contact_sheet.caption, identities.names)) if source == GLYPHS else identities.names
+    shown = contact_sheet.caption if source == GLYPHS else on_one_line
+    names = list(map(shown, identities.names))
     centers, cosines = find_centers(backbone.network, identities, backbone.config.dim)
     return DataSet(identities, names, identities.labels.bincount(), centers, cosines)
 
@@ -156,16 +162,21 @@ def rank_images(given: DataSet, out: Path, options: CleanConfig, log: Log) -> No
         f"{', '.join(f'{cosine:.3f} for {share:.0%}' for share, cosine in quantiles)}; the worst:"
     )
     for row in worst[: options.limit].tolist():
-        log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {title(row)}")
+        log(f"{given.cosines[row]:8.3f}  {given.names[int(labels[row])]}  {on_one_line(title(row))}")
     if options.below is not None:
         remove = worst[given.cosines[worst] < options.below]
         with run_folder.replaced(out / "remove.txt") as file:
-            file.writelines(f"{title(row)}\n" for row in remove.tolist())
+            file.writelines(f"{as_line(title(row))}\n" for row in remove.tolist())
         emptied = int((labels[remove].bincount(minlength=len(given.sizes)) == given.sizes).sum())
         log(
             f"below {options.below}: {len(remove)} images of {len(labels[remove].unique())} identities, "
             f"{emptied} of which have no others"
         )
+
+
+def as_line(title: str) -> str:
+    """A title for a file with one a line: a JSON string where it could be taken for something else."""
+    return json.dumps(title) if UNSAFE.search(title) or title.startswith('"') else title
 
 
 def image_rows(

@@ -22,7 +22,7 @@ from fastmargin import __version__
 from fastmargin.driver.commands import scale
 from fastmargin.driver.commands.parser import Parser, new_parser
 from fastmargin.driver.config import CleanConfig, TrainConfig, from_dict
-from fastmargin.driver.log import log
+from fastmargin.driver.log import log, on_one_line
 from fastmargin.driver.training import run_folder
 from fastmargin.require import require
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_one_process(given.command)
         COMMANDS[given.command](given[given.command])
     except (ArgumentError, ValueError, OSError) as mistake:
-        if said := only_once(" ".join(str(mistake).split())):
+        if said := only_once(on_one_line(" ".join(str(mistake).split()))):
             print(f"fastmargin: {said}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
@@ -128,7 +128,20 @@ def evaluate_parser() -> Parser:
         "--pairs",
         type=str | None,
         help="for a run: a verification set of InsightFace (.bin); for embeddings: a pair list as LFW's pairs.txt, "
-        "whose `name n` is the n-th row of the label of that name (names in the metadata; without them, the number)",
+        "whose `name n` is the image of that name (without names, of that label) whose file name ends in n; without "
+        "titles that are paths, its n-th row",
+    )
+    parser.add_argument(
+        "--skip_missing",
+        type=bool,
+        default=False,
+        help="for a pair list: leave out, and count, pairs with an image that the embeddings lack",
+    )
+    parser.add_argument(
+        "--identities",
+        type=Literal["held_out", "all"],
+        default="held_out",
+        help="for embeddings of a run's own data: all compares the identities it was trained on, too",
     )
     parser.add_argument(
         "--mirror",
@@ -143,7 +156,8 @@ def evaluate_parser() -> Parser:
 def embed_parser() -> Parser:
     parser = new_parser(
         description="Embed a data set with the last checkpoint of a run, into a safetensors file: embeddings [N, d], "
-        "not normalized, labels [N], names in the metadata, and titles, the paths of the images. `evaluate` takes it.",
+        "not normalized, labels [N], names in the metadata, titles, the paths of the images, and for the run's own "
+        "data held_out, which marks the identities it was not trained on. `evaluate` takes it.",
         epilog="Example: fastmargin embed run synthetic:10x4 --out embedded.safetensors",
     )
     parser.add_argument("run", type=str, help=RUN)
@@ -230,6 +244,9 @@ def evaluate(given: Any) -> None:
     require(
         given.mirror is None or (given.pairs and not stored), "mirror", given.mirror, "null without a run and --pairs"
     )
+    want = "its default for anything but embeddings"
+    require(stored or given.identities == "held_out", "identities", given.identities, want)
+    require((stored and given.pairs) or not given.skip_missing, "skip_missing", True, "false without a pair list")
     require(given.out is None or given.pairs or stored, "out", given.out, "null: a run's numbers go to its folder")
     if stored or given.pairs:
         require_one_process("evaluate of stored embeddings, or with --pairs,")
@@ -237,7 +254,7 @@ def evaluate(given: Any) -> None:
     from fastmargin.driver.commands import verify
 
     if stored:
-        verify.evaluate_stored(what, given.pairs, given.out, log)
+        verify.evaluate_stored(what, given.pairs, given.out, log, given.identities, given.skip_missing)
     elif given.pairs:
         verify.evaluate_set(what, given.pairs, given.mirror, given.out, log, device=given.device)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastmargin.checkpoint import part_of
 from fastmargin.driver.config import GLYPHS
 from fastmargin.driver.data.sources import load_data
-from fastmargin.driver.log import Log
+from fastmargin.driver.log import Log, on_one_line
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
 from fastmargin.driver.training.backbone import log_step, newest
@@ -38,7 +38,7 @@ def doppelgangers(where: Path, out: Path | None, limit: int, log: Log) -> None:
     if pending := part_of(saved.tensors, "mined"):  # on a GPU the last update is still to be made
         table.update(**pending)
     glyphs = config.data.source == GLYPHS
-    names = list(map(contact_sheet.caption, train.names)) if glyphs else train.names
+    names = list(map(contact_sheet.caption if glyphs else on_one_line, train.names))
     log(f"most similar pairs, the larger score of the two:\n{pairs_of(table, names, limit)}")
     log(f"most confusable classes, the number of lists they are on:\n{most_listed(table, names, limit)}")
     out = out or where / run_folder.REPORT

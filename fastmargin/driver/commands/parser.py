@@ -13,10 +13,14 @@ from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from fastmargin.driver.config import TermConfig
 
 VALUES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
-GIVEN = re.compile(r"(?:Got value|Given value|Unexpected import path format): (.*)")
+GIVEN = re.compile(
+    r"(?:(?:Got value|Given value|Unexpected import path format): |Importing ')(.*?)(?:' is not allowed.*)?$", re.M
+)
 
 
 def describe_type(kind: Any) -> str:
@@ -93,5 +97,12 @@ class Parser(ArgumentParser):
 
 
 def new_parser(**options: Any) -> Parser:
-    """The parser of a command. (jsonargparse makes parsers of its own for the values of a mapping.)"""
+    """The parser of a command. (jsonargparse makes parsers of its own for the values of a mapping.)
+
+    No value is ever imported: where jsonargparse expects an object or anything at all, as in `terms`, it would import
+    the class that a text names. The setting holds for all of its parsers in this process.
+    """
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=[f"{TermConfig.__module__}.{TermConfig.__qualname__}"]
+    )
     return Parser(exit_on_error=False, env_prefix="FASTMARGIN", default_env=True, formatter_class=Formatter, **options)

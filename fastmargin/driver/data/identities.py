@@ -114,6 +114,11 @@ class Identities:
         and images are added. The first two identities with two images or more, in the order of the hash, are always
         in test, which so has a pair to compare, unless holdout is 0. ValueError unless 0 <= holdout < 1.
         """
+        test = self.held_out(holdout, seed, key)
+        return self.take(np.flatnonzero(~test)), self.take(np.flatnonzero(test))
+
+    def held_out(self, holdout: float, seed: int, key: Callable[[str], object] = str) -> NDArray[np.bool_]:  # [N]
+        """Which images `split` puts into test."""
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout is a share of the identities, 0 <= holdout < 1; got {holdout}")
         hashes = np.array([fraction(key(name), seed) for name in self.names])  # [C]
@@ -121,8 +126,7 @@ class Identities:
         if holdout > 0:
             paired = np.flatnonzero(np.bincount(self.labels, minlength=self.num_classes) > 1)
             test[paired[hashes[paired].argsort()[:2]]] = True
-        test = test[self.labels.numpy()]
-        return self.take(np.flatnonzero(~test)), self.take(np.flatnonzero(test))
+        return test[self.labels.numpy()]
 
     def comparable(self, limit: int, seed: int) -> "Identities":
         """The images of an evaluation: those of identities with two images or more, `limit` images at most.

@@ -15,6 +15,7 @@ This module imports no torch, so that a mistake in `--out` is reported at once.
 import csv
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,7 +145,27 @@ def replaced(path: Path) -> Iterator[TextIO]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Lines end as RFC 4180 has it, so that a cell with any kind of line break is quoted. Text cells as `inert`."""
     with replaced(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([inert(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def inert(cell: str) -> str:
+    """With an apostrophe before it if a spreadsheet would read it as a formula. Numbers stay as they are.
+
+    A cell that begins with apostrophes and then as a formula gets one more: to read it, drop one.
+    """
+    return f"'{cell}" if FORMULA.match(cell) and not is_number(cell) else cell
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

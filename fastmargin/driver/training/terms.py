@@ -7,9 +7,8 @@
     marginal         fm.marginal_loss
     range            fm.range_loss
     margin_based     fm.margin_based_loss     beta: initial value of the boundary, which is learned
-    any other        the class of that name in pytorch_metric_learning.losses: TripletMarginLoss, ContrastiveLoss,
-                     LiftedStructureLoss, ...; scale: initial length of the rows, which is learned; without it rows
-                     are normalized
+    METRIC_LEARNING  the class of that name in pytorch_metric_learning.losses; scale: initial length of the rows, which
+                     is learned; without it rows are normalized
 
 Rows are the embeddings as the network outputs them. The first three share one bank of centers, whose options are those
 of center (with weight 0, center only sets them). Losses see the centers of the step before; the bank is updated after
@@ -44,6 +43,17 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # rows [B, d], labels [B] 
 
 BANKED: dict[str, Callable[..., Tensor]] = {"center": center_loss, "git": git_loss}  # of rows, labels and centers
 OF_ROWS: dict[str, Callable[..., Tensor]] = {"marginal": marginal_loss, "range": range_loss}
+
+# Losses of pytorch-metric-learning 2.9 of rows and labels, whose arguments are numbers and text. A name from a
+# configuration looks up nothing else.
+METRIC_LEARNING = frozenset(
+    "AngularLoss ArcFaceLoss CircleLoss ContrastiveLoss CosFaceLoss DynamicSoftMarginLoss FastAPLoss "
+    "GeneralizedLiftedStructureLoss HistogramLoss InstanceLoss IntraPairVarianceLoss LargeMarginSoftmaxLoss "
+    "LiftedStructureLoss ManifoldLoss MarginLoss MultiSimilarityLoss NCALoss NPairsLoss NTXentLoss "
+    "NormalizedSoftmaxLoss P2SGradLoss PNPLoss ProxyAnchorLoss ProxyNCALoss RankedListLoss "
+    "SignalToNoiseRatioContrastiveLoss SmoothAPLoss SoftTripleLoss SphereFaceLoss SubCenterArcFaceLoss SupConLoss "
+    "ThresholdConsistentMarginLoss TripletMarginLoss TupletMarginLoss".split()
+)
 
 
 class Terms(nn.Module):
@@ -191,17 +201,19 @@ class Scaled(nn.Module):
 
 
 def metric_learning(name: str, scale: float | None = None, **options: Any) -> nn.Module:
+    if name not in METRIC_LEARNING:
+        ours = ", ".join((*BANKED, "minimum_margin", *OF_ROWS, "margin_based"))
+        theirs = ", ".join(sorted(METRIC_LEARNING))
+        raise ValueError(f"no such loss; want {ours}, or of pytorch_metric_learning.losses {theirs}")
     try:
         from pytorch_metric_learning import distances, losses
     except ImportError as error:
         raise ValueError(
-            "no loss of fastmargin, and pytorch-metric-learning, which may have it, is not installed: "
-            "pip install 'fastmargin[pml]'"
+            "pytorch-metric-learning, which has this loss, is not installed: pip install 'fastmargin[pml]'"
         ) from error
-    kind = getattr(losses, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, losses.BaseMetricLossFunction)):
-        ours = ", ".join((*BANKED, "minimum_margin", *OF_ROWS, "margin_based"))
-        raise ValueError(f"neither one of {ours} nor a loss of pytorch_metric_learning.losses")
+    kind: type[nn.Module] | None = getattr(losses, name, None)
+    if kind is None:
+        raise ValueError("the pytorch-metric-learning that is installed has no such loss; want a newer one")
     if scale is None:
         return kind(**options)
     return Scaled(kind(distance=distances.LpDistance(normalize_embeddings=False), **options), scale)

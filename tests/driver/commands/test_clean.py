@@ -1,6 +1,7 @@
 """`fastmargin clean` against brute force in float64, on photographs whose embeddings are their pixels."""
 
 import csv
+import json
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from fastmargin import checkpoint
 from fastmargin.driver.commands import clean, cli
 from fastmargin.driver.config import CleanConfig, DataConfig, TrainConfig
+from fastmargin.driver.log import UNSAFE
 from fastmargin.driver.training import run_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +106,31 @@ def test_a_file_name_that_is_not_utf8_comes_out_byte_for_byte(run: Path) -> None
     clean.clean(run, run.parent / "out", CleanConfig(below=0.75), cli.log, MODEL)
     assert (run.parent / "out/remove.txt").read_bytes() == strange + b"\n"
     assert b'"' + strange + b'"' in (run.parent / "out/images.csv").read_bytes()
+
+
+def test_file_names_are_escaped_for_each_reader(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line breaks and bidirectional controls in lines and on the terminal, formulas in spreadsheets."""
+    data = run.parent / "people"
+    strange = ["evil\nother", "a\rb", "\u202egnp.exe", "\x1b[2J"]
+    for number, name in enumerate(strange):
+        (data / f"id00/{number:04}.png").rename(data / f"id00/{name}.png")
+    for number, name in enumerate(("=cmd|calc", "+1 2", "-x", "@sum", "-12", "'=x", "two\nlines")):
+        (data / f"id{number + 1:02}").rename(data / name)
+    out = run.parent / "out"
+    clean.clean(run, out, CleanConfig(below=1.0, above=-1.0, limit=PEOPLE * EACH), cli.log, MODEL)
+    paths = {str(path) for path in data.rglob("*.png")}
+    removed = (out / "remove.txt").read_bytes().decode().removesuffix("\n").split("\n")
+    assert {json.loads(line) if line.startswith('"') else line for line in removed} == paths
+    assert not any(UNSAFE.search(line) for line in removed)
+    rows = read(out / "images.csv")
+    assert {row["image"] for row in rows} == paths
+    given = {row["name"] for row in rows}
+    assert given == {"id00", "'=cmd|calc", "'+1 2", "'-x", "'@sum", "-12", "''=x", "two\nlines", "id08"}
+    assert {row["other"] for row in read(out / "pairs.csv")} <= given
+    assert run_folder.inert("-0.250000") == "-0.250000", "numbers stay numbers"
+    said = capsys.readouterr().out
+    assert not any(UNSAFE.search(line) for line in said.split("\n"))
+    assert r"evil\nother" in said and r"\u202egnp.exe" in said and r" two\nlines" in said
 
 
 def test_pairs_and_overlap(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from samples import pictures, write_folder
+from samples import encoded, pictures, write_folder
 
 from fastmargin import checkpoint
 from fastmargin.driver.commands import cli, doppelgangers
 from fastmargin.driver.config import DataConfig, HeadConfig, TrainConfig
 from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources import load_data
+from fastmargin.driver.log import UNSAFE
 from fastmargin.driver.reports import contact_sheet
 from fastmargin.driver.training import run_folder
 from fastmargin.mining import DoppelgangerTable
@@ -46,6 +47,25 @@ def run(tmp_path: Path) -> Path:
 
 def names_of(run: Path) -> list[str]:
     return load_data(run_folder.read_config(run).data, print)[0].names
+
+
+def test_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that would print further lines or turn the text, and those that a spreadsheet would compute."""
+    names = ["=1+x", "a\nb", "\u202ea", "@x", "\rb", "-y", "+z"]
+    for number, name in enumerate(names):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        for image, picture in enumerate(pictures(3 * len(names))[3 * number : 3 * number + 3]):
+            (tmp_path / "people" / name / f"{image}.png").write_bytes(encoded(picture))
+    data = DataConfig(source=str(tmp_path / "people"), size=16, cache=str(tmp_path / "cache"), holdout=0.01)
+    run = save(tmp_path / "run", load_data(data, print)[0], TrainConfig(data=data, head=HeadConfig(topk=K)))
+    capsys.readouterr()
+    assert cli.main(["doppelgangers", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert not any(UNSAFE.search(line) for line in said.split("\n"))
+    with (run / "report/doppelgangers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    listed = {row[column] for row in rows for column in ("name", "other_name")}
+    assert listed <= {"'=1+x", "a\nb", "\u202ea", "'@x", "'\rb", "'-y", "'+z"}
 
 
 def test_what_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

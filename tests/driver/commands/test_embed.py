@@ -12,7 +12,8 @@ from samples import pictures, write_folder, write_tensors
 from test_clean import run_of
 
 from fastmargin.driver.commands import cli, embed
-from fastmargin.driver.training import backbone
+from fastmargin.driver.data.sources import load_data
+from fastmargin.driver.training import backbone, run_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +56,35 @@ def test_every_image_by_its_title(run: Path, monkeypatch: pytest.MonkeyPatch, bl
 def test_evaluate_takes_it_with_a_list_of_pairs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, pairs = run.parent / "x.safetensors", run.parent / "pairs.txt"
     embed.embed(run, None, out, print, MODEL)
-    pairs.write_text("2 1\nid00 1 3\nid00 1 id01 2\nid03 2 1\nid02 1 id03 1\n")
-    assert cli.main(["evaluate", str(out)]) == 0 and cli.main(["evaluate", str(out), "--pairs", str(pairs)]) == 0
+    pairs.write_text("2 1\nid00 0 2\nid00 1 id01 4\nid03 10 9\nid02 6 id03 9\n")
+    every = ["--identities", "all"]
+    assert cli.main(["evaluate", str(out), *every]) == 0
+    assert cli.main(["evaluate", str(out), *every, "--pairs", str(pairs)]) == 0
     said = capsys.readouterr().out
     assert "12 images of 4 identities, 256 numbers each" in said and "4 identities, 12 images" in said
     assert "4 pairs of" in said
+
+
+@pytest.mark.parametrize("given", ["null", "the same", "others"])
+def test_the_identities_held_out_are_marked(run: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only of the run's own data is it known what was trained on."""
+    root, out = run.parent / "people", run.parent / "x.safetensors"
+    write_folder(run.parent / "others", pictures(COUNT, SIDE, colored=False), EACH)
+    source = {"null": None, "the same": f"{root}/../people", "others": str(run.parent / "others")}[given]
+    embed.embed(run, source, out, print, MODEL)
+    with safe_open(out, "pt") as file:
+        marks = file.get_tensor("held_out") if "held_out" in file.keys() else None
+        names = [json.loads(file.metadata()["names"])[label] for label in file.get_tensor("labels")]
+    if given == "others":
+        assert marks is None
+        return
+    train, test = load_data(run_folder.read_config(run).data, print)
+    assert marks is not None and marks.dtype == torch.int8
+    assert {name for name, mark in zip(names, marks, strict=True) if mark} == set(test.names)
+    assert {name for name, mark in zip(names, marks, strict=True) if not mark} == set(train.names)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out)]) == 0
+    assert f"{test.num_classes} identities, {len(test.labels)} images" in capsys.readouterr().out
 
 
 def test_a_file_has_the_mode_of_any_new_file(run: Path) -> None:

@@ -135,15 +135,45 @@ def test_pair_lists_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
     save_file({"embeddings": torch.eye(3), "labels": torch.tensor([0, 0, 1])}, path)
     pairs.write_text("1 1\n0 1 2\n0 1 1 2\n")
     said = mistake(capsys, "evaluate", path, "--pairs", pairs)
-    assert "image 2 of '1'" in said and "1 rows have that name (a label as text, as there are no names)" in said
+    assert "no row for 1 of the pair list's 3 images: 1 2" in said
     save_file({"embeddings": torch.eye(3), "labels": torch.tensor([0, 0, 1])}, path, {"names": json.dumps(NAMES)})
     said = mistake(capsys, "evaluate", path, "--pairs", pairs)
-    assert "image 1 of '0'" in said and "0 rows have that name (by the names of the labels)" in said
+    assert "no row for 3 of the pair list's 3 images: 0 1, " in said
     pairs.write_text("nothing")
     assert "line 1" in mistake(capsys, "evaluate", path, "--pairs", pairs)
     assert "absent.txt" in mistake(capsys, "evaluate", path, "--pairs", tmp_path / "absent.txt")
     assert "mirror is 'sum'" in mistake(capsys, "evaluate", path, "--mirror", "sum")
     assert "mirror" in mistake(capsys, "evaluate", path, "--mirror", "half")
+
+
+def test_pairs_that_lack_an_image_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, pairs = tmp_path / "x.safetensors", tmp_path / "pairs.txt"
+    save_file({"embeddings": torch.eye(3)[[0, 0, 1]], "labels": torch.tensor([0, 0, 1])}, path)
+    pairs.write_text("1 2\n0 1 2\n0 1 3\n0 1 1 1\n0 2 1 1\n")
+    assert "images: 0 3" in mistake(capsys, "evaluate", path, "--pairs", pairs)
+    assert answer("evaluate", path, "--pairs", pairs, "--skip_missing", "true") == 0
+    said = capsys.readouterr().out
+    assert "1 of 4 pairs are left out" in said and "3 pairs of" in said
+    assert "skip_missing is True" in mistake(capsys, "evaluate", path, "--skip_missing", "true")
+
+
+def test_identities_trained_on_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = blobs(400, 60, noise=0.8)
+    embeddings, labels = torch.from_numpy(x), torch.from_numpy(y)
+    path, held_out = tmp_path / "x.safetensors", labels % 3 == 0
+    save_file({"embeddings": embeddings, "labels": labels, "held_out": held_out.to(torch.int8)}, path)
+    assert answer("evaluate", path, "--out", tmp_path / "n.json") == 0
+    expected = evaluate_embeddings(embeddings[held_out], labels[held_out])
+    assert json.loads((tmp_path / "n.json").read_bytes()) == evaluate.resolvable(expected)
+    said = capsys.readouterr().out
+    assert f"20 of 60 identities, {int(held_out.sum())} of 400 images; --identities all compares all" in said
+    assert answer("evaluate", path, "--identities", "all", "--out", tmp_path / "n.json") == 0
+    assert "60 identities, 400 images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "n.json").read_bytes()) == evaluate_embeddings(embeddings, labels)
+    save_file({"embeddings": embeddings, "labels": labels, "held_out": torch.zeros(400, dtype=torch.int8)}, path)
+    assert "want --identities all" in mistake(capsys, "evaluate", path)
+    save_file({"embeddings": embeddings, "labels": labels, "held_out": torch.zeros(4, dtype=torch.int8)}, path)
+    assert "held_out is [4]; want [400]" in mistake(capsys, "evaluate", path)
 
 
 # ---- verification sets ----
@@ -196,6 +226,7 @@ def test_mistakes_with_verification_sets(
     path, images, _ = pairs
     before = (trained / run_folder.METRICS).read_bytes()
     assert "mirror is 'sum'" in mistake(capsys, "evaluate", trained, "--mirror", "sum")
+    assert "identities is 'all'" in mistake(capsys, "evaluate", trained, "--identities", "all")
     assert "out is" in mistake(capsys, "evaluate", trained, "--out", tmp_path / "n.json")
     assert "no such folder" in mistake(capsys, "evaluate", tmp_path / "none", "--pairs", path)
     (tmp_path / "bad.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")

@@ -23,7 +23,6 @@ from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data import sources
 from fastmargin.driver.data.identities import Identities
 from fastmargin.driver.data.sources import load_data, pixels, recognize
-from fastmargin.driver.data.sources.folder import load_folder
 from fastmargin.driver.data.sources.idx import load_idx
 from fastmargin.driver.data.sources.omniglot import load_omniglot
 from fastmargin.driver.data.sources.synthetic import load_synthetic
@@ -87,46 +86,6 @@ def test_large_jpegs_are_decoded_at_a_fraction() -> None:
     small = pixels.decode(encoded(picture, "JPEG", quality=95), 50, "rgb")
     exact = np.asarray(Image.fromarray(picture).resize((50, 50)))
     assert np.abs(small.astype(int) - exact).max() <= 6
-
-
-# A folder for each identity
-
-
-def test_folder(tmp_path: Path, lines: Lines) -> None:
-    shown = pictures(12)
-    names = write_folder(tmp_path / "data", shown, each=3)
-    (tmp_path / "data/id03/0011.png").rename(tmp_path / "data/id03/zz.PNG")
-    deep = tmp_path / "data/id01/video/7"
-    deep.mkdir(parents=True)
-    (tmp_path / "data/id01/0004.png").rename(deep / "a.png")  # now sorted after the others
-    for path in ("id01/readme.txt", "id01/.hidden.png", ".git/a.png", "nobody/notes.md"):
-        (tmp_path / "data" / path).parent.mkdir(exist_ok=True)
-        (tmp_path / "data" / path).write_bytes(b"no picture")
-    (tmp_path / "data/stray.png").write_bytes(encoded(shown[0]))
-    found = load_folder(DataConfig(source=str(tmp_path / "data"), cache=str(tmp_path), size=20), lines.append)
-    assert found.names == names == ["id00", "id01", "id02", "id03"]
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert np.array_equal(all_images(found), shown[[0, 1, 2, 3, 5, 4, *range(6, 12)]])
-    assert "1 images that lie in" in lines[0] and "12 images of 4 identities at 20 x 20, rgb" in lines[1]
-
-
-def test_folder_defaults_and_color(tmp_path: Path, lines: Lines) -> None:
-    write_folder(tmp_path / "gray", pictures(4, colored=False), each=2)
-    write_folder(tmp_path / "rgb", pictures(4), each=2, kind="JPEG")
-    for color in ("gray", "rgb"):
-        own = load_folder(DataConfig(source=str(tmp_path / color), cache=str(tmp_path)), lines.append)
-        assert own.images.shape == ((4, 112, 112) if color == "gray" else (4, 112, 112, 3))
-        assert own.input_shape[0] == (1 if color == "gray" else 3)
-        other = "gray" if color == "rgb" else "rgb"
-        want = DataConfig(source=str(tmp_path / color), cache=str(tmp_path), color=other)  # type: ignore[arg-type]
-        assert load_folder(want, lines.append).input_shape[0] == (3 if color == "gray" else 1)
-
-
-def test_a_folder_without_identities(tmp_path: Path, lines: Lines) -> None:
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat/a.png").write_bytes(encoded(pictures(1)[0]))
-    with pytest.raises(ValueError, match=r"flat has no folder with images in it; want one for each identity"):
-        load_folder(DataConfig(source=str(tmp_path / "flat"), cache=str(tmp_path)), lines.append)
 
 
 # IDX

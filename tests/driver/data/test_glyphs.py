@@ -1,6 +1,7 @@
 """Glyph identities: the rules against brute force, their result on real fonts, and the cache."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,22 @@ def home(identities: Identities, character: str) -> int:
     """The identity of a character."""
     (found,) = [label for label, name in enumerate(identities.names) if character in name]
     return found
+
+
+def test_a_folder_of_fonts_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "DejaVuSans.ttf").symlink_to(SHIPPED / "DejaVuSans.ttf")
+    assert find_fonts(str(tmp_path)) == [tmp_path / "DejaVuSans.ttf"]
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.fspath(path) == str(tmp_path / "closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        find_fonts(str(tmp_path))
 
 
 # What the rules give on the fonts matplotlib ships

@@ -9,8 +9,8 @@
     a safetensors file                      its own   none           tensors
     synthetic:CLASSESxIMAGES                112       none           synthetic
 
-Size and augmentation are those that a null stands for. A null `data.color` keeps the images' own, for folders and
-records that of the first image; synthetic images are in color.
+Size and augmentation are those that a null stands for. A null `data.color` keeps the images' own; folders and
+records are gray if all their images are, else in color; synthetic images are in color.
 
 Encoded pictures (folder, recordio) are decoded once, into a packed file: see `packed`. `pixels` scales them.
 """
@@ -51,8 +51,7 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 
     ValueError if the source is none of those above, is damaged, or has no images.
     """
-    key = KINDS[recognize(config.source)].key
-    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key)
+    train, held_out = load_all(config, log).split(config.holdout, config.split_seed, key_of(config))
     test = held_out.comparable(EVALUATED, config.split_seed)
     if len(test.labels) < len(held_out.labels):
         log(
@@ -65,6 +64,11 @@ def load_data(config: DataConfig, log: Log) -> tuple[Identities, Identities]:
 def load_all(config: DataConfig, log: Log) -> Identities:
     """All identities of the source, held out or not. ValueError as for `load_data`."""
     return KINDS[recognize(config.source)].load(config, log)
+
+
+def key_of(config: DataConfig) -> Callable[[str], object]:
+    """The function of an identity's name that decides whether it is held out."""
+    return KINDS[recognize(config.source)].key
 
 
 def recognize(source: str) -> str:

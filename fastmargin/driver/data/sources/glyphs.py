@@ -24,6 +24,7 @@ of pixels differently.
 
 import json
 import logging
+import os
 import re
 import time
 import unicodedata
@@ -101,11 +102,16 @@ def find_fonts(folder: str | None) -> list[Path]:
         folder = f"{matplotlib.get_data_path()}/fonts/ttf"
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder of fonts: there is no such folder")
-    files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
+    there = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
+    files = (path for path in there if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
     fonts = sorted(path for path in files if path.is_file() and not NO_TEXT.match(path.name))
     if not fonts:
         raise ValueError(f"no .ttf, .otf or .ttc font in the folder {folder}")
     return fonts
+
+
+def refuse(error: OSError) -> None:
+    raise error  # os.walk, as rglob, would pass over a folder that cannot be read
 
 
 def render(fonts: list[Path], faces: int, size: int, log: Log) -> Identities:

@@ -35,10 +35,10 @@ from tqdm import tqdm
 from fastmargin.driver.config import DataConfig
 from fastmargin.driver.data.identities import Identities, dense
 from fastmargin.driver.data.sources.pixels import Color, decode, own_color
-from fastmargin.driver.log import Log
+from fastmargin.driver.log import Log, on_one_line
 from fastmargin.files import written
 
-VERSION = 2
+VERSION = 3
 TRAILER = struct.Struct("<4sIQI")
 MAGIC = b"FMPK"
 BLOCK = 1024  # images decoded together
@@ -115,7 +115,7 @@ def pack(encoded: Encoded, size: int, config: DataConfig, log: Log) -> Identitie
             return identities(packed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as draft:
-        write(draft, encoded, size, config.color or first_color(encoded), log)
+        write(draft, encoded, size, config.color or shared_color(encoded), log)
     log(f"data: packed {path}, {path.stat().st_size / 1e6:.1f} MB")
     return identities(Packed(path, encoded))
 
@@ -131,14 +131,21 @@ def key(encoded: Encoded, size: int, color: Color | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def first_color(encoded: Encoded) -> Color:
-    """The color of the first picture that can be opened. ValueError if none can."""
+def shared_color(encoded: Encoded) -> Color:
+    """Gray if all pictures that can be opened are. ValueError if none can."""
+    colors = own_colors(encoded)
+    first = next(colors, None)
+    if first is None:
+        raise ValueError(f"none of {len(encoded.labels)} images can be read, from {encoded.title(0)} on")
+    return "rgb" if first == "rgb" or "rgb" in colors else "gray"
+
+
+def own_colors(encoded: Encoded) -> Iterator[Color]:
     for number in range(len(encoded.labels)):
         try:
-            return own_color(encoded.read(number))
+            yield own_color(encoded.read(number))
         except Exception:  # `write` counts them
             continue
-    raise ValueError(f"none of {len(encoded.labels)} images can be read, from {encoded.title(0)} on")
 
 
 def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> None:
@@ -148,14 +155,17 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
     kept: list[int] = []
     checksums: list[int] = []
     skipped: list[str] = []
+    grays = 0
     with path.open("wb") as file, tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for number, pixels in decoded(encoded, size, color):
+        for number, found in decoded(encoded, size, color):
             bar.update()
-            if isinstance(pixels, Exception):
-                skipped.append(f"{encoded.title(number)} ({pixels})")
+            if isinstance(found, Exception):
+                skipped.append(on_one_line(f"{encoded.title(number)} ({found})"))
                 log(f"data: skipped {skipped[-1]}")
                 check_budget(skipped, count)
                 continue
+            pixels, own = found
+            grays += own == "gray"
             file.write(record := pixels.tobytes())
             kept.append(number)
             checksums.append(zlib.crc32(record))
@@ -163,6 +173,8 @@ def write(path: Path, encoded: Encoded, size: int, color: Color, log: Log) -> No
         shape = (size, size, 3) if color == "rgb" else (size, size)
         index = index_of(shape, labels.numpy(), checksums, kept, [encoded.names[label] for label in old])
         file.write(index + TRAILER.pack(MAGIC, VERSION, len(index), zlib.crc32(index)))
+    if color == "rgb" and grays:
+        log(f"data: {grays} of {count} images are gray, and packed in color as the others are")
 
 
 def index_of(
@@ -182,12 +194,16 @@ def index_of(
     return safetensors.numpy.save(tensors)
 
 
-def decoded(encoded: Encoded, size: int, color: Color) -> Iterator[tuple[int, NDArray[np.uint8] | Exception]]:
-    """(number, pixels) in order, decoded by a pool of threads; an exception stands in place of pixels."""
+def decoded(
+    encoded: Encoded, size: int, color: Color
+) -> Iterator[tuple[int, tuple[NDArray[np.uint8], Color] | Exception]]:
+    """(number, (pixels, the picture's own color)) in order, decoded by a pool of threads; an exception stands in place
+    of both."""
 
-    def attempt(number: int) -> NDArray[np.uint8] | Exception:
+    def attempt(number: int) -> tuple[NDArray[np.uint8], Color] | Exception:
         try:
-            return decode(encoded.read(number), size, color)
+            data = encoded.read(number)
+            return decode(data, size, color), own_color(data)
         except Exception as error:  # Pillow raises whatever its parsers run into
             return error
 

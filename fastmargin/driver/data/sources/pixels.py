@@ -4,6 +4,7 @@ A picture that is not square is cut to its middle square. Scaling is bicubic, ov
 does not alias); a picture of the right size keeps its pixels. Gray is Pillow's "L", 0.299 R + 0.587 G + 0.114 B.
 """
 
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Literal
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 Color = Literal["gray", "rgb"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # without EPS, which would start another program
+# Without EPS, which would start another program. Older versions of Pillow have no AVIF.
+AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *AVIF)
 MODES: dict[Color, str] = {"gray": "L", "rgb": "RGB"}
 GRAY_MODES = ("1", "L", "LA", "La")
 
@@ -23,22 +26,24 @@ GRAY_MODES = ("1", "L", "LA", "La")
 def decode(data: bytes, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
     """An encoded picture, turned upright. Raises what Pillow does for a damaged one; ValueError for 16 or 32 bits."""
     with opened(data) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
-            raise ValueError(f"pixels of mode {image.mode}; want 8 bits a channel")
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
         return fit(ImageOps.exif_transpose(image), size, color)
 
 
 def own_color(data: bytes) -> Color:
+    """Raises as `decode`, where already the header is damaged."""
     with opened(data) as image:
         return "gray" if image.mode in GRAY_MODES else "rgb"
 
 
 def opened(data: bytes) -> Image.Image:
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:  # its message would name the BytesIO
         raise ValueError(f"its {len(data)} bytes are no picture of {', '.join(FORMATS)}") from error
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
+        raise ValueError(f"pixels of mode {image.mode}; want 8 bits a channel")
+    return image
 
 
 def fit(image: Image.Image, size: int, color: Color) -> NDArray[np.uint8]:  # [size, size] or [size, size, 3]
