@@ -74,6 +74,10 @@ def test_a_step_that_fails_does_not_stop_the_next(faked):
     assert done.returncode == 1 and status == {"smoke": "1", "own": "0", "rivals": "0"}
 
 
+def test_the_packages_of_the_driver_need_not_be_there(faked):
+    assert faked("--only", "build", fails="fastmargin info")[1] == {"build": "0"}
+
+
 def test_no_time_left(faked):
     done, status = faked("--part", "1", "--budget", "0")
     assert done.returncode == 0 and status == dict.fromkeys(STEPS[:4], "no time")
