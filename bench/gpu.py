@@ -1,12 +1,14 @@
 """On a GPU: the rates of its matrix units and its memory, then time and peak memory of the head and of sums over pairs,
 by every contestant at every shape. Run by gpu.sh, or by hand:
 
-    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--tiles] [--device cpu]
+    python bench/gpu.py OUT [--shapes 1024x512x1000000 ...] [--pairs 512x512x512 ...] [--ours | --rivals | --tiles]
+        [--only WORDS ...] [--device cpu]
 
 OUT/gpu.json is rewritten after every figure, so that a run that is cut short leaves what it measured. Times are medians
-of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --tiles
-measures the Triton kernels alone, in every tile that they might use (OUT/tiles.json), so that the table in
-kernels/tile_table.py can be given the fastest. --device cpu is for trying the script out.
+of repeated passes between device events; memory is what the allocator held at the peak above the inputs. --ours and
+--rivals measure one side alone (OUT/rivals.json), --only contestants whose names contain one of these. --tiles measures
+the Triton kernels alone, in every tile that they might use (OUT/tiles.json), so that the table in kernels/tile_table.py
+can be given the fastest. --device cpu is for trying the script out. Exit status 1: a contestant of ours failed.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from fastmargin.ops.backends import describe, native_can_run
 
 SHAPES = ["256x512x100000", "1024x512x1000000", "4096x512x10000000"]  # B, d, C
 PAIRS = ["512x512x512", "4096x2048x512"]  # N, M, d
+HUGE = 10_000_000  # classes: here only bfloat16 fits in memory and time
 SECONDS = 0.5  # of repeated passes, at least
 SLOW = 1.0  # seconds of a pass that is repeated less
 BF16 = torch.bfloat16
@@ -77,26 +80,44 @@ def in_backward(**options: Any) -> Prepare:
 
 
 def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
-    margin = ArcFace(arcface.S, arcface.M)
-    yield "eager", arcface.eager
+    """Ours first, in the order in which their figures are wanted."""
+    yield from heads(device)
     yield "eager, bfloat16 by autocast", arcface.under_autocast(arcface.eager)
-    yield "torch.compile of eager, bfloat16 by autocast", arcface.under_autocast(arcface.compiled)
     yield "InsightFace's op sequence", arcface.insightface
     if find_spec("liger_kernel"):
         yield "NormFace: Liger fused linear cross entropy, bfloat16", liger
     if find_spec("cut_cross_entropy"):
         yield "NormFace: cut-cross-entropy cce_exact, bfloat16", cut_cross_entropy("cce_exact")
         yield "NormFace: cut-cross-entropy cce, bfloat16", cut_cross_entropy("cce")
-    backends = ["native"] if native_can_run(torch.empty(0, device=device)) else []
-    for backend in [*backends, *(["triton"] if device.type == "cuda" else []), "stream"]:
-        yield f"fastmargin {backend}", head(margin, backend=backend)
-        for k in (0, 10):
-            name = f"fastmargin {backend}, bfloat16" + (f", k = {k}" if k else "")
-            yield name, head(margin, backend=backend, compute_dtype=BF16, topk=k)
-    if "native" in backends:
+    yield "torch.compile of eager, bfloat16 by autocast", arcface.under_autocast(arcface.compiled)
+    yield "eager", arcface.eager
+
+
+def heads(device: torch.device) -> Iterator[tuple[str, Prepare]]:
+    margin = ArcFace(arcface.S, arcface.M)
+    native = ["native"] if native_can_run(torch.empty(0, device=device)) else []
+    fast = [*native, *(["triton"] if device.type == "cuda" else [])]
+    for backend in fast:
+        yield f"fastmargin {backend}, bfloat16", head(margin, backend=backend, compute_dtype=BF16)
+    if native:
         yield "fastmargin native, bfloat16, ClassSGD in backward", in_backward()
+    if native and device.type == "cuda":
         yield "fastmargin native, bfloat16, ClassSGD in backward, operand cache", in_backward(cache_operands=True)
-    yield "NormFace: fastmargin", head(NormFace(normface.S), compute_dtype=BF16)
+    for backend in fast:
+        yield f"fastmargin {backend}, bfloat16, k = 10", head(margin, backend=backend, compute_dtype=BF16, topk=10)
+    yield "NormFace: fastmargin, bfloat16", head(NormFace(normface.S), compute_dtype=BF16)
+    yield "fastmargin stream, bfloat16", head(margin, backend="stream", compute_dtype=BF16)
+    for backend in [*fast, "stream"]:
+        yield f"fastmargin {backend}", head(margin, backend=backend)
+
+
+def wanted(who: str, shape: str, options: argparse.Namespace) -> bool:
+    """By the options; with very many classes neither float32 nor what takes minutes."""
+    if options.ours != options.rivals and options.ours != ("fastmargin" in who):
+        return False
+    if int(shape.split("x")[2]) >= HUGE and ("bfloat16" not in who or "stream" in who or "torch.compile" in who):
+        return False
+    return not options.only or any(words in who for words in options.only)
 
 
 def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., Loss]]]:
@@ -110,7 +131,7 @@ def pair_contestants(device: torch.device) -> Iterator[tuple[str, Callable[..., 
 def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
     """The Triton head in every candidate tile; the table of tiles holds one of them while it is measured."""
     tiles = import_module("fastmargin.kernels.tile_table")
-    for dtype in (None, BF16):
+    for dtype in (BF16, None):
         key = tiles.key_of(torch.empty(1, 512, dtype=dtype, device=device))
         chosen = tiles.TABLE[key]
         for tile in tiles.CANDIDATES[key]:
@@ -125,8 +146,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     slow = once(run, device) > SLOW
     for _ in range(0 if slow else 2):
         run()
+    least = SECONDS if device.type == "cuda" else 0.0
     times: list[float] = []
-    while len(times) < (2 if slow else 5) or (sum(times) < SECONDS and len(times) < 200):
+    while len(times) < (2 if slow else 5) or (sum(times) < least and len(times) < 200):
         times.append(once(run, device))
     return statistics.median(times)
 
@@ -224,12 +246,14 @@ def measure_all(
     shapes: Iterable[str],
     inputs: Callable[..., tuple[Tensor, ...]],
     contestants: Callable[[torch.device], Iterable[tuple[str, Callable[..., Loss]]]],
-    device: torch.device,
+    options: argparse.Namespace,
 ) -> None:
     for shape in shapes:
         figures = record[what][shape] = {}
-        given = inputs(*map(int, shape.split("x")), device)
-        for who, prepare in contestants(device):
+        given = inputs(*map(int, shape.split("x")), options.device)
+        for who, prepare in contestants(options.device):
+            if not wanted(who, shape, options):
+                continue
             figures[who] = attempt(prepare, given)
             print(shape, who, figures[who], flush=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
@@ -241,19 +265,21 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--pairs", nargs="*", default=PAIRS)
-    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[])
+    part = parser.add_mutually_exclusive_group()
+    for name in ("--ours", "--rivals", "--tiles"):
+        part.add_argument(name, action="store_true")
     parser.add_argument("--device", default="cuda", type=torch.device)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "info": describe()}
     record |= {"ceilings": ceilings(options.device), "pairs": {}, "shapes": {}}
-    if options.tiles:
-        measure_all(record, options.out / "tiles.json", "shapes", options.shapes, inputs, tiled, options.device)
-    else:
-        path = options.out / "gpu.json"
-        measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options.device)
-        measure_all(record, path, "shapes", options.shapes, inputs, contestants, options.device)
+    path = options.out / ("tiles.json" if options.tiles else "rivals.json" if options.rivals else "gpu.json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    measure_all(record, path, "shapes", options.shapes, inputs, tiled if options.tiles else contestants, options)
+    if not options.tiles:
+        measure_all(record, path, "pairs", options.pairs, pair_inputs, pair_contestants, options)
     if lines := failed(record):
         sys.exit("\n".join(["our own contestants failed:", *lines]))
 
