@@ -84,18 +84,6 @@ struct Running {
   T shift, sum;
 };
 
-// Adds several exponents at once, with at most one rescaling for all of them.
-template <typename T, int N>
-FM_INLINE void add(Running<T>& r, const T (&z)[N]) {
-  T top = r.shift;
-  for (int l = 0; l < N; ++l) top = z[l] > top ? z[l] : top;
-  if (top > r.shift) {
-    r.sum *= exp_(r.shift - top);
-    r.shift = top;
-  }
-  for (int l = 0; l < N; ++l) r.sum += exp_(z[l] - r.shift);
-}
-
 // merge(a, b) and merge(b, a) are equal bit for bit: both partners of a shuffle compute the same.
 template <typename T>
 FM_INLINE Running<T> merge(const Running<T>& a, const Running<T>& b) {

@@ -19,7 +19,7 @@ static __device__ inline bool has_class(const Classes& c, int64_t index) {
 // How many places of the chunk have a class: the first ones.
 static __device__ inline int64_t classes_in(const Classes& c) {
   const int64_t left = c.count ? *c.count - c.first : c.n;
-  return left < c.n ? left : c.n;
+  return left < 0 ? 0 : left < c.n ? left : c.n;
 }
 
 static __device__ inline const float* row_of(const Classes& c, int64_t index) { return c.w + id_of(c, index) * c.row; }

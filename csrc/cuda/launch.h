@@ -34,12 +34,25 @@ struct Logits {
   const float* residual_scale;  // [n]
 };
 
-// Per row, over the chunks so far: the k largest logits, and log-sum-exp as shift + log(sum).
+#ifndef FASTMARGIN_MULTIPROCESSORS
+#define FASTMARGIN_MULTIPROCESSORS 132
+#endif
+constexpr int64_t kMultiprocessors = FASTMARGIN_MULTIPROCESSORS;  // of an H200
+constexpr int64_t kMostParts = 16;  // of a row: with more, a block would have less than a quad a thread
+
+// Into how many parts, a block each, a row of a chunk is cut, so that few rows keep a GPU busy, too.
+inline int64_t parts_of(int64_t B) {
+  int64_t parts = 1;
+  while (parts < kMostParts && parts * B < kMultiprocessors) parts *= 2;
+  return parts;
+}
+
+// Per part of a row, over the chunks so far: the k largest logits, and log-sum-exp as shift + log(sum).
 struct RowState {
-  float* shift;           // [B]
-  float* sum;             // [B]
-  float* topk_values;     // [B, k]
-  int64_t* topk_classes;  // [B, k] class indices
+  float* shift;           // [B, parts]
+  float* sum;             // [B, parts]
+  float* topk_values;     // [B, parts, k]
+  int64_t* topk_classes;  // [B, parts, k] class indices
   int64_t k;
 };
 
@@ -87,8 +100,10 @@ int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, fl
 
 int launch_nontarget_lse_fwd(const Logits& z, const Classes& c, const RowState& s, void* stream);
 
-// rest = shift + log(sum)
-int launch_rest(const RowState& s, float* rest /* [B] */, int64_t B, void* stream);
+// rest = shift + log(sum) of all parts, and the k largest of their lists, in order; classes of no candidate stay as
+// given
+int launch_merge_parts(const RowState& s, int64_t B, float* rest /* [B] */, float* topk_values /* [B, k] */,
+                       int64_t* topk_classes /* [B, k] */, void* stream);
 
 // g_ij = d_rest_scale d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets; float g may overwrite z
 int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c, const Upstream& u,

@@ -36,7 +36,7 @@ namespace {
 constexpr int64_t kMostClasses = 1 << 14;               // of a chunk: blocks of few long rows leave a GPU idle
 constexpr int64_t kMaxScaleExponent = 100;              // of d_rest_scale: a float32 ends at 2^127
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's tile, about
-constexpr int64_t kMultiprocessors = 132, kMostSplits = 8;
+constexpr int64_t kMostSplits = 8;
 
 void check_types(at::ScalarType dtype, const optional<at::ScalarType>& compute) {
   TORCH_CHECK_VALUE(dtype == at::kFloat, "want float32 on a GPU; got ", dtype);
@@ -291,17 +291,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
   const c10::DeviceGuard guard(x.device());
   const ClassChunks chunks(in, compute_dtype, operands, scales);
   const auto options = in.x.options();
-  Tensor shift = at::full({chunks.B}, kNoShift, options), sum = at::zeros({chunks.B}, options);
-  Tensor values = at::full({chunks.B, topk}, -INFINITY, options);
-  Tensor classes = at::full({chunks.B, topk}, -1, options.dtype(at::kLong));
-  const RowState state{shift.data_ptr<float>(), sum.data_ptr<float>(), values.data_ptr<float>(),
-                       classes.data_ptr<int64_t>(), topk};
-  for (int64_t first = 0; first < chunks.C && chunks.B; first += chunks.step) {
+  const int64_t B = chunks.B, parts = parts_of(B);
+  const auto list = [&](at::IntArrayRef sizes) {
+    return std::pair(at::full(sizes, -INFINITY, options), at::full(sizes, -1, options.dtype(at::kLong)));
+  };
+  Tensor shift = at::full({B, parts}, kNoShift, options), sum = at::zeros({B, parts}, options);
+  auto [part_values, part_classes] = list({B, parts, topk});
+  const RowState state{shift.data_ptr<float>(), sum.data_ptr<float>(), part_values.data_ptr<float>(),
+                       part_classes.data_ptr<int64_t>(), topk};
+  for (int64_t first = 0; first < chunks.C && B; first += chunks.step) {
     const Classes c = chunks.classes(first);
     check(launch_nontarget_lse_fwd(chunks.products(c), c, state, chunks.stream));
   }
-  Tensor rest = at::empty({chunks.B}, options);
-  check(launch_rest(state, rest.data_ptr<float>(), chunks.B, chunks.stream));
+  Tensor rest = at::empty({B}, options);
+  auto [values, classes] = list({B, topk});
+  check(launch_merge_parts(state, B, rest.data_ptr<float>(), values.data_ptr<float>(), classes.data_ptr<int64_t>(),
+                           chunks.stream));
   return {rest, values, classes, at::empty({0}, options)};
 }
 

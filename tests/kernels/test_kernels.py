@@ -74,6 +74,9 @@ SHAPES = [  # B, d, C, k, bias
     (65, 33, 300, 1, True),
     (3, 8, 513, 40, True),
     (20, 24, 256, 0, False),
+    (8, 8, 3549, 3, False),  # emulated: rows in one part, of which a thread has several quads at once; then odd ones
+    (8, 8, 3549, 3, True),
+    (1, 2, 5003, 2, False),
 ]
 ROUNDED = [  # B, d, C, k, scale of the incoming gradients, bias
     *[(5, 24, 513, 1, scale, False) for scale in (1.0, 1e-30, 65536.0)],
@@ -224,12 +227,12 @@ def test_any_strides(place):
     assert max(error(a, b) for a, b in zip(got, truth, strict=True)) < 2e-6
 
 
-@pytest.mark.parametrize("k", [1, 20])
-def test_ties_go_to_the_smaller_class(place, compute_dtype, k):
+@pytest.mark.parametrize(("B", "C", "k"), [(4, 900, 1), (4, 900, 20), (8, 3549, 20)])
+def test_ties_go_to_the_smaller_class(place, compute_dtype, B, C, k):
     """Small integers: every product is exact, so equal logits are equal, and there are many, in every chunk."""
     device, backend = place
-    x, w = torch.randint(-2, 3, (4, 8)).float(), torch.randint(-1, 2, (900, 8)).float()
-    y = torch.randint(0, 900, (4,))
+    x, w = torch.randint(-2, 3, (B, 8)).float(), torch.randint(-1, 2, (C, 8)).float()
+    y = torch.randint(0, C, (B,))
     given, options = moved(device, x, w, y), dict(normalize_weight=False, topk=k)
     _, _, values, classes = nontarget_lse(*given, backend=backend, compute_dtype=compute_dtype, **options)
     _, _, want, order = dense(x, w, y, **options)
