@@ -120,8 +120,10 @@ def nontarget_lse_bwd_kernel(
         value = tl.exp(z - rest[:, None]) * upstream[:, None]
         if residual_scale is not None:
             value = value * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
-        if contains_any(own, col, BLOCK_C) | (col + BLOCK_C > here):
-            value = tl.where((cols[None, :] == own[:, None]) | (cols >= here)[None, :], 0.0, value)
+        if contains_any(own, col, BLOCK_C):
+            value = tl.where(cols[None, :] == own[:, None], 0.0, value)
+        if count is not None:
+            value = tl.where((cols < here)[None, :], value, 0.0)
         if TMA:
             g.store([row, col], value.to(x.dtype))
         else:

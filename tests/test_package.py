@@ -44,7 +44,8 @@ FREE_OF = {  # what a part does not import, although it stands above
     "ops.backends": {"margins", "margins.angles"},
     "distributed": {"margins", "margins.angles"},
     "distributed.merge": {"margins", "margins.angles"},
-    **{part: RANK.keys() - set(LAYERS[0]) for part in ("mining", "evaluation", "models")},
+    "mining": RANK.keys() - {*LAYERS[0], "ops"},
+    **{part: RANK.keys() - set(LAYERS[0]) for part in ("evaluation", "models")},
 }
 
 

@@ -94,6 +94,7 @@ def rows_by_image(
 
 
 def name_of(label: int, names: list[str] | None) -> str:
+    """Raises ValueError for a label without a name."""
     if names is not None and not 0 <= label < len(names):
         raise ValueError(f"label {label}; want 0 to {len(names) - 1}, there are {len(names)} names")
     return str(label) if names is None else names[label]
@@ -113,10 +114,12 @@ def numbers_of(
 
 
 def nfc(text: str) -> str:
+    """Composed: a file system may store the same name decomposed."""
     return unicodedata.normalize("NFC", text)
 
 
 def some_images(images: list[Image]) -> str:
+    """The first few by name, and how many more there are."""
     named = ", ".join(f"{name} {number}" for name, number in images[:SHOWN])
     more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
     return named + more

@@ -2,8 +2,7 @@
 
 On a CPU the CUDA kernels run by a stand-in for CUDA, with barriers and shuffles (emulation.py), and Triton's in its
 interpreter, in a process of their own: TRITON_INTERPRET must be set before Triton is imported (test_triton.py starts
-it). This cannot show a GPU's memory model, its rounding of products and its speed. `pytest -m gpu` runs the
-same tests on a device.
+it). Neither shows a GPU's memory model, rounding or speed: `pytest -m gpu` runs the same tests on a device.
 """
 
 import os
@@ -129,9 +128,8 @@ def directly(place, padding, x, w, y, bias, class_ids, upstream, k, dtype):
     functions, plain = IMPLS[backend].functions, bias is not None
     rest, values, classes, none = functions["fwd"](*given, None, not plain, 1, k, dtype, False)
     target = target_logit.IMPLS[backend].functions["fwd"](*given, not plain)
-    dx, dw, db = functions["bwd"](
-        *given, None, not plain, 1, dtype, rest, classes, none, *upstream, True, True, plain
-    )  # fmt: skip
+    options = None, not plain, 1, dtype, rest, classes, none, *upstream, True, True, plain
+    dx, dw, db = functions["bwd"](*given, *options)
     assert dw.shape == (n + padding, w.shape[1]) and not dw[n:].any() and not db[n:].any()
     return moved("cpu", rest, values, classes, target, dw[:n], db[:n], dx)
 
