@@ -58,7 +58,9 @@ class ClassOptimizer(torch.optim.Optimizer):
             check_operand_cache(head, in_backward)
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
         self.operand_cache = OperandCache() if cache_operands else None
-        self.stage = "ready"  # then "forward", then "backward": the weights have changed, step() has not been called
+        # "ready" for a forward pass, "forward" after it, "backward" from the backward pass, which has changed the
+        # weights, to step(). Without in_backward always "ready"
+        self.stage = "ready"
         super().__init__([head.weight], defaults)
         head._apply_lazy_updates()  # pending ones of an optimizer that was attached before
         head.class_optimizer = self
@@ -80,7 +82,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         return state[name]
 
     def next_step(self) -> Step:
-        """The next step, without its gradient. Changes nothing, but creates missing state tensors."""
+        """The next step, without its gradient. No effect, except that missing state tensors are allocated."""
         raise NotImplementedError
 
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None:  # [n] local indices; None: all rows
@@ -146,7 +148,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
-        """Of the gradient, within GradScaler.step: NaN if one is not finite, which leaves every row unchanged."""
+        """What gradients are divided by in GradScaler.step: NaN if one is not finite, which leaves all rows unchanged."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is None:
             return None
@@ -212,9 +214,10 @@ class ClassSGD(ClassOptimizer):
         self.mark_current()
 
     def mark_current(self) -> None:
-        """Call when all rows are up to date: forgets the steps so far."""
-        self.products = np.eye(2)[None]  # [T + 1, 2, 2] products of M over the last T steps, T - 1, ..., 0
-        # [C + 1] int32, of the T steps a row has had; the last is that of -1, no class, in a subset. None: all T
+        """Call when all rows are up to date: forgets the steps so far, so that T, their number, is 0 again."""
+        # [T + 1, 2, 2] products[i]: of the M of steps i + 1 to T, what a row needs that has had i of the T steps
+        self.products = np.eye(2)[None]
+        # [C + 1] int32: i of each row; the last entry is that of -1, no class, in a subset. None: T for all
         self.steps_applied: Tensor | None = None
 
     def next_step(self) -> Step:

@@ -62,19 +62,19 @@ class MarginHead(ClassWeights):
         margin: the function of the target's cosine: `ArcFace()`, `CosFace()`, ...
         bias: a bias per class; only for margins with plain weights (Softmax, L2Softmax).
         topk: k, the number of nearest wrong classes reported for each row.
-        sample_rate: the share of the classes that a training pass samples, in addition to those of the batch
+        sample_rate: the fraction of the classes that a training pass samples, in addition to those of the batch
             (PartialFC). Hard classes are found among these, and the gradient of `weight` is sparse COO.
         group: a torch.distributed group of all processes. Each rank holds a range of the classes (`class_range`), and
             all ranks call the head together, each with its own rows. The objective is the average of their losses, as
             in DDP and FSDP2; wrap the backbone in one of these, not the head. None: one process holds all classes.
         uneven: ranks may have different numbers of rows; on a GPU this costs a host sync in every pass.
-        gather_dtype: torch.bfloat16 or torch.float16: dtype for the all_gather of embeddings, whose rounding the scores
-            then contain. None: no cast.
+        gather_dtype: torch.bfloat16 or torch.float16: dtype for the all_gather of embeddings, normalized and scaled;
+            scores then contain its rounding. None: no cast.
         compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
             over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding; a head in
             float64 (`.double()`) accepts no other. See `nontarget_lse`.
-        reduction: "mean" over the valid rows, "sum", or "none". In a group each rank returns N times its share, so that
-            averaging over ranks (DDP) gives the global value.
+        reduction: "mean" over the valid rows, "sum", or "none". In a group each rank's "mean" or "sum" is N times its
+            share, so that averaging over ranks (DDP) gives the global value.
         ignore_index: rows with this label have no loss and no gradient.
         class_weight: [C], a factor per class; "mean" divides by the sum of the rows' factors, as F.cross_entropy does.
         check_labels: calls `check()` in every forward pass: a host sync on a GPU. On the CPU it always runs.

@@ -1,7 +1,7 @@
-"""Random numbers of each class, from its global id alone: the same for any number of ranks.
+"""Random numbers of each class, from seed, step and its global id alone: the same for any number of ranks.
 
     initial rows      normal(0, .01), one generator for each block of 1,024 classes, seeded by (seed, block)
-    sampled classes   of each block, of n classes, the ceil(rate n) with the smallest hash(seed, step, class), and all
+    sampled classes   in each block of n classes the ceil(rate n) with the smallest hash(seed, step, class), and all
                       that are required (PartialFC, An et al. 2021: those of the batch)
 
 hash is splitmix64 of the class id and derive_seed(seed, step): a bijection of the 64-bit words, so no two classes have
@@ -55,12 +55,12 @@ def derive_seed(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def seeded_rng(number: int, device: torch.device) -> Iterator[None]:
-    """torch's default generators of the CPU and the device, seeded with `number`; restored on exit."""
+def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's default generators of the CPU and the device, seeded with `seed`; restored on exit."""
     cuda = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
-            generator.manual_seed(number)
+            generator.manual_seed(seed)
         yield
 
 
@@ -68,15 +68,15 @@ def sampled_classes(
     classes: Layout,
     required: Tensor,  # [n] global class ids; those outside [0, C) are ignored
     rate: float,
-    number: int,
+    step_seed: int,
 ) -> Tensor:  # [m] local indices, sorted; on CUDA then -1: no class
-    """The classes of a step that this rank holds: those required, and a share of each block, drawn by `number`.
+    """The classes of a step that this rank holds: those required, and a share of each block, drawn by `step_seed`.
 
     On CUDA the host does not wait for their number: m is an upper bound that it knows.
     """
     kept = torch.zeros(classes.count + 1, dtype=torch.bool, device=required.device)
     kept[classes.local_index(required)] = True  # local_index is -1, the extra last entry, for classes of other ranks
-    for ids in drawn(classes, rate, number, required.device):
+    for ids in drawn(classes, rate, step_seed, required.device):
         kept[classes.local_index(ids)] = True
     if not kept.is_cuda:
         return kept[:-1].nonzero()[:, 0]
@@ -96,21 +96,21 @@ def most_drawn(classes: Layout, rate: float) -> int:
     return most
 
 
-def drawn(classes: Layout, rate: float, number: int, device: torch.device) -> Iterator[Tensor]:  # [m] each
+def drawn(classes: Layout, rate: float, step_seed: int, device: torch.device) -> Iterator[Tensor]:  # [m] each
     """Global ids of the classes drawn, from every block with classes of this rank."""
     whole = classes.total // BLOCK * BLOCK
     last = min(-(-classes.stop // BLOCK) * BLOCK, whole)
     for first in range(classes.start // BLOCK * BLOCK, last, AT_ONCE):
-        yield smallest(torch.arange(first, min(first + AT_ONCE, last), device=device).view(-1, BLOCK), rate, number)
+        yield smallest(torch.arange(first, min(first + AT_ONCE, last), device=device).view(-1, BLOCK), rate, step_seed)
     if classes.stop > whole:
-        yield smallest(torch.arange(whole, classes.total, device=device)[None], rate, number)
+        yield smallest(torch.arange(whole, classes.total, device=device)[None], rate, step_seed)
 
 
-def smallest(ids: Tensor, rate: float, number: int) -> Tensor:  # [blocks, n] -> [blocks * ceil(rate n)]
-    columns = hashed(ids, number).topk(math.ceil(rate * ids.shape[1]), dim=1, largest=False, sorted=False).indices
+def smallest(ids: Tensor, rate: float, step_seed: int) -> Tensor:  # [blocks, n] -> [blocks * ceil(rate n)]
+    columns = hashed(ids, step_seed).topk(math.ceil(rate * ids.shape[1]), dim=1, largest=False, sorted=False).indices
     return ids.gather(1, columns).flatten()
 
 
-def hashed(ids: Tensor, number: int) -> Tensor:  # any shape -> the same
-    """The id-th output of the splitmix64 stream that starts at `number`."""
-    return finalize_(ids * INCREMENT + number)
+def hashed(ids: Tensor, step_seed: int) -> Tensor:  # any shape -> the same
+    """The id-th output of the splitmix64 stream that starts at `step_seed`."""
+    return finalize_(ids * INCREMENT + step_seed)

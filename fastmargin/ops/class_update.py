@@ -174,7 +174,7 @@ def lazy_update_rows(
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[rows], torch.zeros_like(w[rows]) if v is None else v[rows]  # views, if of all rows
     new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
-    with torch.autograd._unsafe_preserve_version_counter(w):  # rows that a graph has read are up to date: no change
+    with torch.autograd._unsafe_preserve_version_counter(w):  # only late rows change, which no graph has read
         w[rows] = new_w
     if v is not None:
         v[rows] = new_v

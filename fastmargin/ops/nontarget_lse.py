@@ -2,7 +2,7 @@
 
     z_ij     = <x_i, w_j / ||w_j||>                 (or <x_i, w_j> + b_j for a plain linear layer)
     rest_i   = log sum_{j != y_i} exp(z_ij)         over the classes given; -inf if there are none
-    target_i = z_{i, y_i}                           0 where y_i = -1: another rank holds that class
+    target_i = z_{i, y_i}                           0 where y_i = -1: ignored, or on another rank
     topk_i   = the k largest z_ij, j != y_i, with their classes (ties: the smaller id)
 
 The loss with a margin psi on the target is -logsigmoid(r psi(target / r) - rest), where r = ||x_i|| is the scale: it
@@ -12,8 +12,9 @@ equals cross entropy (ArcFace eq. 9, CosFace, SphereFace, ...), and keeps full p
     dx_i = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
 
 The d_rest part of dx is attention over the other classes, d_rest_i times expected_weight_i = sum_{j != y_i}
-exp(z_ij - rest_i) w^_j. On the CPU the forward pass sums it, and the backward pass recomputes z for dw alone; on a GPU
-the backward pass does both. Letters: B rows, C classes, d features, k nearest classes.
+exp(z_ij - rest_i) w^_j. Native on the CPU, stream and reference sum it in the forward pass, and recompute z in the
+backward pass for dw alone; native on a GPU and triton do both in the backward pass.
+Letters: B rows, C classes, d features, k nearest classes.
 """
 
 from dataclasses import dataclass
@@ -170,10 +171,11 @@ def nontarget_lse(
             zero; its square must not overflow.
         y: the class of each row; -1: none of these classes, so all of them count as other classes.
         bias: only with normalize_weight=False.
-        class_ids: restricts the classes to w[class_ids], gathered a tile at a time. y and topk_classes then are indices
-            into `class_ids`, and the gradients of w and bias are sparse COO tensors of these rows. On CUDA class_ids
-            may end in -1, no class, so that the host need not know their number: nothing is computed or changed for
-            these places. The sparse gradients are not coalesced there.
+        class_ids: restricts the classes to w[class_ids], gathered a tile at a time: rows of w, whatever global ids they
+            have elsewhere (the head passes its `subset`). y and topk_classes then are indices into `class_ids`, and the
+            gradients of w and bias are sparse COO tensors of these rows. On CUDA class_ids may end in -1, no class, so
+            that the host need not know their number: nothing is computed or changed for these places. The sparse
+            gradients are not coalesced there.
         topk: k; where fewer than k other classes exist, the last entries are class -1, value -inf. The cost is
             negligible up to about 10, and higher where classes happen to be sorted by rising similarity.
         compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it for the products, and so may

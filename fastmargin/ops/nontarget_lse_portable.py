@@ -32,7 +32,7 @@ def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return t
     bits = t.to(dtype).view(torch.int16)
-    return (bits & -1).view(dtype).to(t.dtype)  # & -1 keeps torch.compile from cancelling the two casts
+    return (bits & -1).view(dtype).to(t.dtype)  # & -1 keeps torch.compile from canceling the two casts
 
 
 def operand(
@@ -98,12 +98,12 @@ def blocks(
 
 def scatter_local_(
     z: Tensor,  # [B, n], changed in place
-    ids: Tensor,  # [B, k] class ids
-    first: int,  # class id of column 0
+    ids: Tensor,  # [B, k] class indices: in class_ids where there are some, else in w
+    first: int,  # class index of column 0
     value: Tensor | float,  # [B, k]
     add: bool = False,
 ) -> Tensor:
-    """Sets z to `value` at the given classes, or adds it; ids outside this block change nothing."""
+    """Sets z to `value` at the given classes, or adds it. "Local": those outside this block change nothing."""
     column = ids - first
     inside = (column >= 0) & (column < z.shape[1]) & (ids >= 0)
     column = column.clamp(0, z.shape[1] - 1)
