@@ -148,7 +148,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
-        """What gradients are divided by in GradScaler.step: NaN if one is not finite, which leaves all rows unchanged."""
+        """What gradients are divided by in GradScaler.step: NaN if one is not finite, so that no row changes."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is None:
             return None
