@@ -180,7 +180,7 @@ def test_what_all_say_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert said(1, "train", "--dim", "0") == ""
     assert said(1, "train", "--dim", "x").startswith("fastmargin: rank 1: ")
     for command in (["info"], ["doppelgangers", "run"], ["clean", "run", "--out", "there"]):
-        assert "is for one process" in said(0, *command)
+        assert "runs in one process" in said(0, *command)
     del store
 
 
