@@ -1,9 +1,12 @@
-"""The example of every command's help, run in their order."""
+"""The example of every command's help, run in their order, and the loop of the README."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from emulation import ROOT
 
 from fastmargin.driver.commands import cli
 
@@ -37,3 +40,17 @@ def test_the_example_of_every_command_runs(
     } <= files
     assert cli.main(["evaluate", "embedded.safetensors"]) == 0
     assert "10 identities, 40 images" in capsys.readouterr().out
+
+
+def test_the_loop_of_the_readme_infers_in_evaluation_mode() -> None:
+    """Its first block, with a small network and 20 classes."""
+    block = re.search(r"## In your own loop\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    code = block[1].replace('"iresnet50", 512, 112', '"iresnet18", 512, 16').replace("1_000_000", "20")
+    images = torch.randn(4, 3, 16, 16)
+    names = {"loader": [(images, torch.arange(4))] * 2, "queries": images}
+    exec(code, names)
+    alone = names["backbone"](images[:1])
+    assert not names["scores"].requires_grad and names["classes"].shape == (4, 5)
+    scores, _ = names["head"].nearest(alone, k=5)
+    assert (scores - names["scores"][:1]).abs().max() < 1e-5, "rows of a batch do not see each other"
