@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, pad
 
 from fastmargin.driver.data.order import AUGMENT, hash64, mix64
+from fastmargin.splitmix64 import INCREMENT
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(INCREMENT % 2**64)
 ROTATION = math.radians(8)
 SCALE = 0.1
 SHEAR = 0.12
