@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmargin.distributed.agreement import is_replica
+from fastmargin.distributed.agreement import check_equal, is_replica
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.ops.backends import HALVES, pick
 from fastmargin.ops.class_update import IMPLS, Step, count_write
@@ -61,6 +61,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         # "ready" for a forward pass, "forward" after it, "backward" from the backward pass, which has changed the
         # weights, to step(). Without in_backward always "ready"
         self.stage = "ready"
+        self.compared = False  # with the other ranks of the head's group, since the options were set
         super().__init__([head.weight], defaults)
         head._apply_lazy_updates()  # pending ones of an optimizer that was attached before
         head.class_optimizer = self
@@ -103,9 +104,20 @@ class ClassOptimizer(torch.optim.Optimizer):
         """Called by the backward pass before it steps."""
         if self.stage != "forward":
             raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")
+        self.compare_ranks()
         self.stage = "backward"
         scale = None if self.scaler is None else self.scaler.scale(self.weight.new_ones(()))
         return self.next_step()._replace(grad_scale=scale)
+
+    def compare_ranks(self) -> None:
+        """Raises ValueError, on every rank, if the optimizers of a head in a group have different options."""
+        if self.compared:
+            return
+        options = {name: value for name, value in self.param_groups[0].items() if name != "params"}
+        kind, scaled = type(self).__name__, self.scaler is not None
+        own = {"optimizer": kind, "in_backward": self.in_backward, "whether there is a scaler": scaled}
+        check_equal(own | options, self.head.classes.group)
+        self.compared = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,6 +139,7 @@ class ClassOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("the weight has a .grad, which in_backward=True does not make: call zero_grad()")
             done, self.stage = self.stage == "backward", "ready"
         else:
+            self.compare_ranks()
             done = grad is not None
             if grad is not None:
                 self.apply(grad)
@@ -167,7 +180,7 @@ class ClassOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.apply_lazy_updates()
         super().load_state_dict(state_dict)
-        self.stage = "ready"
+        self.stage, self.compared = "ready", False
 
 
 class ClassSGD(ClassOptimizer):
@@ -188,8 +201,8 @@ class ClassSGD(ClassOptimizer):
             collective into `weight.detach()`, by replays of a CUDA graph. Has not run on a GPU.
 
     Raises:
-        ValueError: options out of range, or cache_operands where there can be no cache. RuntimeError: a second forward
-            or backward pass before `step()`.
+        ValueError: options out of range, or cache_operands where there can be no cache; in the first step, if the ranks
+            of the head's group have different options. RuntimeError: a second forward or backward pass before `step()`.
     """
 
     def __init__(

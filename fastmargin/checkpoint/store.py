@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.checkpoint.tensors import Entry, Sharded, Tensors, check_parts, error_of_safetensors, joined, split
-from fastmargin.distributed.agreement import gather_objects, run_on_all_ranks
+from fastmargin.distributed.agreement import check_equal, gather_objects, run_on_all_ranks
 from fastmargin.distributed.layout import Group
 from fastmargin.files import fsync, locked, make_folder, refuse_link, remove, sha256, want_file
 
@@ -72,12 +72,13 @@ def save(
     A kill at any moment, on any rank, leaves the earlier checkpoints intact, and at most a temporary folder that the
     next call removes. An old checkpoint that cannot be removed is a warning. Ranks wait for the slowest writer, within
     the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if writing fails or another
-    process is saving there, ValueError for NaN in `state`, for a DTensor, and if the rows of a Sharded over all ranks
-    do not make up the tensor exactly once.
+    process is saving there, ValueError for NaN in `state`, for a DTensor, if ranks give different steps, and if the
+    rows of a Sharded over all ranks do not make up the tensor exactly once.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     rank = 0 if group is None else group.rank()
+    check_equal({"step": step}, group)
     with ExitStack() as held:
         name, *_ = run_on_all_ranks(partial(prepare, final, held) if rank == 0 else idle, group)
         fresh = folder / f"{name}"

@@ -24,13 +24,17 @@ def check_group(group: Group | None, options: Mapping[str, Any]) -> None:
             "have no replicas"
         )
     check_device(group)
-    all_ranks = gather_objects(dict(options), group)
-    for rank, theirs in enumerate(all_ranks):
-        for name, value in theirs.items():
-            if value != all_ranks[0][name]:
-                raise ValueError(
-                    f"{name} is {all_ranks[0][name]!r} on rank 0, {value!r} on rank {rank}: want one value"
-                )
+    check_equal(options, group)
+
+
+def check_equal(options: Mapping[str, Any], group: Group | None) -> None:
+    """Raises ValueError, on every rank, for the first of these that is not the same on all ranks."""
+    first, *others = gather_objects(dict(options), group)
+    for rank, theirs in enumerate(others, 1):
+        for name in first | theirs:
+            if name not in first or name not in theirs or theirs[name] != first[name]:
+                here, there = (repr(values[name]) if name in values else "missing" for values in (first, theirs))
+                raise ValueError(f"{name} is {here} on rank 0, {there} on rank {rank}: want one value")
 
 
 def check_device(group: Group) -> None:

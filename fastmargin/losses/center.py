@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastmargin.distributed.agreement import check_equal
 from fastmargin.distributed.functions import sum_by_class
 from fastmargin.losses.rows import Reduction, centers_of, check_batch, check_rows, reduced, wide
 from fastmargin.require import require
@@ -41,7 +42,7 @@ class CenterBank(nn.Module):
             None: this process alone.
 
     Raises:
-        ValueError: a size below 1, an unknown rule, alpha outside [0, 1].
+        ValueError: a size below 1, an unknown rule, alpha outside [0, 1], or options that differ between ranks.
     """
 
     centers: Tensor
@@ -54,6 +55,7 @@ class CenterBank(nn.Module):
             require(isinstance(size, int) and size >= 1, name, size, "an int of 1 or more")
         require(update in get_args(Rule), "update", update, f"one of {get_args(Rule)}")
         require(isinstance(alpha, (int, float)) and 0 <= alpha <= 1, "alpha", alpha, "a rate from 0 to 1")
+        check_equal(dict(num_classes=num_classes, dim=dim, update=update, alpha=alpha), group)
         self.rule, self.alpha, self.group = update, alpha, group
         self.register_buffer("centers", torch.zeros(num_classes, dim, dtype=torch.float32))
 

@@ -4,6 +4,7 @@ import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fastmargin as fm
+from fastmargin import optim
 from fastmargin.distributed import agreement
 from fastmargin.head.margin_head import MarginHead
 
@@ -93,6 +95,60 @@ def options_that_differ():
     head(margin=fm.ArcFace(m=M), class_weight=M)
 
 
+def optimizers_that_differ():
+    """They raise in the first step, before any weight has changed."""
+    rank = dist.get_rank()
+    SGD, AdamW = optim.ClassSGD, optim.ClassAdamW
+    for build, message in (
+        (lambda h: SGD(h, lr=0.1 + (rank == 2)), "lr is 0.1 on rank 0, 1.1 on rank 2: want one value"),
+        (lambda h: SGD(h, lr=0.1, momentum=0.5 * (rank == 1)), "momentum is 0.0 on rank 0, 0.5 on rank 1"),
+        (lambda h: SGD(h, lr=0.1, in_backward=rank != 1), "in_backward is True on rank 0, False on rank 1"),
+        (
+            lambda h: AdamW(h, lr=0.1) if rank == 1 else SGD(h, lr=0.1),
+            "optimizer is 'ClassSGD' on rank 0, 'ClassAdamW'",
+        ),
+        (lambda h: AdamW(h, betas=(0.9, 0.99 + 0.001 * rank), in_backward=True), r"betas is \(0.9, 0.99\) on rank 0"),
+    ):
+        it = head(sample_rate=0.5)
+        optimizer, before = build(it), it.weight.detach().clone()
+        with pytest.raises(ValueError, match=message):
+            it(F, Y).loss.backward()
+            optimizer.step()
+        assert torch.equal(it.weight, before)
+
+
+def a_loaded_optimizer_is_compared_again():
+    it, loss = head(), lambda: it(F, Y).loss
+    optimizer = optim.ClassSGD(it, lr=0.1)
+    for differ in (False, True):
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["lr"] = 0.1 + differ * dist.get_rank()
+        optimizer.load_state_dict(saved)
+        loss().backward()
+        if differ:
+            with pytest.raises(ValueError, match=r"lr is 0\.1 on rank 0, 1\.1 on rank 1"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def banks_that_differ():
+    group, rank = dist.group.WORLD, dist.get_rank()
+    for options, message in (
+        ((5, 3, "paper", 0.5 + 0.1 * rank), "alpha is 0.5 on rank 0, 0.6 on rank 1"),
+        ((5, 3, "sgd" if rank == 2 else "ema"), "update is 'ema' on rank 0, 'sgd' on rank 2"),
+        ((5 + rank, 3), "num_classes is 5 on rank 0, 6 on rank 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fm.CenterBank(*options, group=group)
+
+
+def checkpoints_of_different_steps():
+    with pytest.raises(ValueError, match="step is 7 on rank 0, 8 on rank 1: want one value"):
+        fm.checkpoint.save("never made", 7 + dist.get_rank(), {"x": F}, {}, group=dist.group.WORLD)
+    assert not Path("never made").exists()
+
+
 def groups_that_will_not_do():
     some = dist.new_group([0, 1])
     for group, message in (("gloo", "group is 'gloo': want a ProcessGroup"), (-100, "want a ProcessGroup")):
@@ -135,6 +191,10 @@ MISTAKES = (
     no_rows_at_all,
     wrong_hard_classes,
     options_that_differ,
+    optimizers_that_differ,
+    a_loaded_optimizer_is_compared_again,
+    banks_that_differ,
+    checkpoints_of_different_steps,
     groups_that_will_not_do,
 )
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from fastmargin import checkpoint
+from fastmargin.distributed.agreement import check_equal
 from fastmargin.driver.commands.evaluate import finish
 from fastmargin.driver.config import TrainConfig
 from fastmargin.driver.data.augmentation import augmentation
@@ -24,14 +25,16 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
     None: config.model. It can be given only from Python, and has to be given again to resume or to evaluate.
     Under torchrun, or if torch.distributed is initialized already, all processes call this with the same arguments and
     train together; only the first one logs and writes.
-    ValueError for options that do not fit together, a folder that holds another run, checkpoints that are all
-    damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is training in the folder.
+    ValueError for options that do not fit together, processes whose options or data differ, a folder that holds another
+    run, checkpoints that are all damaged, and a loss or a gradient that is not finite; BlockingIOError if a run is
+    training in the folder.
     `signals.Stopped`, a SystemExit, after SIGINT or SIGTERM.
     """
     if config.tensorboard:
         tensorboard.summary_writer()  # fails here, before any work, where TensorBoard is not installed
     with processes.process_group() as ours, ExitStack() as held:
         log = ours.log(log)
+        check_equal({"out": out}, ours.host)
         run = build(config, log, model, ours)
         begun = out is not None and checkpoint.committed(Path(out) / run_folder.CHECKPOINTS)
         if config.init_from is not None and not begun:

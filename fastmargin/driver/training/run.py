@@ -20,6 +20,7 @@ from fastmargin.driver.data.order import UniformBatches
 from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.log import Log
 from fastmargin.driver.training.backbone import build_backbone
+from fastmargin.driver.training.consistency import check_data, check_settings
 from fastmargin.driver.training.loader import BatchSource, Order
 from fastmargin.driver.training.optimizers import Optimizers, build_average
 from fastmargin.driver.training.processes import ALONE, Processes, pick_device
@@ -87,13 +88,15 @@ class Run:
 
 
 def build(config: TrainConfig, log: Log, factory: str | None = None, processes: Processes = ALONE) -> Run:
-    """A run before its first step. ValueError for options that do not fit together.
+    """A run before its first step. ValueError for options that do not fit together, and for ranks that differ.
 
     factory: import path of a network of the caller's own, instead of config.model.name.
     """
+    check_settings(config, factory, processes)
     device = pick_device(config.device, processes)
     with processes.in_turn():
         train, test = load_data(config.data, log)
+    check_data(train, test, config.seed, processes)
     if min(train.num_classes, test.num_classes) < 2:
         split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
         raise ValueError(f"{split}; want at least 2 of each: more data, another data.holdout or data.split_seed")
