@@ -42,7 +42,7 @@ define setup_cuda
 	mkdir -p $(2)
 	(grep -vE '^(torch|triton|setuptools)==' constraints.txt; echo 'torch==$(TORCH)') > $(2)/constraints.txt
 	test -x $(2)/bin/python || $(1) -m venv $(2)
-	$(call cuda_pip,$(2)) torch numpy setuptools wheel pybind11 cmake ninja
+	$(call cuda_pip,$(2)) torch numpy 'setuptools>=77' wheel pybind11 cmake ninja
 endef
 cuda_pip = $(abspath $(1))/bin/python -m pip --disable-pip-version-check install --quiet \
 	--constraint $(abspath $(1))/constraints.txt
