@@ -155,9 +155,8 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.subset = subset
         self.apply_lazy_updates(subset)
-        state, rule, hyper, _ = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["update"]
-        update(self.weight, state, grad.contiguous(), subset, rule, hyper, self.divisor())
+        update(self.weight, grad.contiguous(), subset, self.next_step()._replace(grad_scale=self.divisor()))
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.ops.problem import BackwardInput, ForwardOutput, Gradients, Problem
+
 from .gradients import add_row_products, d_rest_scale_of, entries_of, finish_chunk, finish_rows, multiply, splits_of
 from .operands import GROUP, ClassChunk, class_chunks, count_of, whole_rows
 from .tile import classes_in, contains_any, logits, own_columns
@@ -131,30 +133,16 @@ def nontarget_lse_bwd_kernel(
             tl.store(g + at.to(tl.int64)[:, None] * g_row + cols[None, :], value, mask=inside)
 
 
-def forward(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    class_ids: Tensor | None,  # [n]
-    bend: Tensor | None,
-    normalize_weight: bool,
-    pool: int,
-    topk: int,
-    compute_dtype: torch.dtype | None,
-    need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk_values [B, k], topk_classes [B, k], expected_weight [0]
-    """need_expected_weight is ignored: the backward pass computes all of dx."""
-    assert bend is None and pool == 1
-    x, y, bias, class_ids = prepared(x, y, bias, class_ids, compute_dtype)
-    (B, d), n = x.shape, len(w) if class_ids is None else len(class_ids)
+def forward(p: Problem, topk: int) -> ForwardOutput:  # without expected_weight
+    x, y, bias, class_ids = prepared(p)
+    w, (B, d), n = p.w, x.shape, p.num_classes
     plan = plan_of(x, n, max(d * x.element_size(), 4 * B // GROUP if topk else 0))
     strips = plan.grid(B, plan.step)[1]
     high, total = w.new_full((B, strips), LOW), w.new_zeros(B, strips)
     best = Best(B, topk, triton.cdiv(n, GROUP), x.device)
     groups, class_count = w.new_empty(B, plan.step // GROUP) if topk else None, count_of(class_ids)
     with torch.cuda.device_of(x):
-        for chunk in class_chunks(w, class_ids, normalize_weight, compute_dtype, plan.step) if B else ():
+        for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step) if B else ():
             size = len(chunk.o)
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
                 high, total, groups, *plan.operands(x, chunk.o), y, chunk.residual_scale,
@@ -164,22 +152,17 @@ def forward(
             )  # fmt: skip
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
-        values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, normalize_weight)
-    return merged(high, total), values, classes, w.new_empty(0)
+        values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, p.normalize_weight)
+    return ForwardOutput(merged(high, total), values, classes, w.new_empty(0))
 
 
 def prepared(
-    x: Tensor,  # [B, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    class_ids: Tensor | None,  # [n]
-    compute_dtype: torch.dtype | None,
+    p: Problem,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # x [B, d] operands, y [B], bias [n], class_ids [n]
     """Contiguous; x is rounded, bias is that of the selected classes."""
-    if bias is not None and class_ids is not None:
-        bias = bias[class_ids]
-    bias, class_ids = (None if t is None else t.contiguous() for t in (bias, class_ids))
-    return x.to(compute_dtype or x.dtype).contiguous(), y.contiguous(), bias, class_ids
+    bias = p.bias if p.bias is None or p.class_ids is None else p.bias[p.class_ids]
+    bias, class_ids = (None if t is None else t.contiguous() for t in (bias, p.class_ids))
+    return p.x.to(p.compute_dtype or p.x.dtype).contiguous(), p.y.contiguous(), bias, class_ids
 
 
 def merged(
@@ -190,43 +173,24 @@ def merged(
     return (total * (high - shift).exp()).sum(1).log() + shift[:, 0]
 
 
-def backward(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    class_ids: Tensor | None,  # [n]
-    bend: Tensor | None,
-    normalize_weight: bool,
-    pool: int,
-    compute_dtype: torch.dtype | None,
-    rest: Tensor,  # [B]
-    topk_classes: Tensor,  # [B, k]
-    expected_weight: Tensor,  # [0]
-    d_rest: Tensor,  # [B]
-    d_target: Tensor,  # [B]
-    d_topk: Tensor | None,  # [B, k]
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    assert bend is None and pool == 1
-    exact = x.contiguous()
-    x, y, bias, class_ids = prepared(x, y, bias, class_ids, compute_dtype)
-    (B, d), n = x.shape, len(w) if class_ids is None else len(class_ids)
+def backward(p: Problem, given: BackwardInput, need_dx: bool, need_dw: bool, need_db: bool) -> Gradients:
+    exact = p.x.contiguous()
+    x, y, bias, class_ids = prepared(p)
+    w, (B, d), n = p.w, x.shape, p.num_classes
     shapes = ((B, d) if need_dx else 0, (n, d) if need_dw else 0, n if need_db else 0)
     dx, dw, db = (w.new_empty(shape) if B else w.new_zeros(shape) for shape in shapes)
     if B == 0:
-        return dx, dw, db
-    d_rest_scale = d_rest_scale_of(d_rest, compute_dtype)
-    safe_rest = rest.masked_fill(rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
-    given = y, bias, safe_rest, d_rest.contiguous() * d_rest_scale, count_of(class_ids)
-    entries = entries_of(y, d_target, topk_classes, d_topk, n, whole_rows(d)["BLOCK_C"])
+        return Gradients(dx, dw, db)
+    d_rest_scale = d_rest_scale_of(given.d_rest, p.compute_dtype)
+    safe_rest = given.rest.masked_fill(given.rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
+    d_rest, class_count = given.d_rest.contiguous() * d_rest_scale, count_of(class_ids)
+    entries = entries_of(y, given.d_target, given.topk_classes, given.d_topk, n, whole_rows(d)["BLOCK_C"])
     plan = plan_of(x, n, max(B, d) * x.element_size())
     workspace, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
     with torch.cuda.device_of(x):
-        for chunk in class_chunks(w, class_ids, normalize_weight, compute_dtype, plan.step):
-            g, at = gradient_of_logits(plan, workspace, x, chunk, *given), chunk.at
+        for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step):
+            g = gradient_of_logits(plan, workspace, x, chunk, y, bias, safe_rest, d_rest, class_count)
+            at = chunk.at
             if need_dx:
                 add_row_products(sums, g, chunk.o)
             if need_dw:
@@ -237,8 +201,8 @@ def backward(
                 parts = dw[at] if need_dw else None, db[at] if need_db else None
                 finish_chunk(chunk, *parts, exact, w, class_ids, entries, d_rest_scale)
         if need_dx:
-            finish_rows(dx, sums, w, class_ids, entries, d_rest_scale, n, normalize_weight)
-    return dx, dw, db
+            finish_rows(dx, sums, w, class_ids, entries, d_rest_scale, n, p.normalize_weight)
+    return Gradients(dx, dw, db)
 
 
 def gradient_of_logits(

@@ -3,7 +3,7 @@ import torch
 from emulation import ROOT, built
 from ranks import Ranks
 
-from fastmargin.ops import class_update, pairwise_potential, target_logit
+from fastmargin.ops import class_update, nontarget_lse_native, pairwise_potential, target_logit
 from fastmargin.ops.backends import HALVES, Impl
 from fastmargin.ops.nontarget_lse import IMPLS
 
@@ -81,18 +81,11 @@ def emulated_ops(tmp_path_factory):
 def emulated(emulated_ops):
     """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
     ops = emulated_ops
-    functions = {
-        "fwd": ops.nontarget_lse_fwd.default,
-        "bwd": ops.nontarget_lse_bwd.default,
-        "bwd_update": ops.nontarget_lse_bwd_update.default,
-        "operands": ops.class_operands.default,
-    }
-    IMPLS["emulated"] = Impl(functions, is_float32, lambda x: HALVES, is_float32)
-    updates = {"update": ops.class_update.default, "lazy_update": ops.class_lazy_update.default}
+    IMPLS["emulated"] = Impl(nontarget_lse_native.functions(ops), is_float32, lambda x: HALVES, is_float32)
     others = {
         target_logit: {"fwd": ops.target_logit.default},
         pairwise_potential: {"fwd": ops.pairwise_potential_fwd.default},
-        class_update: updates,
+        class_update: class_update.native_functions(ops),
     }
     for op, functions in others.items():
         op.IMPLS["emulated"] = Impl(functions, is_float32)

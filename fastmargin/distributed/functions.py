@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fastmargin.distributed.layout import Group, Layout, all_gather, all_to_all_by_owner, batch_layout, reduce_scatter
 from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, shard_gradients
 from fastmargin.ops.common import once_differentiable, rows_of
+from fastmargin.ops.problem import LSEOutput
 
 
 class GatherRows(torch.autograd.Function):
@@ -95,17 +96,11 @@ class MergeShards(torch.autograd.Function):
         return *shard_gradients(rest, merged, d_rest, d_target, len(ctx.layout.sizes)), None
 
 
-def merge_shards(
-    rest: Tensor,  # [B]
-    target: Tensor,  # [B]
-    values: Tensor,  # [B, k]
-    classes: Tensor,  # [B, k] int64 class ids
-    batch: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [b], [b], [b, k], [b, k]
+def merge_shards(shard: LSEOutput, batch: Layout) -> LSEOutput:  # of B rows -> of b rows
     """This rank's rows over all classes, from all rows over this rank's classes. The k best have no gradient."""
-    if batch.group is None:
-        return rest, target, values, classes
-    return *MergeShards.apply(rest, target, batch), *merge_topk(values.detach(), classes, batch)
+    rest, target = MergeShards.apply(shard.rest, shard.target, batch)
+    values, classes = merge_topk(shard.topk_values.detach(), shard.topk_classes, batch)
+    return LSEOutput(rest, target, values, classes)
 
 
 def merge_topk(

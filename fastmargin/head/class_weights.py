@@ -34,7 +34,8 @@ from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import check_compute_dtype, named
 from fastmargin.ops.class_update import SteppingBackward
 from fastmargin.ops.common import unit_rows
-from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+from fastmargin.ops.nontarget_lse import IMPLS, LSEOutput, log_sum_exp
+from fastmargin.ops.problem import Problem
 
 
 def apply_lazy_updates(head: "ClassWeights", *_: Any) -> None:
@@ -51,24 +52,29 @@ class LazyOptimizer(SteppingBackward, Protocol):
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None: ...
 
 
-def to_subset_index(
-    local: Tensor,  # [B] local indices, -1: none; the others are in the subset
-    subset: Tensor | None,  # [n] sorted, then perhaps -1
-) -> Tensor:  # [B]
+def to_index(
+    ids: Tensor,  # [B] global class ids, -1: none; those of this rank are in the subset
+    classes: Layout,
+    subset: Tensor | None,  # [n] local indices, sorted, then perhaps -1; None: all classes of this rank
+) -> Tensor:  # [B] local indices or, with a subset, subset indices
+    local = ids if classes.group is None else classes.local_index(ids)
     if subset is None:
         return local
     rising = subset.masked_fill(subset < 0, torch.iinfo(torch.int64).max)
     return torch.where(local < 0, -1, torch.searchsorted(rising, local))
 
 
-def to_local_index(
-    index: Tensor,  # [B, k] subset indices, -1: none
-    subset: Tensor | None,  # [n] sorted, then perhaps -1
+def to_global_id(
+    index: Tensor,  # [B, k] local indices or, with a subset, subset indices; -1: none
+    classes: Layout,
+    subset: Tensor | None,  # [n]
 ) -> Tensor:  # [B, k]
-    if subset is None:
-        return index
-    none = len(subset)  # -1 is appended there, so that an empty subset can be indexed, too
-    return F.pad(subset, (0, 1), value=-1)[torch.where(index < 0, none, index)]
+    """The inverse of `to_index`."""
+    local = index
+    if subset is not None:
+        none = len(subset)  # -1 is appended there, so that an empty subset can be indexed, too
+        local = F.pad(subset, (0, 1), value=-1)[torch.where(index < 0, none, index)]
+    return local if classes.group is None else classes.global_id(local)
 
 
 class ClassWeights(nn.Module):
@@ -161,44 +167,39 @@ class ClassWeights(nn.Module):
         r = self.margin.scale(norms)
         return (r[:, None] * unit if self.margin.normalize_features else f), norms, r
 
-    def _primitive(
+    def _nontarget_lse(
         self,
         x: Tensor,  # [b, d]
-        y: Tensor,  # [B]
+        y: Tensor,  # [B] global class ids, -1: none
         k: int,
         batch: Layout,
         subset: Tensor | None = None,  # [n] local indices, sorted; None: all
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [b], target [b], topk_values [b, k], topk_classes [b, k]
-        """`nontarget_lse` of this rank's rows over the classes of all ranks; y and topk_classes are global ids."""
-        if batch.group is None and subset is None:
-            return self._local(x, y, k, self.bias)
-        average_gradients(self.replicated_parameters(), batch.group)
-        index = to_subset_index(self.classes.local_index(y), subset)
-        bias = None if self.bias is None else LocalEntries.apply(self.bias, self.classes)
-        rest, target, values, topk_index = self._local(gather_rows(x, batch, self.gather_dtype), index, k, bias, subset)
-        topk_classes = self.classes.global_id(to_local_index(topk_index, subset))
-        return merge_shards(rest, target, values, topk_classes, batch)
+    ) -> LSEOutput:  # rest [b], target [b], topk_values [b, k], topk_classes [b, k] global class ids
+        """`nontarget_lse` of this rank's rows over the classes of all ranks.
 
-    def _local(
-        self,
-        x: Tensor,  # [B, d]
-        index: Tensor,  # [B]
-        k: int,
-        bias: Tensor | None,  # [C_local]
-        subset: Tensor | None = None,  # [n] local indices, sorted; None: all
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], target [B], topk_values [B, k], topk_index [B, k]
-        """`nontarget_lse` over the classes of this rank. Both indices: in the subset; local where there is none."""
-        optimizer = None
-        training = self.training and torch.is_grad_enabled() and self._weight.requires_grad
-        if self.class_optimizer is not None and training:
-            self.class_optimizer.before_forward(subset)
-            optimizer = self.class_optimizer if self.class_optimizer.in_backward else None
-        else:
-            self._apply_lazy_updates()
-        return nontarget_lse(
-            x, self._weight, index, bias=bias, class_ids=subset, normalize_weight=self.margin.normalize_weight, topk=k,
-            compute_dtype=self.compute_dtype, backend=self.backend, optimizer=optimizer,
+        In a group each rank computes the rows of all ranks over its own classes, and `merge_shards` gives each rank the
+        result of its rows.
+        """
+        average_gradients(self.replicated_parameters(), batch.group)
+        bias = self.bias
+        if bias is not None and (batch.group is not None or subset is not None):
+            bias = LocalEntries.apply(bias, self.classes)
+        problem = Problem(
+            gather_rows(x, batch, self.gather_dtype), self._weight, to_index(y, self.classes, subset), bias, subset,
+            self.margin.normalize_weight, self.compute_dtype,
         )  # fmt: skip
+        shard = log_sum_exp(problem, k, self.backend, self._stepping_optimizer(subset))
+        shard = shard._replace(topk_classes=to_global_id(shard.topk_classes, self.classes, subset))
+        return shard if batch.group is None else merge_shards(shard, batch)
+
+    def _stepping_optimizer(self, subset: Tensor | None) -> LazyOptimizer | None:  # [n] local indices; None: all
+        """Brings these rows up to date; returns the class optimizer if the backward pass is to make its step."""
+        training = self.training and torch.is_grad_enabled() and self._weight.requires_grad
+        if self.class_optimizer is None or not training:
+            self._apply_lazy_updates()
+            return None
+        self.class_optimizer.before_forward(subset)
+        return self.class_optimizer if self.class_optimizer.in_backward else None
 
     def _apply_lazy_updates(self) -> None:
         """Applies pending lazy updates, before weights are read or written."""
@@ -235,8 +236,9 @@ class ClassWeights(nn.Module):
         batch, embeddings = batch_layout(embeddings, self.classes.group)
         x, _, r = self._rows(embeddings)
         y = torch.full((batch.total,), -1, dtype=torch.int64, device=x.device)
-        _, _, scores, classes = self._primitive(x, y, k, batch)
-        return (scores if self.margin.plain else scores / r[:, None]), classes
+        out = self._nontarget_lse(x, y, k, batch)
+        scores = out.topk_values if self.margin.plain else out.topk_values / r[:, None]
+        return scores, out.topk_classes
 
     @torch.no_grad()
     def load_full_weight(self, w: Tensor) -> None:  # [C, d]

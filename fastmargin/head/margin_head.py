@@ -180,11 +180,11 @@ class MarginHead(ClassWeights):
         valid = batch.local_slice(known)
         x, norms, r = self._rows(embeddings.masked_fill(~valid[:, None], 0.0))
         subset = self._sample(y, hard_classes, batch)
-        rest, target, topk_values, topk_classes = self._primitive(x, y, self.topk, batch, subset)
+        out = self._nontarget_lse(x, y, self.topk, batch, subset)
         unit = torch.ones_like(r) if self.margin.plain else r
-        score = target / unit
-        logit = target if self.margin.plain else r * self._psi(score, norms, y, batch)
-        loss = -F.logsigmoid(logit - rest)
+        score = out.target / unit
+        logit = out.target if self.margin.plain else r * self._psi(score, norms, y, batch)
+        loss = -F.logsigmoid(logit - out.rest)
         penalty = self.margin.penalty(norms)
         if penalty is not None:
             loss = loss + penalty
@@ -193,8 +193,8 @@ class MarginHead(ClassWeights):
         return HeadOutput(
             self._reduce(loss, y, known, sample_weight, batch),
             score.detach().masked_fill(~valid, torch.nan),
-            topk_classes.masked_fill(~valid[:, None], -1),
-            (topk_values / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
+            out.topk_classes.masked_fill(~valid[:, None], -1),
+            (out.topk_values / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
         )
 
     def _known(self, labels: Tensor, batch: Layout) -> Tensor:  # [B] -> [B], -1 on ignored and bad rows

@@ -10,6 +10,7 @@ product of T 2 x 2 matrices on its (v, w); see optim.py. On a GPU class_ids may 
 change nothing. Letters: C classes, n of them selected, d features.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,31 +49,27 @@ def count_write(w: Tensor, operand_cache: OperandCache | None = None) -> None:  
 
 def stream_update(
     w: Tensor,  # [C, d], changed
-    state: list[Tensor],  # [C, d] each, changed
     grad: Tensor,  # [n, d]
     class_ids: Tensor | None,  # [n]
-    rule: str,
-    hyper: list[float],
-    grad_scale: Tensor | None,  # []
+    step: Step,
 ) -> None:
     if class_ids is not None and class_ids.is_cuda:
         class_ids, grad = without_none(class_ids, grad)
-    update_rows(w, state, grad, class_ids, None, rule, hyper, grad_scale)
+    update_rows(w, grad, class_ids, None, step)
 
 
 def triton_update(
     w: Tensor,  # [C, d], changed
-    state: list[Tensor],  # [C, d] each, changed
     grad: Tensor,  # [n, d]
     class_ids: Tensor | None,  # [n], perhaps -1 at the end
-    *step: Any,
+    step: Step,
 ) -> None:
     """stream_update, without a host sync where class_ids end in -1."""
     is_class = None
     if class_ids is not None:
         class_ids, grad = first_for_none(class_ids, grad)
         is_class = (class_ids >= 0)[:, None]  # at least one, except where all are -1
-    update_rows(w, state, grad, class_ids, is_class, *step)
+    update_rows(w, grad, class_ids, is_class, step)
 
 
 def without_none(class_ids: Tensor, of_each: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n, ...] -> [m], [m, ...]
@@ -88,27 +85,23 @@ def first_for_none(class_ids: Tensor, of_each: Tensor) -> tuple[Tensor, Tensor]:
 
 def update_rows(
     w: Tensor,  # [C, d], changed
-    state: list[Tensor],  # [C, d] each, changed
     grad: Tensor,  # [n, d]
     class_ids: Tensor | None,  # [n]
     is_class: Tensor | None,  # [n, 1] rows that may change; None: all
-    rule: str,
-    hyper: list[float],
-    grad_scale: Tensor | None,  # []
+    step: Step,
 ) -> None:
     rows = slice(None) if class_ids is None else class_ids
-    old = [t[rows] for t in (w, *state)]
+    tensors = w, *step.state
+    old = [t[rows] for t in tensors]
     new = [t.clone() for t in old]
-    grad = grad if grad_scale is None else grad / grad_scale
-    if rule == "sgd":
-        sgd_(*new, g=grad, hyper=hyper)
-    else:
-        adamw_(*new, g=grad, hyper=hyper)
-    finite = None if grad_scale is None else grad.isfinite().all(1, keepdim=True)
+    grad = grad if step.grad_scale is None else grad / step.grad_scale
+    rule_ = sgd_ if step.rule == "sgd" else adamw_
+    rule_(*new, g=grad, hyper=step.hyper)
+    finite = None if step.grad_scale is None else grad.isfinite().all(1, keepdim=True)
     for changes in (finite, is_class):
         if changes is not None:
             new = [torch.where(changes, after, before) for after, before in zip(new, old, strict=True)]
-    for t, after in zip((w, *state), new, strict=True):
+    for t, after in zip(tensors, new, strict=True):
         t[rows] = after
 
 
@@ -180,13 +173,16 @@ def lazy_update_rows(
         v[rows] = new_v
 
 
+def native_functions(ops: Any) -> dict[str, Callable[..., Any]]:  # of torch.ops.fastmargin
+    def update(w: Tensor, grad: Tensor, class_ids: Tensor | None, step: Step) -> None:
+        ops.class_update.default(w, step.state, grad, class_ids, step.rule, step.hyper, step.grad_scale)
+
+    return {"update": update, "lazy_update": ops.class_lazy_update.default}
+
+
 IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
-    _ops = torch.ops.fastmargin
-    IMPLS["native"] = Impl(
-        {"update": _ops.class_update.default, "lazy_update": _ops.class_lazy_update.default},
-        native_can_run,
-    )
+    IMPLS["native"] = Impl(native_functions(torch.ops.fastmargin), native_can_run)
 
     @torch.library.register_fake("fastmargin::class_update")
     def _(w, state, grad, class_ids, rule, hyper, grad_scale):  # type: ignore[no-untyped-def]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Disables autocast in the op: z and all sums keep the dtype of the operands."""
+    """Disables autocast in the op: z and all sums keep the dtype of the operands. Its first argument has a device."""
 
     @functools.wraps(op)
-    def run(x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return op(x, *args)
+    def run(first: Any, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *args)
 
     return run
 

@@ -1,4 +1,4 @@
-"""nontarget_lse as its formulas say it (nontarget_lse.py), with the signatures of the registered ops.
+"""nontarget_lse as its formulas say it (nontarget_lse.py).
 
 It stores the B x C logits; it is the truth of the tests and is written to be read, not to be fast. Letters: B rows, C
 classes, d features, k nearest classes.
@@ -12,69 +12,37 @@ from fastmargin.ops.common import padded, without_autocast
 from fastmargin.ops.nontarget_lse_portable import (
     INF,
     block_of,
-    check_bend_pool,
-    count,
     empty_gradients,
     rounded,
     weight_gradient,
 )
+from fastmargin.ops.problem import BackwardInput, ForwardOutput, Gradients, Problem
 
 
 @without_autocast
-def reference_fwd(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    class_ids: Tensor | None,  # [n]
-    bend: Tensor | None,  # [B, 4]
-    normalize_weight: bool,
-    pool: int,
-    topk: int,
-    compute_dtype: torch.dtype | None,
-    need_expected_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rest [B], topk values [B, k], topk classes [B, k], expected weight
-    check_bend_pool(bend, pool)
-    check_ids(y, class_ids, len(w))
-    x = rounded(x, compute_dtype)
-    _, operands, _, _, z = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
-    z = z.masked_fill(is_target(y, z), -INF)
+def reference_fwd(p: Problem, topk: int, need_expected_weight: bool) -> ForwardOutput:
+    p.check_reserved()
+    check_ids(p.y, p.class_ids, len(p.w))
+    _, operands, _, _, z = block_of(p, rounded(p.x, p.compute_dtype), 0, p.num_classes)
+    z = z.masked_fill(is_target(p.y, z), -INF)
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
-    return rest, values, classes, softmax(z, rest[:, None]) @ operands if need_expected_weight else x.new_empty(0)
+    expected_weight = softmax(z, rest[:, None]) @ operands if need_expected_weight else z.new_empty(0)
+    return ForwardOutput(rest, values, classes, expected_weight)
 
 
 @without_autocast
-def reference_bwd(
-    x: Tensor,  # [B, d]
-    w: Tensor,  # [C, d]
-    y: Tensor,  # [B]
-    bias: Tensor | None,  # [C]
-    class_ids: Tensor | None,  # [n]
-    bend: Tensor | None,  # [B, 4]
-    normalize_weight: bool,
-    pool: int,
-    compute_dtype: torch.dtype | None,
-    rest: Tensor,  # [B]
-    topk_classes: Tensor,  # [B, k]
-    expected_weight: Tensor,  # [B, d], or [0] without dx
-    d_rest: Tensor,  # [B]
-    d_target: Tensor,  # [B]
-    d_topk: Tensor | None,  # [B, k]
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, d], dw [n, d], db [n]; each [0] where not needed
-    check_bend_pool(bend, pool)
-    x = rounded(x, compute_dtype)
-    block = block_of(x, w, bias, class_ids, normalize_weight, compute_dtype, 0, count(w, class_ids))
-    g = d_rest[:, None] * softmax(block.z, rest[:, None])
-    g = torch.where(is_target(y, g), d_target[:, None], g)
-    if d_topk is not None:
-        one_hot = topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
-        g = g + (one_hot * d_topk[:, :, None]).sum(1)
-    dx, dw, db = empty_gradients(x, w, class_ids, need_dx, need_dw, need_db)
-    return (
+def reference_bwd(p: Problem, given: BackwardInput, need_dx: bool, need_dw: bool, need_db: bool) -> Gradients:
+    p.check_reserved()
+    x = rounded(p.x, p.compute_dtype)
+    block = block_of(p, x, 0, p.num_classes)
+    g = given.d_rest[:, None] * softmax(block.z, given.rest[:, None])
+    g = torch.where(is_target(p.y, g), given.d_target[:, None], g)
+    if given.d_topk is not None:
+        one_hot = given.topk_classes[:, :, None] == torch.arange(g.shape[1], device=g.device)  # [B, k, n]
+        g = g + (one_hot * given.d_topk[:, :, None]).sum(1)
+    dx, dw, db = empty_gradients(p, need_dx, need_dw, need_db)
+    return Gradients(
         g @ block.w if need_dx else dx,
         weight_gradient(block, g, x) if need_dw else dw,
         g.sum(0) if need_db else db,

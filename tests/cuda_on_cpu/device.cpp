@@ -47,7 +47,12 @@ TORCH_LIBRARY(fastmargin_emulated, m) {
       "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? "
       "operands=None, Tensor? scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
       fastmargin::cuda::nontarget_lse_fwd);
-  m.def("nontarget_lse_bwd", fastmargin::cuda::nontarget_lse_bwd);
+  m.def(
+      "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
+      "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor "
+      "expected_weight, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> "
+      "(Tensor, Tensor, Tensor)",
+      fastmargin::cuda::nontarget_lse_bwd);
   m.def(
       "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor "

@@ -10,9 +10,9 @@ from emulation import wants_compiler
 from torch import nn
 
 import fastmargin as fm
-from fastmargin.distributed.layout import chunks
+from fastmargin.distributed.layout import Layout, chunks
 from fastmargin.head import margin_head, sampling
-from fastmargin.head.class_weights import to_local_index, to_subset_index
+from fastmargin.head.class_weights import to_global_id, to_index
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.head.sampling import BLOCK, derive_seed, hashed, most_drawn, sampled_classes
 from fastmargin.ops.common import merged_rows
@@ -101,10 +101,10 @@ def test_the_host_knows_how_many_are_drawn_at_most(C, N, rate):
 
 
 def test_indices_of_a_subset_that_ends_in_no_class():
-    local = torch.tensor([7, -1, 2, 5])
+    ids, classes = torch.tensor([7, -1, 2, 5]), Layout(None, (9,))
     for subset in (torch.tensor([2, 5, 7]), torch.tensor([2, 5, 7, -1, -1])):
-        index = to_subset_index(local, subset)
-        assert index.tolist() == [2, -1, 0, 1] and torch.equal(to_local_index(index, subset), local)
+        index = to_index(ids, classes, subset)
+        assert index.tolist() == [2, -1, 0, 1] and torch.equal(to_global_id(index, classes, subset), ids)
 
 
 def test_sparse_gradients_add_up_without_their_number():

@@ -18,6 +18,7 @@ from fastmargin.ops import class_update, target_logit
 from fastmargin.ops import nontarget_lse as op
 from fastmargin.ops.backends import native_can_run
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+from fastmargin.ops.problem import BackwardInput, Problem
 
 BF16, F16 = torch.bfloat16, torch.float16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,12 +125,11 @@ def directly(place, padding, x, w, y, bias, class_ids, upstream, k, dtype):
     device, backend = place
     n, class_ids = len(class_ids), torch.cat((class_ids, torch.full((padding,), -1)))
     x, w, y, bias, class_ids, *upstream = moved(device, x, w, y, bias, class_ids, *upstream)
-    given = x, w, y, bias, class_ids
     functions, plain = IMPLS[backend].functions, bias is not None
-    rest, values, classes, none = functions["fwd"](*given, None, not plain, 1, k, dtype, False)
-    target = target_logit.IMPLS[backend].functions["fwd"](*given, not plain)
-    options = None, not plain, 1, dtype, rest, classes, none, *upstream, True, True, plain
-    dx, dw, db = functions["bwd"](*given, *options)
+    p = Problem(x, w, y, bias, class_ids, not plain, dtype)
+    rest, values, classes, none = functions["fwd"](p, k, False)
+    target = target_logit.IMPLS[backend].functions["fwd"](x, w, y, bias, class_ids, not plain)
+    dx, dw, db = functions["bwd"](p, BackwardInput(rest, classes, none, *upstream), True, True, plain)
     assert dw.shape == (n + padding, w.shape[1]) and not dw[n:].any() and not db[n:].any()
     return moved("cpu", rest, values, classes, target, dw[:n], db[:n], dx)
 
@@ -182,7 +182,7 @@ def test_an_update_leaves_no_class_as_it_is(place, rule, scaled, n):
             )
             scale = torch.tensor(2.0, device=device) if scaled else None
             functions = class_update.IMPLS[backend].functions
-            functions["update"](one, states, g, rows, rule, hyper, scale)
+            functions["update"](one, g, rows, class_update.Step(states, rule, hyper, scale))
             functions["lazy_update"](one, states[0], rows, products)
             ends.append([one.cpu(), *moved("cpu", *states)])
         for a, b in zip(*ends, strict=True):
@@ -202,12 +202,11 @@ def test_a_step_in_the_backward_pass_leaves_no_class_as_it_is(place, compute_dty
     for padding in (0, 600):
         rows = torch.cat((ids, torch.full((padding,), -1)))
         one, v, *given = moved(device, w.clone(), torch.zeros_like(w), x, y, rows, ones)
-        data = given[0], one, given[1], None, given[2]
-        rest, _, classes, none = IMPLS[backend].functions["fwd"](*data, None, True, 1, 0, compute_dtype, False)
-        IMPLS[backend].functions["bwd_update"](
-            *data, None, True, 1, compute_dtype, rest, classes, none, given[3], -given[3], None, True, False,
-            [v], "sgd", [0.1, 0.9, 0.01, 0.0], None,
-        )  # fmt: skip
+        p = Problem(given[0], one, given[1], None, given[2], True, compute_dtype)
+        rest, _, classes, none = IMPLS[backend].functions["fwd"](p, 0, False)
+        saved = BackwardInput(rest, classes, none, given[3], -given[3], None)
+        step = class_update.Step([v], "sgd", [0.1, 0.9, 0.01, 0.0], None)
+        IMPLS[backend].functions["bwd_update"](p, saved, True, False, step)
         ends.append(moved("cpu", one, v))
     for a, b in zip(*ends, strict=True):
         assert torch.equal(a, b) if backend == "emulated" else error(a, b) < 2e-6
@@ -287,14 +286,13 @@ def test_labels_out_of_range_read_no_memory_that_is_not_theirs(place, monkeypatc
     target = target_logit.IMPLS[backend].functions["fwd"]
     bad, none = torch.tensor([300, -7, 2**40]), torch.tensor([-1, -1, -1])
     x, w, bad, none = moved(device, x, w, bad, none)
-    rest = [fwd(x, w, y, None, None, None, True, 1, 0, None, False)[0] for y in (bad, none)]
+    rest = [fwd(Problem(x, w, y), 0, False).rest for y in (bad, none)]
     assert torch.equal(*rest) and not target(x, w, bad, None, None, True).any()
     one, bwd = torch.ones_like(rest[0]), IMPLS[backend].functions["bwd"]
     got, want = (
-        bwd(x, w, y, None, None, None, True, 1, None, rest[0], y[:, None], one[:0], one, one, one[:, None],
-            True, True, False)
+        bwd(Problem(x, w, y), BackwardInput(rest[0], y[:, None], one[:0], one, one, one[:, None]), True, True, False)
         for y in (bad, none)
-    )  # fmt: skip
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -6,8 +6,9 @@ from check import error
 from dense import F32, F64, cast, problem
 from emulation import wants_compiler
 
-from fastmargin.ops.class_update import IMPLS
+from fastmargin.ops.class_update import IMPLS, Step
 from fastmargin.ops.nontarget_lse import IMPLS as LSE
+from fastmargin.ops.problem import BackwardInput, Problem
 
 LIMIT = {F32: 2e-6, F64: 1e-13}
 SGD = [0.3, 0.9, 5e-2, 0.0]
@@ -59,7 +60,8 @@ def check_steps(backend, rule, selected, dtype):
     for t in range(1, 5):
         want.grad = torch.randn_like(want)
         torch_one.step()
-        IMPLS[backend].functions["update"](got, state, want.grad.to(dtype), class_ids, name, hyper_of(hyper, t), None)
+        step = Step(state, name, hyper_of(hyper, t), None)
+        IMPLS[backend].functions["update"](got, want.grad.to(dtype), class_ids, step)
     assert error(got[at], want) < LIMIT[dtype]
     if selected:
         others = torch.ones(C, dtype=torch.bool).index_fill(0, class_ids, False)
@@ -74,12 +76,12 @@ def test_a_scale_is_taken_out_and_rows_that_overflowed_stay(backend, rule):
     want, want_state = w.clone(), [torch.rand(70, 33) for _ in range(states)]
     got, state = w.clone(), [s.clone() for s in want_state]
     before = [s.clone() for s in want_state]
-    run(want, want_state, g, None, name, hyper_of(hyper, 1), None)
+    run(want, g, None, Step(want_state, name, hyper_of(hyper, 1), None))
     lost = torch.zeros(70, dtype=torch.bool)
     lost[[0, 33, 69]] = True
     scaled = g * scale
     scaled[0, 5], scaled[33, 32], scaled[69, 0] = torch.inf, torch.nan, -torch.inf
-    run(got, state, scaled, None, name, hyper_of(hyper, 1), scale)
+    run(got, scaled, None, Step(state, name, hyper_of(hyper, 1), scale))
     for after, right, old in zip((got, *state), (want, *want_state), (w, *before), strict=True):
         assert error(after[~lost], right[~lost]) < 1e-6
         assert torch.equal(after[lost], old[lost])
@@ -115,14 +117,15 @@ def test_a_backward_pass_that_updates(backend, shape, rule, plain, selected, thr
     y = y // 2 if selected else y
     name, hyper, states, _ = RULES[rule]
     functions = LSE[backend].functions
-    given = (y, bias, class_ids, None, not plain, 1)
-    rest, _, classes, a = functions["fwd"](x, w, *given, k, None, True)
-    saved = (None, rest, classes, a, d_rest, d_target, d_topk, True)
+    p = Problem(x, w, y, bias, class_ids, not plain)
+    out = functions["fwd"](p, k, True)
+    given = BackwardInput(out.rest, out.topk_classes, out.expected_weight, d_rest, d_target, d_topk)
     want, state = w.clone(), [torch.rand(C, d, dtype=dtype) for _ in range(states)]
     got, got_state = w.clone(), [s.clone() for s in state]
-    dx, dw, db = functions["bwd"](x, w, *given, *saved, True, plain)
-    IMPLS[backend].functions["update"](want, state, dw, class_ids, name, hyper_of(hyper, 2), None)
-    got_dx, got_db = functions["bwd_update"](x, got, *given, *saved, plain, got_state, name, hyper_of(hyper, 2), None)
+    dx, dw, db = functions["bwd"](p, given, True, True, plain)
+    step = Step(state, name, hyper_of(hyper, 2), None)
+    IMPLS[backend].functions["update"](want, dw, class_ids, step)
+    got_dx, got_db = functions["bwd_update"](p._replace(w=got), given, True, plain, step._replace(state=got_state))
     for mine, right in zip((got, *got_state, got_dx, got_db), (want, *state, dx, db), strict=True):
         assert error(mine, right) < LIMIT[dtype]
 

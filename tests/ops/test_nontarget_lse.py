@@ -10,6 +10,7 @@ from dense import F32, F64, NAN_BITS, cast, dense, leaves, problem, run
 
 from fastmargin.ops import target_logit
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+from fastmargin.ops.problem import Problem
 
 SHAPES = [(1, 2, 2, 1), (3, 96, 1009, 5), (256, 16, 700, 64), (257, 33, 300, 1), (600, 8, 513, 3), (5, 130, 257, 0)]
 
@@ -242,9 +243,9 @@ def test_options_to_come_are_refused(backend):
     x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
     fwd = IMPLS[backend].functions["fwd"]
     with pytest.raises(ValueError, match="bend"):
-        fwd(x, w, y, None, None, torch.zeros(2, 4), True, 1, 0, None, False)
+        fwd(Problem(x, w, y, bend=torch.zeros(2, 4)), 0, False)
     with pytest.raises(ValueError, match="pool"):
-        fwd(x, w, y, None, None, None, True, 3, 0, None, False)
+        fwd(Problem(x, w, y, pool=3), 0, False)
 
 
 X, W, Y = torch.zeros(4, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64)

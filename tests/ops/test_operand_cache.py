@@ -14,7 +14,9 @@ from torch._subclasses import FakeTensorMode
 import fastmargin as fm
 from fastmargin import optim
 from fastmargin.ops.backends import native_can_run
-from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
+from fastmargin.ops.class_update import Step
+from fastmargin.ops.nontarget_lse import IMPLS, log_sum_exp, nontarget_lse
+from fastmargin.ops.problem import BackwardInput, Problem
 
 BF16, F16 = torch.bfloat16, torch.float16
 C, D, B = 800, 37, 20  # three class chunks
@@ -121,8 +123,8 @@ def by_another_backend(head, optimizer):
 def by_some_rows(head, optimizer):
     rows, y = torch.arange(0, C, 3), torch.arange(B)
     optimizer.before_forward(rows)
-    given = dict(class_ids=rows, compute_dtype=head.compute_dtype, backend="emulated", optimizer=optimizer)
-    nontarget_lse(torch.ones(B, D), head.weight, y, **given)[0].sum().backward()
+    p = Problem(torch.ones(B, D), head.weight, y, class_ids=rows, compute_dtype=head.compute_dtype)
+    log_sum_exp(p, 0, "emulated", optimizer).rest.sum().backward()
     optimizer.step()
     optimizer.apply_lazy_updates()
 
@@ -228,14 +230,15 @@ def test_classes_whose_gradient_overflows_keep_their_operands(emulated, kind):
     scale = torch.tensor(1024.0)
     d_target[0] = torch.inf
     parts = [torch.empty(C, D, dtype=BF16), torch.empty(2, C)]
+    cached = dict(zip(("operands", "scales"), parts, strict=True))
     functions["operands"](w, True, *parts)
     before = w.clone(), *(t.clone() for t in parts)
-    given = (y, None, None, None, True, 1)
-    rest, _, classes, a = functions["fwd"](x, w, *given, 0, BF16, False, *parts)
+    p = Problem(x, w, y, compute_dtype=BF16)
+    out = functions["fwd"](p, 0, False, **cached)
     state = [torch.zeros_like(w) for _ in range(1 if kind == "sgd" else 2)]
     hyper = [0.3, 0.9, 0.0, 0.0] if kind == "sgd" else [0.1, 0.0, 0.8, 0.95, 1e-6, 0.2, 0.05**0.5]
-    saved = (BF16, rest, classes, a, d_rest * scale, d_target * scale, None, False, False)
-    functions["bwd_update"](x, w, *given, *saved, state, kind, hyper, scale, *parts)
+    given = BackwardInput(out.rest, out.topk_classes, out.expected_weight, d_rest * scale, d_target * scale, None)
+    functions["bwd_update"](p, given, False, False, Step(state, kind, hyper, scale), **cached)
     fresh = [torch.empty_like(t) for t in parts]
     functions["operands"](w, True, *fresh)
     assert same(parts, fresh)
@@ -291,7 +294,7 @@ def test_the_ops_check_cached_operands(emulated):
         (torch.arange(4), BF16, (o, scales), "the operands of all classes, or class_ids"),
     ):
         with pytest.raises(ValueError, match=message):
-            fwd(x, w, y, None, rows, None, True, 1, 0, compute, False, *parts)
+            fwd(Problem(x, w, y, None, rows, True, compute), 0, False, operands=parts[0], scales=parts[1])
     with pytest.raises(ValueError, match="want operands of bfloat16 or float16"):
         make(w, True, torch.zeros(9, 5), scales)
     torch.library.opcheck(make, (w, True, o, scales), test_utils="test_schema")
