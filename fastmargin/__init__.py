@@ -13,6 +13,7 @@ _HOME = {
     "pairwise_potential": "fastmargin.ops.pairwise_potential",
     "MarginHead": "fastmargin.head.margin_head",
     "HeadOutput": "fastmargin.head.margin_head",
+    "Nearest": "fastmargin.head.class_weights",
     "LambdaSchedule": "fastmargin.margins.schedules",
     "MarginRamp": "fastmargin.margins.schedules",
     "DoppelgangerTable": "fastmargin.mining",

@@ -83,8 +83,8 @@ class DoppelgangerTable:
     def update(
         self,
         labels: Tensor,  # [B] integers below C; negative: the row is skipped
-        hard_classes: Tensor,  # [B, k'] integers, -1: none
         hard_scores: Tensor,  # [B, k'] floats, compared as float32
+        hard_classes: Tensor,  # [B, k'] integers, -1: none
     ) -> None:
         """Replaces the doppelgangers of the classes in this batch; k' need not be k.
 
@@ -92,8 +92,8 @@ class DoppelgangerTable:
         ValueError for wrong shapes or dtypes, labels of C or more, and hard_classes outside [-1, C).
         """
         # From a GPU: the first copy waits for the step to finish, the other two do not wait.
-        labels, hard_classes, hard_scores = (t.detach().cpu() for t in (labels, hard_classes, hard_scores))
-        _check_rows(labels, hard_classes, hard_scores)
+        labels, hard_scores, hard_classes = (t.detach().cpu() for t in (labels, hard_scores, hard_classes))
+        _check_rows(labels, hard_scores, hard_classes)
         label, hard = labels.long()[:, None].expand_as(hard_classes), hard_classes.long()
         _check_range("labels", labels, label[:, :1] >= self.num_classes, self.num_classes)
         _check_range("hard_classes", hard, (hard < -1) | (hard >= self.num_classes), self.num_classes)
@@ -302,17 +302,17 @@ def _order(*keys: Tensor) -> Tensor:  # [n] each -> [n]
 
 def _check_rows(
     labels: Tensor,  # [B]
-    hard_classes: Tensor,  # [B, k']
     hard_scores: Tensor,  # [B, k']
+    hard_classes: Tensor,  # [B, k']
 ) -> None:
-    rows = (labels, hard_classes, hard_scores)
+    rows = (labels, hard_scores, hard_classes)
     shapes, dtypes = [list(t.shape) for t in rows], [t.dtype for t in rows]
     if hard_classes.ndim != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[1][:1]:
-        raise ValueError(f"labels, hard_classes, hard_scores are {shapes}; want [B], [B, k], [B, k]")
+        raise ValueError(f"labels, hard_scores, hard_classes are {shapes}; want [B], [B, k], [B, k]")
     if hard_classes.shape[1] == 0:
         raise ValueError("hard_classes is [B, 0]: nothing was mined; give the head topk=1 or more")
     if not (_is_integer(labels) and _is_integer(hard_classes) and hard_scores.is_floating_point()):
-        raise ValueError(f"labels, hard_classes, hard_scores are {dtypes}; want integers but for scores")
+        raise ValueError(f"labels, hard_scores, hard_classes are {dtypes}; want integers but for scores")
 
 
 def _check_options(batch_size: int, random_classes: float | int, counts: tuple[int, int], lag: int, seed: int) -> None:

@@ -142,15 +142,15 @@ def check_hard_classes(
 
 
 def check_imprint(
-    classes: Tensor,  # [n]
     embeddings: Tensor,  # [n, d]
+    classes: Tensor,  # [n]
     weight: Tensor,  # [C, d]
 ) -> None:
     if not isinstance(classes, Tensor) or classes.dtype != torch.int64:
         given = getattr(classes, "dtype", type(classes).__name__)
-        raise ValueError(f"classes are {given}: want an int64 tensor, then embeddings: imprint(classes, embeddings)")
+        raise ValueError(f"classes are {given}: want an int64 tensor, after embeddings: imprint(embeddings, classes)")
     check_embeddings(embeddings, weight)
     if classes.ndim != 1 or embeddings.shape != (len(classes), weight.shape[1]):
         raise ValueError(
-            f"want classes [n] and embeddings [n, {weight.shape[1]}]; got {[*classes.shape]} and {[*embeddings.shape]}"
+            f"want embeddings [n, {weight.shape[1]}] and classes [n]; got {[*embeddings.shape]} and {[*classes.shape]}"
         )

@@ -12,7 +12,7 @@ features, k nearest. A class has up to three numbers:
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,13 @@ class LazyOptimizer(SteppingBackward, Protocol):
     def before_forward(self, subset: Tensor | None) -> None: ...
 
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None: ...
+
+
+class Nearest(NamedTuple):
+    """The classes nearest to each row, best first."""
+
+    scores: Tensor  # [b, k] cosines where weights are normalized, else logits; -inf where there are fewer classes
+    classes: Tensor  # [b, k] int64; -1 where there are fewer
 
 
 def to_index(
@@ -226,7 +233,7 @@ class ClassWeights(nn.Module):
             return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
-    def nearest(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [b, d] -> [b, k], [b, k]
+    def nearest(self, embeddings: Tensor, k: int) -> Nearest:  # [b, d] -> [b, k] each
         """The k classes nearest to each row, best first: scores (cosines, or logits of plain layers) and class ids.
 
         Any number of classes; no logits are stored. Where C < k, the last entries are score -inf, class -1. Ranks may
@@ -238,7 +245,7 @@ class ClassWeights(nn.Module):
         y = torch.full((batch.total,), -1, dtype=torch.int64, device=x.device)
         out = self._nontarget_lse(x, y, k, batch)
         scores = out.topk_values if self.margin.plain else out.topk_values / r[:, None]
-        return scores, out.topk_classes
+        return Nearest(scores, out.topk_classes)
 
     @torch.no_grad()
     def load_full_weight(self, w: Tensor) -> None:  # [C, d]
@@ -255,8 +262,8 @@ class ClassWeights(nn.Module):
     @torch.no_grad()
     def imprint(
         self,
-        classes: Tensor,  # [n] int64, may repeat
         embeddings: Tensor,  # [n, d]
+        classes: Tensor,  # [n] int64, may repeat
     ) -> None:
         """Sets each named class's weight to the mean of its unit embeddings (Doppelganger Mining, section 4).
 
@@ -265,7 +272,7 @@ class ClassWeights(nn.Module):
         a group the embeddings of a class may come from any ranks. Raises ValueError for classes outside [0, C), and for
         a class whose embeddings have no mean direction or are not finite.
         """
-        check_imprint(classes, embeddings, self.weight)
+        check_imprint(embeddings, classes, self.weight)
         given, _ = batch_layout(embeddings, self.classes.group)
         classes, embeddings = given.gather(classes), given.gather(embeddings)
         lo, hi = (int(classes.min()), int(classes.max())) if len(classes) else (0, 0)

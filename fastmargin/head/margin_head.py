@@ -40,8 +40,8 @@ class HeadOutput(NamedTuple):
 
     loss: Tensor  # scalar, or [b] with reduction="none"
     target_score: Tensor  # [b], NaN on ignored rows
-    hard_classes: Tensor  # [b, k] the nearest wrong classes, best first; -1 where there is none
-    hard_scores: Tensor  # [b, k], -inf where there is none
+    hard_scores: Tensor  # [b, k] of the nearest wrong classes, best first; -inf where there is none
+    hard_classes: Tensor  # [b, k] int64, their ids; -1 where there is none
 
 
 def match_counter(head: "MarginHead", state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -193,8 +193,8 @@ class MarginHead(ClassWeights):
         return HeadOutput(
             self._reduce(loss, y, known, sample_weight, batch),
             score.detach().masked_fill(~valid, torch.nan),
-            out.topk_classes.masked_fill(~valid[:, None], -1),
             (out.topk_values / unit[:, None]).detach().masked_fill(~valid[:, None], -torch.inf),
+            out.topk_classes.masked_fill(~valid[:, None], -1),
         )
 
     def _known(self, labels: Tensor, batch: Layout) -> Tensor:  # [B] -> [B], -1 on ignored and bad rows

@@ -35,7 +35,7 @@ class CenterBank(nn.Module):
     """The centers of all classes, `centers` [C, d] float32, a buffer that starts at 0.
 
     Args:
-        num_classes, dim: C and d.
+        in_features, num_classes: d and C.
         update: the rule: "paper", "sgd" or "ema"; see the module.
         alpha: its rate, from 0 (centers stay) to 1.
         group: a torch.distributed group: the rule then uses the batch of all ranks, and all ranks have equal centers.
@@ -48,23 +48,25 @@ class CenterBank(nn.Module):
     centers: Tensor
 
     def __init__(
-        self, num_classes: int, dim: int, update: Rule = "paper", alpha: float = 0.5, group: Any = None
+        self, in_features: int, num_classes: int, update: Rule = "paper", alpha: float = 0.5, group: Any = None
     ) -> None:
         super().__init__()
-        for name, size in (("num_classes", num_classes), ("dim", dim)):
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
             require(isinstance(size, int) and size >= 1, name, size, "an int of 1 or more")
         require(update in get_args(Rule), "update", update, f"one of {get_args(Rule)}")
         require(isinstance(alpha, (int, float)) and 0 <= alpha <= 1, "alpha", alpha, "a rate from 0 to 1")
-        check_equal(dict(num_classes=num_classes, dim=dim, update=update, alpha=alpha), group)
+        check_equal(dict(in_features=in_features, num_classes=num_classes, update=update, alpha=alpha), group)
         self.rule, self.alpha, self.group = update, alpha, group
-        self.register_buffer("centers", torch.zeros(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("centers", torch.zeros(num_classes, in_features, dtype=torch.float32))
 
     def updated(
         self,
         x: Tensor,  # [B, d]
         labels: Tensor,  # [B] int64 in [0, C)
-    ) -> tuple[Tensor, Tensor]:  # [K] sorted classes, [K, d]
-        """The batch's classes and their centers after an update, differentiable in x. The bank itself does not change.
+    ) -> tuple[Tensor, Tensor]:  # [K, d], [K] sorted classes
+        """The centers of the batch's classes after an update, differentiable in x, and these classes.
+
+        The bank itself does not change.
 
         In a group the classes are those of all ranks, and the gradients of this rank's rows are times N, because the
         objective is the average of the losses that N ranks back-propagate. Raises ValueError as `center_loss`.
@@ -76,7 +78,7 @@ class CenterBank(nn.Module):
         if self.group is not None:
             classes, counts, total = sum_by_class(classes, counts, total, self.group)
         divisor = {"paper": 1 + counts, "sgd": torch.ones_like(counts), "ema": counts}[self.rule]
-        return classes, self.centers[classes] + (self.alpha / divisor.to(total.dtype))[:, None] * total
+        return self.centers[classes] + (self.alpha / divisor.to(total.dtype))[:, None] * total, classes
 
     @torch.no_grad()
     def update(
@@ -90,25 +92,28 @@ class CenterBank(nn.Module):
         """
         check_rows(x, labels, self.centers)
         kept = x.to(self.centers.dtype).isfinite().all(1)
-        classes, fresh = self.updated(x[kept], labels[kept])
+        fresh, classes = self.updated(x[kept], labels[kept])
         finite = fresh.isfinite().all(1, keepdim=True)
         self.centers[classes] = torch.where(finite, fresh, self.centers[classes])
 
     def extra_repr(self) -> str:
-        num_classes, dim = self.centers.shape
-        return f"num_classes={num_classes}, dim={dim}, update={self.rule}, alpha={self.alpha}"
+        num_classes, in_features = self.centers.shape
+        return f"in_features={in_features}, num_classes={num_classes}, update={self.rule}, alpha={self.alpha}"
 
 
 def batch_means(
     x: Tensor,  # [B, d]
     labels: Tensor,  # [B] int64
-) -> tuple[Tensor, Tensor]:  # [K] sorted classes, [K, d]
-    """The batch's classes and the means of their rows, differentiable in x. Raises ValueError as `center_loss`."""
+) -> tuple[Tensor, Tensor]:  # [K, d], [K] sorted classes
+    """The mean of the rows of each class of the batch, differentiable in x, and these classes.
+
+    Raises ValueError as `center_loss`.
+    """
     check_batch(x, labels)
     x = wide(x)
     classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     total = x.new_zeros(len(classes), x.shape[1]).index_add(0, inverse, x)
-    return classes, total / counts[:, None]
+    return total / counts[:, None], classes
 
 
 def center_loss(

@@ -8,8 +8,8 @@ M is of the squared distance: the paper's 200 is a distance of 14.1 between feat
 
 The gradient reaches the features by the centers that are passed in (see center.py):
 
-    minimum_margin_loss(bank.updated(x, labels)[1], margin=200.0)         through the update of the centers
-    minimum_margin_loss(batch_means(x, labels)[1], margin=200.0)          through the batch means
+    minimum_margin_loss(bank.updated(x, labels)[0], margin=200.0)         through the update of the centers
+    minimum_margin_loss(batch_means(x, labels)[0], margin=200.0)          through the batch means
     minimum_margin_loss(parameter, labels, margin=200.0)                  trains the centers, a Parameter [C, d]
 
 Letters: B rows, C classes, K of them in the batch, d features.

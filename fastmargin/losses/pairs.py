@@ -91,7 +91,7 @@ def range_loss(
     inverse = (x[one] - x[other]).square().sum(1).clamp(min=LEAST).rsqrt()  # [P]
     pairs = index.bincount()
     sums = inverse.new_zeros(len(pairs)).index_add(0, index, inverse)
-    _, means = batch_means(x, labels)
+    means, _ = batch_means(x, labels)
     q, r = nearest_means(means.detach())
     gap = (margin - (means[q] - means[r]).square().sum(1)).clamp(min=0)
     return intra_weight * (pairs[pairs > 0] / sums[pairs > 0]).sum() + inter_weight * gap.sum()

@@ -199,7 +199,7 @@ def training(folder, steps, sample_rate=1.0):
         classes.step()
         others.step()
         schedule.step()
-        whole = [torch.cat(dist_gather(t)) for t in (y[own], out.hard_classes, out.hard_scores)]
+        whole = [torch.cat(dist_gather(t)) for t in (y[own], out.hard_scores, out.hard_classes)]
         table.update(*whole)
         if (number + 1) % 3 == 0:
             tensors, state = pack(parts)

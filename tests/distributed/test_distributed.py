@@ -104,7 +104,7 @@ def test_ranks_equal_one_process(ranks, dtype, sizes):
     N, limit = len(sizes), 1e-12 if dtype == F64 else 3e-6
     theirs = ranks(N, on_ranks, dtype, sizes)
     for i, (name, C, reduction, given) in enumerate(CASES):
-        loss, score, hard_classes, hard_scores, df, parameters, buffers = one_process(
+        loss, score, hard_scores, hard_classes, df, parameters, buffers = one_process(
             name, C, reduction, dtype, sizes, given
         )
         shares = [rank[i] for rank in theirs]
@@ -115,8 +115,8 @@ def test_ranks_equal_one_process(ranks, dtype, sizes):
         else:
             assert distance(sum(share[0] for share in shares) / N, loss) < limit, where
         assert distance(torch.cat([share[1] for share in shares]), score) < limit, where
-        assert torch.equal(torch.cat([share[2] for share in shares]), hard_classes), where
-        assert distance(torch.cat([share[3] for share in shares]), hard_scores) < limit, where
+        assert distance(torch.cat([share[2] for share in shares]), hard_scores) < limit, where
+        assert torch.equal(torch.cat([share[3] for share in shares]), hard_classes), where
         assert distance(torch.cat([share[4] for share in shares]) / N, df) < limit, where
         assert distance(torch.cat([share[5].pop("weight") for share in shares]), parameters.pop("weight")) < limit, (
             where

@@ -135,9 +135,9 @@ def a_loaded_optimizer_is_compared_again():
 def banks_that_differ():
     group, rank = dist.group.WORLD, dist.get_rank()
     for options, message in (
-        ((5, 3, "paper", 0.5 + 0.1 * rank), "alpha is 0.5 on rank 0, 0.6 on rank 1"),
-        ((5, 3, "sgd" if rank == 2 else "ema"), "update is 'ema' on rank 0, 'sgd' on rank 2"),
-        ((5 + rank, 3), "num_classes is 5 on rank 0, 6 on rank 1"),
+        ((3, 5, "paper", 0.5 + 0.1 * rank), "alpha is 0.5 on rank 0, 0.6 on rank 1"),
+        ((3, 5, "sgd" if rank == 2 else "ema"), "update is 'ema' on rank 0, 'sgd' on rank 2"),
+        ((3, 5 + rank), "num_classes is 5 on rank 0, 6 on rank 1"),
     ):
         with pytest.raises(ValueError, match=message):
             fm.CenterBank(*options, group=group)

@@ -146,15 +146,15 @@ def imprinted():
         one, head, f, _ = problem(10, margin)
         classes = torch.tensor([9, 4, 9, 9, 0, 1, 4, 3, 3, 0, 9, 8])
         before = head.weight.detach().clone()
-        one.imprint(classes, f)
-        head.imprint(local(classes, uneven=True), local(f, uneven=True))
+        one.imprint(f, classes)
+        head.imprint(local(f, uneven=True), local(classes, uneven=True))
         torch.testing.assert_close(whole(head.weight, head.classes), one.weight.data, rtol=1e-12, atol=1e-14)
         before.copy_(head.weight.detach())
         bad = torch.full_like(local(classes), 10 if dist.get_rank() == 1 else 2)
         with pytest.raises(ValueError, match=r"classes run from 2 to 10: want \[0, 10\)"):
-            head.imprint(bad, local(f))
+            head.imprint(local(f), bad)
         with pytest.raises(ValueError, match="class 5 add up to nothing"):
-            head.imprint(torch.full_like(bad, 5), 0 * local(f))
+            head.imprint(0 * local(f), torch.full_like(bad, 5))
         assert torch.equal(head.weight, before)
 
 

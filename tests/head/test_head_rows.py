@@ -55,7 +55,7 @@ def test_rows_of_any_length_have_the_scores_of_their_direction(norm):
     scores, classes = head.nearest((norm * f).float(), 3)
     table = f @ F.normalize(head.weight.detach().double()).T
     assert error(scores, table.topk(3).values) < 1e-5 and torch.equal(classes, table.topk(3).indices)
-    head.imprint(torch.arange(12), (norm * f).float())
+    head.imprint((norm * f).float(), torch.arange(12))
     assert error(F.normalize(head.weight[:12].detach()), f) < 1e-5
 
 
@@ -71,6 +71,6 @@ def test_the_gradient_of_a_short_row_is_bounded_and_of_a_zero_row_zero():
 def test_a_row_with_nan_has_no_neighbors(backend):
     head, f, y = problem(topk=3, backend=backend)
     f[4, 1] = torch.nan
-    for scores, classes in (head.nearest(f, 3), head(f, y)[:1:-1]):
+    for scores, classes in (head.nearest(f, 3), head(f, y)[2:]):
         assert scores[4].isnan().all() and (classes[4] == -1).all()
         assert not scores[:4].isnan().any() and (classes[:4] >= 0).all()

@@ -95,7 +95,8 @@ def test_nearest_is_topk_of_the_logits(backend, margin, bias):
         z = F.normalize(f.double()) @ F.normalize(head.weight.detach()).T
         torch.testing.assert_close(head.get_logits(f.double()), z * margin.scale(f.double().norm(dim=1))[:, None])
     for k in (1, 6, 703):
-        scores, classes = head.nearest(f.double(), k)
+        scores, classes = found = head.nearest(f.double(), k)
+        assert scores is found.scores and classes is found.classes
         want = z.topk(min(k, 700))
         assert scores.shape == classes.shape == (12, k) and not scores.requires_grad
         assert torch.equal(classes[:, :700], want.indices)
@@ -183,7 +184,7 @@ def test_imprint():
     for margin in (fm.ArcFace(), fm.L2Softmax()):
         head, f, _ = problem(margin)
         before, classes = head.weight.detach().clone(), torch.tensor([9, 4, 9, 9])
-        head.imprint(classes, f[:4])
+        head.imprint(f[:4], classes)
         unit, rest = F.normalize(f), [c for c in range(50) if c not in (4, 9)]
         means = torch.stack((unit[1], unit[[0, 2, 3]].mean(0)))
         if margin.normalize_weight:
@@ -192,10 +193,10 @@ def test_imprint():
         assert torch.equal(head.weight[rest], before[rest])
         assert head.nearest(f[1:2], 1)[1].item() == 4
         assert all(t.isfinite().all() for t in step(head, f[1:2], torch.tensor([4]))[:2])
-    with pytest.raises(ValueError, match=r"want classes \[n\] and embeddings \[n, 16\]; got \[4\] and \[3, 16\]"):
-        head.imprint(classes, f[:3])
+    with pytest.raises(ValueError, match=r"want embeddings \[n, 16\] and classes \[n\]; got \[3, 16\] and \[4\]"):
+        head.imprint(f[:3], classes)
     with pytest.raises(ValueError, match=r"classes run from 0 to 50: want \[0, 50\)"):
-        head.imprint(torch.tensor([0, 50]), f[:2])
+        head.imprint(f[:2], torch.tensor([0, 50]))
 
 
 def test_load_full_weight():
@@ -336,7 +337,7 @@ def test_imprint_wants_a_direction(embeddings):
     head, *_ = problem()
     before = head.weight.detach().clone()
     with pytest.raises(ValueError, match="class 9"):
-        head.imprint(torch.tensor([9, 9]), embeddings)
+        head.imprint(embeddings, torch.tensor([9, 9]))
     assert torch.equal(head.weight, before)
 
 
@@ -344,7 +345,7 @@ def test_imprint_gives_a_zero_row_a_norm():
     head, f, _ = problem()
     with torch.no_grad():
         head.weight[9] = 0
-    head.imprint(torch.tensor([9]), f[:1])
+    head.imprint(f[:1], torch.tensor([9]))
     torch.testing.assert_close(head.weight[9], F.normalize(f[0], dim=0))
 
 
@@ -383,6 +384,6 @@ def test_arguments_that_are_no_tensors():
     with pytest.raises(ValueError, match="sample_weight"):
         head(f, y, sample_weight=[1.0] * 12)
     with pytest.raises(ValueError, match="int64 tensor"):
-        head.imprint([1], f[:1])
-    with pytest.raises(ValueError, match=r"want an int64 tensor, then embeddings: imprint\(classes, embeddings\)"):
-        head.imprint(f[:1], torch.tensor([1]))
+        head.imprint(f[:1], [1])
+    with pytest.raises(ValueError, match=r"want an int64 tensor, after embeddings: imprint\(embeddings, classes\)"):
+        head.imprint(torch.tensor([1]), f[:1])

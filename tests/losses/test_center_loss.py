@@ -22,7 +22,7 @@ def batch(dtype=F64):
 
 
 def filled_bank(centers, **options):
-    bank = CenterBank(*centers.shape, **options).to(centers.dtype)
+    bank = CenterBank(*centers.shape[::-1], **options).to(centers.dtype)
     bank.centers.copy_(centers)
     return bank
 
@@ -93,7 +93,7 @@ def test_no_rows_and_rows_that_are_not_finite():
     loss.backward()
     assert loss == 0 and empty.grad.shape == (0, D)
     (bank := filled_bank(centers)).update(empty, labels[:0])
-    assert torch.equal(bank.centers, centers) and bank.updated(empty, labels[:0])[1].shape == (0, D)
+    assert torch.equal(bank.centers, centers) and bank.updated(empty, labels[:0])[0].shape == (0, D)
     assert center_loss(centers[labels], labels, centers) == 0
     x[4, 2] = math.nan
     losses = center_loss(x, labels, centers, reduction="none")
@@ -167,7 +167,7 @@ def test_rates_of_the_paper_rule():
 
 def test_the_weight_of_the_loss_is_not_in_the_step():
     x, labels, _ = batch(F32)
-    banks = [CenterBank(C, D) for _ in range(2)]
+    banks = [CenterBank(D, C) for _ in range(2)]
     for weight, bank in zip((1.0, 1e-6), banks, strict=True):
         rows = x.clone().requires_grad_()
         (weight * center_loss(rows, labels, bank.centers)).backward()
@@ -188,13 +188,13 @@ def test_a_row_that_is_not_finite_moves_no_center(bad):
 def test_updated_is_the_update_and_differentiable(rule):
     x, labels, centers = batch()
     bank = filled_bank(centers, update=rule, alpha=0.4)
-    classes, fresh = bank.updated(x, labels)
+    fresh, classes = bank.updated(x, labels)
     assert torch.equal(bank.centers, centers) and classes.tolist() == sorted(set(labels.tolist()))
     torch.testing.assert_close(fresh, moved_by_hand(x, labels, centers, rule, 0.4)[classes])
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: bank.updated(x, labels)[1], (x,))
+    assert torch.autograd.gradcheck(lambda x: bank.updated(x, labels)[0], (x,))
     upstream = torch.randn(len(classes), D, dtype=F64)
-    (grad,) = torch.autograd.grad(bank.updated(x, labels)[1], x, upstream)
+    (grad,) = torch.autograd.grad(bank.updated(x, labels)[0], x, upstream)
     index = torch.searchsorted(classes, labels)
     rate = torch.tensor([0.4 * RULES[rule](int((labels == y).sum())) for y in labels], dtype=F64)
     torch.testing.assert_close(grad, rate[:, None] * upstream[index])
@@ -202,27 +202,27 @@ def test_updated_is_the_update_and_differentiable(rule):
 
 def test_batch_means():
     x, labels, _ = batch()
-    classes, means = batch_means(x, labels)
+    means, classes = batch_means(x, labels)
     torch.testing.assert_close(means, torch.stack([x[labels == j].mean(0) for j in classes]))
-    assert torch.autograd.gradcheck(lambda x: batch_means(x, labels)[1], (x.requires_grad_(),))
-    assert batch_means(x.bfloat16(), labels - 100)[1].dtype == F32, "any integers are classes"
-    assert batch_means(x[:0], labels[:0])[1].shape == (0, D)
+    assert torch.autograd.gradcheck(lambda x: batch_means(x, labels)[0], (x.requires_grad_(),))
+    assert batch_means(x.bfloat16(), labels - 100)[0].dtype == F32, "any integers are classes"
+    assert batch_means(x[:0], labels[:0])[0].shape == (0, D)
 
 
 def test_bank_state_and_description():
-    bank, other = CenterBank(C, D, "ema", 0.25), CenterBank(C, D)
+    bank, other = CenterBank(D, C, "ema", 0.25), CenterBank(D, C)
     assert bank.centers.dtype == F32 and (bank.centers == 0).all() and list(bank.parameters()) == []
     bank.update(*batch(F32)[:2])
     other.load_state_dict(bank.state_dict())
     assert torch.equal(bank.centers, other.centers)
-    assert repr(bank) == "CenterBank(num_classes=11, dim=7, update=ema, alpha=0.25)"
+    assert repr(bank) == "CenterBank(in_features=7, num_classes=11, update=ema, alpha=0.25)"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 4), "num_classes is 0"),
-        ((4, 2.5), "dim is 2.5"),
+        ((4, 0), "num_classes is 0"),
+        ((2.5, 4), "in_features is 2.5"),
         ((4, 4, "adam"), "update is 'adam'; want one of .*'paper', 'sgd', 'ema'"),
         ((4, 4, "ema", 1.5), "alpha is 1.5; want a rate from 0 to 1"),
         ((4, 4, "ema", -0.1), "alpha is -0.1"),
@@ -243,7 +243,7 @@ def rank_main(rank, path, x, labels, centers):
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(SHARES))
     bank = filled_bank(centers, group=dist.group.WORLD)
     local, y = x.split(SHARES)[rank].requires_grad_(), labels.split(SHARES)[rank]
-    classes, fresh = bank.updated(local, y)
+    fresh, classes = bank.updated(local, y)
     fm.minimum_margin_loss(fresh, margin=30.0).backward()
     bank.update(local, y)
     torch.save((classes, fresh.detach(), local.grad, bank.centers), f"{path}/{rank}")
@@ -258,7 +258,7 @@ def test_ranks_equal_one_process(tmp_path):
     assert torch.equal(first[1], second[1]), "all ranks hold the same bits"
     bank = filled_bank(centers)
     whole = x.clone().requires_grad_()
-    one_classes, one_fresh = bank.updated(whole, labels)
+    one_fresh, one_classes = bank.updated(whole, labels)
     fm.minimum_margin_loss(one_fresh, margin=30.0).backward()
     bank.update(whole, labels)
     assert torch.equal(classes, one_classes) and whole.grad.abs().max() > 0

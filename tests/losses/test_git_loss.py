@@ -101,13 +101,13 @@ def test_gradcheck_of_rows_and_trained_centres(pairs):
 @pytest.mark.parametrize("route", ["through_update", "batch_means"])
 def test_gradcheck_of_centres_made_from_the_batch(pairs, route):
     x, labels, centers = batch()
-    bank = CenterBank(C, D).double()
+    bank = CenterBank(D, C).double()
     bank.centers.copy_(centers)
     index = labels.unique(return_inverse=True)[1]
     made = {"through_update": bank.updated, "batch_means": batch_means}[route]
 
     def loss(x):
-        return git_loss(x, index, made(x, labels)[1], pairs=pairs)
+        return git_loss(x, index, made(x, labels)[0], pairs=pairs)
 
     assert torch.autograd.gradcheck(loss, (x.requires_grad_(),))
 

@@ -32,7 +32,7 @@ def printed(centers, margin=M):
 
 
 def filled_bank(centers):
-    bank = CenterBank(*centers.shape, alpha=0.4).to(centers.dtype)
+    bank = CenterBank(*centers.shape[::-1], alpha=0.4).to(centers.dtype)
     bank.centers.copy_(centers)
     return bank
 
@@ -139,8 +139,8 @@ def test_route_through_the_update():
     x, labels, centers = problem()
     bank = filled_bank(centers)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: minimum_margin_loss(bank.updated(x, labels)[1], margin=M), (x,))
-    classes, fresh = bank.updated(x, labels)
+    assert torch.autograd.gradcheck(lambda x: minimum_margin_loss(bank.updated(x, labels)[0], margin=M), (x,))
+    fresh, classes = bank.updated(x, labels)
     fresh.retain_grad()
     minimum_margin_loss(fresh, margin=M).backward()
     index, n = torch.searchsorted(classes, labels), labels.bincount()[labels]
@@ -151,8 +151,8 @@ def test_route_through_the_update():
 def test_route_of_batch_means():
     x, labels, _ = problem()
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: minimum_margin_loss(batch_means(x, labels)[1], margin=M), (x,))
-    _, means = batch_means(x, labels)
+    assert torch.autograd.gradcheck(lambda x: minimum_margin_loss(batch_means(x, labels)[0], margin=M), (x,))
+    means, _ = batch_means(x, labels)
     means.retain_grad()
     minimum_margin_loss(means, margin=M).backward()
     index, n = labels.unique(return_inverse=True)[1], labels.bincount()[labels]
@@ -165,7 +165,8 @@ def test_routes_gradcheck_in_every_reduction_over_all_classes():
     for reduction in ("sum", "mean", "none"):
 
         def loss(x, reduction=reduction):
-            table = centers.index_copy(0, *filled_bank(centers).updated(x, labels))
+            fresh, classes = filled_bank(centers).updated(x, labels)
+            table = centers.index_copy(0, classes, fresh)
             return minimum_margin_loss(table, margin=M, scope="all", ordered=True, reduction=reduction)
 
         assert torch.autograd.gradcheck(loss, (x.requires_grad_(),))

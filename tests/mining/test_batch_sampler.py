@@ -217,7 +217,7 @@ def train(table, sampler, steps, prefetch=0):
             waiting.append(next(batches))
         batch = torch.tensor(waiting.pop(0))
         wrong = (batch * 31 + sampler.steps) % table.num_classes
-        table.update(batch % table.num_classes, wrong[:, None], torch.cos(batch.float())[:, None])
+        table.update(batch % table.num_classes, torch.cos(batch.float())[:, None], wrong[:, None])
         sampler.step()
         used.append(batch.tolist())
     return used

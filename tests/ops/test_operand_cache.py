@@ -15,7 +15,7 @@ import fastmargin as fm
 from fastmargin import optim
 from fastmargin.ops.backends import native_can_run
 from fastmargin.ops.class_update import Step
-from fastmargin.ops.nontarget_lse import IMPLS, log_sum_exp, nontarget_lse
+from fastmargin.ops.nontarget_lse import IMPLS, log_sum_exp
 from fastmargin.ops.problem import BackwardInput, Problem
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -153,7 +153,7 @@ WRITES = {
     "copy_ of a detached alias": lambda head, optimizer: head.weight.detach().copy_(other_weights()),
     "load_full_weight": lambda head, optimizer: head.load_full_weight(other_weights()),
     "load_state_dict": lambda head, optimizer: head.load_state_dict({"weight": other_weights()}, strict=False),
-    "imprint": lambda head, optimizer: head.imprint(torch.arange(50), other_weights()[:50]),
+    "imprint": lambda head, optimizer: head.imprint(other_weights()[:50], torch.arange(50)),
     "other memory": assign,
     "other memory, twice": assign_twice,
     "another dtype and back": lambda head, optimizer: head.to(BF16).to(F32),

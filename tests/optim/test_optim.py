@@ -161,7 +161,7 @@ def test_whoever_reads_the_weights_reads_them_caught_up(in_backward):
     "write",
     [
         lambda head: head.imprint(
-            torch.arange(50), torch.randn(50, D, dtype=F64, generator=torch.Generator().manual_seed(1))
+            torch.randn(50, D, dtype=F64, generator=torch.Generator().manual_seed(1)), torch.arange(50)
         ),
         lambda head: head.load_full_weight(torch.ones(C, D)),
         lambda head: head.load_state_dict(build(seed=3, sample_rate=0.1).state_dict()),

@@ -134,7 +134,8 @@ def close(
     while len(todo):
         crowded = []
         for part in todo.split(BLOCK):
-            _, _, cosine, center = nontarget_lse(rows[part], centers, itself[part], topk=k)
+            nearest = nontarget_lse(rows[part], centers, itself[part], topk=k)
+            cosine, center = nearest.topk_values, nearest.topk_classes
             complete = cosine[:, -1] < above  # the k nearest hold all that are close
             row, rank = ((cosine >= above) & complete[:, None]).nonzero(as_tuple=True)
             found.append((part[row], center[row, rank], cosine[row, rank]))

@@ -22,7 +22,7 @@ class TableFeed:
 
     def __init__(self, table: DoppelgangerTable, rows: Layout, late: bool) -> None:
         self.table, self.rows, self.late = table, rows, late
-        self.waiting: dict[str, Tensor] = {}  # labels [B], hard_classes [B, k], hard_scores [B, k]
+        self.waiting: dict[str, Tensor] = {}  # labels [B], hard_scores [B, k], hard_classes [B, k]
         self.copied: torch.cuda.Event | None = None
 
     def add(
@@ -32,7 +32,7 @@ class TableFeed:
     ) -> None:
         """Takes the rows of a step and updates the table: with them or, if late, with those of the step before."""
         self.flush()  # if not late: what a checkpoint of a GPU run had waiting
-        mined = {"labels": labels, "hard_classes": out.hard_classes, "hard_scores": out.hard_scores}
+        mined = {"labels": labels, "hard_scores": out.hard_scores, "hard_classes": out.hard_classes}
         all_ranks = gathered(mined, self.rows)
         self.waiting = {name: t.to("cpu", non_blocking=True) for name, t in all_ranks.items()}
         if out.hard_scores.is_cuda:

@@ -74,7 +74,7 @@ class Terms(nn.Module):
         if config.keys() & {*BANKED, "minimum_margin"}:
             of_bank = {k: options["center"].pop(k) for k in ("update", "alpha") if k in options.get("center", {})}
             with named("center"):
-                self.bank = CenterBank(num_classes, dim, **of_bank, group=None if rows is None else rows.group)
+                self.bank = CenterBank(dim, num_classes, **of_bank, group=None if rows is None else rows.group)
         self.losses: dict[str, Loss] = {}
         for name, given in options.items():
             with named(name):
@@ -147,7 +147,7 @@ def build_minimum_margin(bank: CenterBank, route: str = "through_update", **opti
         return TrainedCenters(bank, options)
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:  # [B, d], [B]
-        classes, centers = routes[route](x, labels)
+        centers, classes = routes[route](x, labels)
         if options.get("scope") == "all":
             centers = bank.centers.index_copy(0, classes, centers)
         return minimum_margin_loss(centers, **options)

@@ -29,7 +29,7 @@ LISTS = [  # label, its list, the scores; class 1 has none
 def save(where: Path, train: Identities, config: TrainConfig) -> Path:
     table = DoppelgangerTable(train.num_classes, K)
     for label, classes, scores in LISTS:
-        table.update(torch.tensor([label]), torch.tensor([classes]), torch.tensor([scores]))
+        table.update(torch.tensor([label]), torch.tensor([scores]), torch.tensor([classes]))
     run_folder.claim(str(where), config)
     tensors = {f"table/{name}": tensor for name, tensor in table.state_dict().items()}
     checkpoint.save(where / run_folder.CHECKPOINTS, 7, tensors, {"data": train.fingerprint})

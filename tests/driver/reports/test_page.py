@@ -131,7 +131,7 @@ def test_a_run_without_records_or_a_name_that_is_no_text(tmp_path: Path) -> None
     """An older version wrote no seconds; the name of a file may contain bytes that are not UTF-8."""
     current = run.build(SMALL, print)
     current.train = replace(current.train, names=[f"{name}\udcff" for name in current.train.names])
-    current.table.update(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([[0.5]]))
+    current.table.update(torch.tensor([0]), torch.tensor([[0.5]]), torch.tensor([[1]]))
     evaluate.finish(current, tmp_path, print)
     seen = read(tmp_path)
     assert "No curves: train.jsonl has no records." in seen.text and "train.jsonl has no seconds" in seen.text

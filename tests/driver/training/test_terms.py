@@ -113,7 +113,7 @@ def test_losses_see_the_old_centers_and_the_loss_is_the_weighted_sum() -> None:
     x = seen[0].detach().requires_grad_()
     expected = {"center": fm.center_loss(x, labels, old), "git": fm.git_loss(x, labels, old)}
     assert {k: v.item() for k, v in current.terms.last.items()} == {k: v.item() for k, v in expected.items()}
-    fresh = fm.CenterBank(*old.shape)
+    fresh = fm.CenterBank(*old.shape[::-1])
     fresh.centers.copy_(old)
     fresh.update(x, labels)
     assert torch.equal(bank.centers, fresh.centers) and not torch.equal(bank.centers, old)
@@ -186,10 +186,10 @@ def test_distances_are_among_the_metrics(tmp_path: Path) -> None:
 
 
 def minimum_margin_of(x: torch.Tensor, labels: torch.Tensor, route: str, centers: torch.Tensor) -> torch.Tensor:
-    bank = fm.CenterBank(*centers.shape)
+    bank = fm.CenterBank(*centers.shape[::-1])
     bank.centers.copy_(centers)
     made = {"through_update": bank.updated, "batch_means": fm.batch_means}
-    rows = centers[labels.unique()] if route == "centers" else made[route](x, labels)[1]
+    rows = centers[labels.unique()] if route == "centers" else made[route](x, labels)[0]
     return fm.minimum_margin_loss(rows, margin=20.0)
 
 
@@ -209,7 +209,7 @@ def test_routes_of_the_minimum_margin(route: str, scope: str) -> None:
     if scope == "batch":
         torch.testing.assert_close(terms.last["minimum_margin"], minimum_margin_of(x, labels, route, before).detach())
     terms.update(x, labels, lr=0.1)
-    ruled = fm.CenterBank(9, D)
+    ruled = fm.CenterBank(D, 9)
     ruled.centers.copy_(before)
     ruled.update(x, labels)
     if route == "centers":
@@ -224,7 +224,7 @@ def test_routes_of_the_minimum_margin(route: str, scope: str) -> None:
 
 def test_options_of_the_bank_belong_to_center() -> None:
     terms = terms_of(center={"update": "ema", "alpha": 0.25, "reduction": "sum"}, git={})
-    assert repr(terms.bank) == f"CenterBank(num_classes=9, dim={D}, update=ema, alpha=0.25)"
+    assert repr(terms.bank) == f"CenterBank(in_features={D}, num_classes=9, update=ema, alpha=0.25)"
     x, labels = batch()
     terms(x, labels)
     torch.testing.assert_close(terms.last["center"], x.square().sum() / 2)
