@@ -1,5 +1,6 @@
 """Which rank holds which classes or rows, and the collectives on tensors that are sharded so."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -13,20 +14,22 @@ Group: TypeAlias = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Layout:
-    """How classes, or the rows of a batch, are sharded over the ranks of a group: in order, sizes[r] of them on rank r.
+    """How classes, or the rows of a batch, are sharded over ranks: in order, sizes[r] of them on rank r.
 
-    Without a group there is one rank, which has all of them.
+    group: of the ranks. Without one there is one rank, which has all of them, and no call communicates.
+    rank: this one.
     """
 
     group: Group | None
     sizes: tuple[int, ...]
+    rank: int = 0
+
+    @classmethod
+    def of(cls, group: Group | None, sizes: Iterable[int]) -> Self:
+        return cls(group, tuple(sizes), 0 if group is None else group.rank())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a group cannot be copied
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else self.group.rank()
 
     @property
     def total(self) -> int:
@@ -45,7 +48,7 @@ class Layout:
         return self.start + self.count
 
     def local_slice(self, all_ranks: Tensor) -> Tensor:  # [total, ...] -> [count, ...]
-        return all_ranks if self.group is None else all_ranks[self.start : self.stop]
+        return all_ranks if len(self.sizes) == 1 else all_ranks[self.start : self.stop]
 
     def gather(self, local: Tensor) -> Tensor:  # [count, ...] -> [total, ...], without a gradient
         return local if self.group is None else all_gather(local.detach(), self)
@@ -71,10 +74,14 @@ class Layout:
 
 
 def chunks(total: int, group: Group | None) -> Layout:
-    """DTensor's rule: rank r has [r n, (r + 1) n) with n = ceil(total / N), cut off at `total`."""
-    ranks = 1 if group is None else group.size()
+    """DTensor's rule, see `chunk_sizes`."""
+    return Layout.of(group, chunk_sizes(total, 1 if group is None else group.size()))
+
+
+def chunk_sizes(total: int, ranks: int) -> tuple[int, ...]:
+    """Rank r has [r n, (r + 1) n) with n = ceil(total / ranks), cut off at `total`."""
     n = -(-total // ranks)
-    return Layout(group, tuple(min(total, (r + 1) * n) - min(total, r * n) for r in range(ranks)))
+    return tuple(min(total, (r + 1) * n) - min(total, r * n) for r in range(ranks))
 
 
 def batch_layout(
@@ -92,9 +99,9 @@ def batch_layout(
     all must join the backward collective.
     """
     if group is None:
-        return Layout(None, (len(rows),)), rows
+        return Layout.of(None, [len(rows)]), rows
     if not (uneven or may_sync):
-        return Layout(group, (len(rows),) * group.size()), rows
+        return Layout.of(group, [len(rows)] * group.size()), rows
     mine = torch.tensor([[len(rows), rows.requires_grad]], device=rows.device)
     sizes, require_grad = zip(*all_gather(mine, chunks(group.size(), group)).tolist(), strict=True)
     if not uneven and len(set(sizes)) > 1:
@@ -103,7 +110,7 @@ def batch_layout(
         )
     if any(require_grad) and not rows.requires_grad:
         rows = rows.detach().requires_grad_()
-    return Layout(group, sizes), rows
+    return Layout.of(group, sizes), rows
 
 
 # Collectives along the first dimension. Gloo and NCCL need equal parts: where sizes differ, the smaller are padded.

@@ -10,7 +10,7 @@ from emulation import wants_compiler
 from torch import nn
 
 import fastmargin as fm
-from fastmargin.distributed.layout import Layout, chunks
+from fastmargin.distributed.layout import Layout, chunk_sizes
 from fastmargin.head import margin_head, sampling
 from fastmargin.head.class_weights import to_global_id, to_index
 from fastmargin.head.margin_head import MarginHead
@@ -23,15 +23,8 @@ NONE = torch.empty(0, dtype=torch.int64)
 FIRST = derive_seed(0, 0)  # seed 0, step 0
 
 
-class Rank:
-    """The part of a ProcessGroup that a layout uses."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = (lambda: rank), (lambda: size)
-
-
 def drawn(C, rate, number=FIRST, required=NONE, N=1):
-    layouts = [chunks(C, Rank(rank, N)) for rank in range(N)]
+    layouts = [Layout(None, chunk_sizes(C, N), rank) for rank in range(N)]
     return torch.cat([sampled_classes(layout, required, rate, number) + layout.start for layout in layouts])
 
 
@@ -90,7 +83,7 @@ def test_what_is_required_is_there_above_the_share():
 @pytest.mark.parametrize("C", [1, 3, BLOCK, 2049, 5003])
 def test_the_host_knows_how_many_are_drawn_at_most(C, N, rate):
     for rank in range(N):
-        layout = chunks(C, Rank(rank, N))
+        layout = Layout(None, chunk_sizes(C, N), rank)
         count, most = len(sampled_classes(layout, NONE, rate, FIRST)), most_drawn(layout, rate)
         assert count <= most <= layout.count
         ends_with_blocks = layout.start % BLOCK == 0 and (layout.stop % BLOCK == 0 or layout.stop == C)

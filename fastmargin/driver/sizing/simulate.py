@@ -13,16 +13,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.distributed.layout import Layout, chunks
+from fastmargin.distributed.layout import Layout, chunk_sizes
 from fastmargin.distributed.merge import merge_lists, merge_parts, pack_lists, shard_gradients
 from fastmargin.driver.sizing.plan import Plan, wire
 from fastmargin.head.margin_head import MarginHead
 from fastmargin.margins.angular import ArcFace
 from fastmargin.ops.nontarget_lse import nontarget_lse
+from fastmargin.ops.problem import LSEOutput
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6}  # as in tests/distributed
 
@@ -63,10 +63,10 @@ def local(
     y: Tensor,  # [B]
     classes: Layout,
     k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [B], [B, k], [B, k] class ids
+) -> LSEOutput:  # topk_classes are global ids
     """The outputs of one rank, over its own classes."""
-    rest, target, values, found = nontarget_lse(x, w, classes.local_index(y), topk=k)
-    return rest, target, values, torch.where(found < 0, -1, found + classes.start)
+    out = nontarget_lse(x, w, classes.local_index(y), topk=k)
+    return out._replace(topk_classes=classes.global_id(out.topk_classes))
 
 
 def ranks_in_turn(
@@ -76,7 +76,7 @@ def ranks_in_turn(
     y: Tensor,  # [B]
 ) -> tuple[Result, dict[str, float]]:  # with the bytes that the first rank would send, by collective
     N, margin = p.gpus, ArcFace()
-    shards = [chunks(p.classes, dist.ProcessGroup(rank, N)) for rank in range(N)]  # type: ignore[call-arg]
+    shards = [Layout(None, chunk_sizes(p.classes, N), rank) for rank in range(N)]
     f = f.clone().requires_grad_()
     norms = f.norm(dim=1)
     x = margin.s * f / norms[:, None]

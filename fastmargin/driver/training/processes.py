@@ -51,7 +51,7 @@ class Processes:
     def share(self, rows: int) -> Layout:
         """Rows split over the ranks as evenly as possible, the larger parts first."""
         whole, rest = divmod(rows, self.count)
-        return Layout(self.group, tuple(whole + (rank < rest) for rank in range(self.count)))
+        return Layout.of(self.group, (whole + (rank < rest) for rank in range(self.count)))
 
     def log(self, log: Log) -> Log:
         return log if self.rank == 0 else silent

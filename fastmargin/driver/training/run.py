@@ -114,7 +114,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
         module.to(device)
     replica = processes.replicated(model, train.input_shape)
     table = DoppelgangerTable(train.num_classes, config.head.topk)
-    rows = Layout(part.group, tuple(size * config.optim.accumulation for size in part.sizes))
+    rows = Layout.of(part.group, (size * config.optim.accumulation for size in part.sizes))
     return Run(
         config=config,
         processes=processes,
