@@ -21,18 +21,34 @@ def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class Once(torch.autograd.Function):
+    """A gradient as it is; to differentiate it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *origins: Tensor) -> Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch's, but a second derivative always raises RuntimeError: with torch's it is silently zero where no
-    incoming gradient requires one, as that of a plain sum."""
-    once = torch.autograd.function.once_differentiable(backward)
+    """As torch's, but a second derivative always raises RuntimeError.
+
+    With torch's it is silently zero where no incoming gradient requires one, as that of a plain sum, and in
+    autograd.grad, which visits only what leads to its inputs: so the error's node leads to all that the gradient
+    depends on.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(
-                None if g is None else g.detach().requires_grad_(g.is_floating_point()) for g in gradients
-            )
-        return once(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # without create_graph=True
+            return found
+        origins = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(Once.apply(t, *origins) if isinstance(t, Tensor) else t for t in found)
 
     return run
 

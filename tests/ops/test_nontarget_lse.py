@@ -301,3 +301,12 @@ def test_a_second_derivative_raises(output):
     first = torch.autograd.grad(nontarget_lse(x, w, y, topk=2)[output].sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (first.square().sum() + x.square().sum()).backward()
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["rows", "weights"])
+def test_a_second_derivative_by_some_inputs_alone_raises(by):
+    """autograd.grad visits only what leads to the inputs it is given."""
+    given = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    for first in torch.autograd.grad(nontarget_lse(*given, torch.arange(5))[0].sum(), given, create_graph=True):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(first.square().sum() + given[by].square().sum(), given[by])

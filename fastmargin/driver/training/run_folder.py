@@ -168,4 +168,4 @@ def is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return text == text.strip()  # float ignores a tab or a carriage return before the digits, a spreadsheet does not

@@ -38,3 +38,9 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     with locked(where), pytest.raises(BlockingIOError, match="is in use by another run, process"):
         train.train(SMALL, str(tmp_path), print)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("cell", ["\t-7", "\r12", "-7\n", "=7", "+1 2"])
+def test_a_number_with_space_around_it_is_no_number(cell: str) -> None:
+    assert run_folder.inert(cell) == f"'{cell}"
+    assert run_folder.inert("-7.5e3") == "-7.5e3" and run_folder.inert(" 12") == " 12"
