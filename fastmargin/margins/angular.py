@@ -10,8 +10,8 @@ from fastmargin.margins.base import Margin, Options, Values, require_angle, requ
 class NormFace(Margin):
     """The cosine without a margin, s fixed or learned (Wang 2017); W-Norm with normalize_features=False."""
 
-    def __init__(self, s: float = 64.0, **options: Unpack[Options]) -> None:
-        super().__init__(s, **options)
+    def __init__(self, *, s: float = 64.0, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, **options)
 
 
 class SphereFace(Margin):
@@ -21,8 +21,8 @@ class SphereFace(Margin):
     normalize_features=True it is SphereFace-FNorm, of scale s.
     """
 
-    def __init__(self, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
-        super().__init__(s, lam=lam, **(Options(normalize_features=False) | options))
+    def __init__(self, *, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, lam=lam, **(Options(normalize_features=False) | options))
         self._hold(m=m)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
@@ -32,8 +32,8 @@ class SphereFace(Margin):
 class CosFace(Margin):
     """cos(theta) - m (Wang 2018)."""
 
-    def __init__(self, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
-        super().__init__(s, **options)
+    def __init__(self, *, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, **options)
         self._hold(m=m)
         require_cosine("m", m)
 
@@ -44,15 +44,15 @@ class CosFace(Margin):
 class AMSoftmax(CosFace):
     """CosFace with the scale of AM-Softmax (Wang 2018, eq. 6): m on every row, not only where c > m."""
 
-    def __init__(self, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
-        super().__init__(s, m, **options)
+    def __init__(self, *, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, m=m, **options)
 
 
 class ArcFace(Margin):
     """cos(theta + m), m in radians (Deng 2018)."""
 
-    def __init__(self, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
-        super().__init__(s, m2=m, **options)
+    def __init__(self, *, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, m2=m, **options)
         self._hold(m=m)
         require_angle("m", m)
 
@@ -64,10 +64,10 @@ class CombinedMargin(Margin):
     """cos(m1 theta + m2) - m3; (1, 0.3, 0.2) is InsightFace's `combined`."""
 
     def __init__(
-        self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
+        self, *, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        super().__init__(s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
+        super().__init__(s=s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
         self._hold(m1=m1, m2=m2, m3=m3)
         require_angle("m2", m2)
         require_cosine("m3", m3)

@@ -88,8 +88,8 @@ class Margin(nn.Module):
 
     def __init__(
         self,
-        s: float = 64.0,
         *,
+        s: float = 64.0,
         lam: float = 0.0,
         m2: Value = 0.0,
         learn_scale: bool = False,

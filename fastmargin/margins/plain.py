@@ -19,5 +19,5 @@ class L2Softmax(Margin):
     plain = True
     normalize_weight = False
 
-    def __init__(self, s: float = 16.0, learn_scale: bool = True) -> None:
-        super().__init__(s, learn_scale=learn_scale)
+    def __init__(self, *, s: float = 16.0, learn_scale: bool = True) -> None:
+        super().__init__(s=s, learn_scale=learn_scale)
