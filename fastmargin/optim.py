@@ -1,13 +1,20 @@
 """Optimizers of class weights: torch's SGD and AdamW on the rows that were used, optionally in the backward pass.
 
+Which optimizer when: one of torch on `head.parameters()` takes the dense gradient of all classes; ClassSGD and
+ClassAdamW are for steps inside the backward pass (no gradient of the weight's size) and for sampled classes (only their
+rows are read and changed).
+
 Each is a torch Optimizer of one parameter, `head.weight`: param_groups, state_dict and learning-rate schedulers work as
-usual. All other parameters (the backbone, `head.replicated_parameters()`) need an ordinary optimizer of their own.
+usual. All other parameters (the backbone, `head.replicated_parameters()`) need an ordinary optimizer of their own. A
+head has one class optimizer at a time: `detach()` takes it off.
 
 in_backward=True steps inside the backward pass, a block of classes at a time: the gradient of the whole weight is never
-stored, only the weight and the optimizer's state are. `step()` still ends every step. (The backends triton and
-reference compute the whole gradient first.) Every backward pass changes the weights, also one by autograd.grad. Graphs
-that saved the old weights then raise, as after any write in place: so if another loss term reads `head.weight` and is
-back-propagated together with the head's loss, compute that term after the head's loss.
+stored, only the weight and the optimizer's state are. `step()` still ends every step. Without it, `zero_grad()` does:
+after a forward pass alone nothing has changed, and the head can be called again, or that pass still be back-propagated;
+after a backward pass the weights have changed, and the step counts as if `step()` had been called. (The backends triton
+and reference compute the whole gradient first.) Every backward pass changes the weights, also one by autograd.grad.
+Graphs that saved the old weights then raise, as after any write in place: so if another loss term reads `head.weight`
+and is back-propagated together with the head's loss, compute that term after the head's loss.
 
 Where a head samples its classes, a step reads and changes those rows alone. The effect of an SGD step without a
 gradient on a skipped row (momentum and weight decay go on) is linear in its (v, w):
@@ -43,6 +50,7 @@ HISTORY = 1024  # steps after which all rows are updated, so that the list of pr
 class ClassOptimizer(torch.optim.Optimizer):
     """Base of both: takes a gradient that is dense, sparse, or consumed in the backward pass."""
 
+    hyper: list[float]  # of the step that is being made
     _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf here, without a host sync
 
     def __init__(
@@ -56,15 +64,33 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError("in_backward=True with a head that other processes hold too: want MarginHead(group=...)")
         if cache_operands:
             check_operand_cache(head, in_backward)
+        if head.class_optimizer is not None:
+            kind = type(head.class_optimizer).__name__
+            raise ValueError(f"the head has a {kind}: take that off first, by head.class_optimizer.detach()")
         self.head, self.in_backward, self.scaler = head, in_backward, scaler
         self.operand_cache = OperandCache() if cache_operands else None
-        # "ready" for a forward pass, "forward" after it, "backward" from the backward pass, which has changed the
-        # weights, to step(). Without in_backward always "ready"
+        # "ready" for a forward pass, "forward" after it, "cleared" if zero_grad() was called then, "backward" from the
+        # backward pass, which has changed the weights, to step(). Without in_backward always "ready"
         self.stage = "ready"
         self.compared = False  # with the other ranks of the head's group, since the options were set
         super().__init__([head.weight], defaults)
-        head._apply_lazy_updates()  # pending ones of an optimizer that was attached before
         head.class_optimizer = self
+
+    def detach(self) -> None:
+        """Takes the optimizer off its head, which then trains as one without; `step()` raises from then on.
+
+        A step that the backward pass has made is ended, and pending updates of sampled classes are applied first. To go
+        on, create another one and give it this one's `state_dict()`.
+        """
+        if self.stage == "backward":
+            self.end_step()
+        self.apply_lazy_updates()
+        if self.head.class_optimizer is self:
+            self.head.class_optimizer = None
+
+    def check_attached(self) -> None:
+        if self.head.class_optimizer is not self:
+            raise RuntimeError(f"this {type(self).__name__} is detached from its head: create another one")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -91,23 +117,28 @@ class ClassOptimizer(torch.optim.Optimizer):
 
     def before_forward(self, subset: Tensor | None) -> None:  # [n] local indices; None: all rows
         """Called by the head before it reads these rows in training."""
-        if self.in_backward and self.stage != "ready":
+        if self.stage in ("forward", "backward"):
             raise RuntimeError(
                 "a second forward pass before step(): with in_backward=True every forward and backward pass is one "
                 "step; gradient accumulation needs in_backward=False"
             )
+        if self.stage == "cleared":
+            count_write(self.weight)  # so that the pass before can no longer be back-propagated
         self.apply_lazy_updates(subset)
         self.subset = subset
         self.stage = "forward" if self.in_backward else "ready"
 
     def begin_backward(self) -> Step:
         """Called by the backward pass before it steps."""
-        if self.stage != "forward":
+        self.check_attached()
+        if self.stage not in ("forward", "cleared"):
             raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")
         self.compare_ranks()
         self.stage = "backward"
         scale = None if self.scaler is None else self.scaler.scale(self.weight.new_ones(()))
-        return self.next_step()._replace(grad_scale=scale)
+        step = self.next_step()._replace(grad_scale=scale)
+        self.hyper = step.hyper
+        return step
 
     def compare_ranks(self) -> None:
         """Raises ValueError, on every rank, if the optimizers of a head in a group have different options."""
@@ -125,6 +156,7 @@ class ClassOptimizer(torch.optim.Optimizer):
 
         Without a gradient nothing happens, as in torch.
         """
+        self.check_attached()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,15 +169,27 @@ class ClassOptimizer(torch.optim.Optimizer):
                 )
             if grad is not None:
                 raise RuntimeError("the weight has a .grad, which in_backward=True does not make: call zero_grad()")
-            done, self.stage = self.stage == "backward", "ready"
+            self.end_step()
         else:
             self.compare_ranks()
-            done = grad is not None
             if grad is not None:
                 self.apply(grad)
-        if done:
-            self.advance()
+                self.advance()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. With in_backward=True it also ends a pass that no `step()` has ended: see the module."""
+        super().zero_grad(set_to_none)
+        if self.stage == "forward":
+            self.stage = "cleared"  # and not "ready": loss, zero_grad(), backward() is a common order
+        elif self.stage == "backward":
+            self.end_step()
+
+    def end_step(self) -> None:
+        """Counts the step if the backward pass has made one. The head is ready for the next forward pass."""
+        if self.stage == "backward":
+            self.advance()
+        self.stage = "ready"
 
     def apply(self, grad: Tensor) -> None:  # [C, d], dense or sparse
         subset = None
@@ -155,9 +199,9 @@ class ClassOptimizer(torch.optim.Optimizer):
             raise ValueError(f"want a gradient of {self.weight.dtype} rows; got {grad.dtype} {[*grad.shape]}")
         self.subset = subset
         self.apply_lazy_updates(subset)
-        state, rule, hyper, _ = self.next_step()
+        state, rule, self.hyper, _ = self.next_step()
         update = IMPLS[pick(IMPLS, self.weight, self.head.backend)].functions["update"]
-        update(self.weight, state, grad.contiguous(), subset, rule, hyper, self.divisor())
+        update(self.weight, state, grad.contiguous(), subset, rule, self.hyper, self.divisor())
         count_write(self.weight)
 
     def divisor(self) -> Tensor | None:  # []
@@ -169,7 +213,7 @@ class ClassOptimizer(torch.optim.Optimizer):
         return torch.where(found_inf > 0, torch.nan, scale).to(self.weight.dtype)
 
     def advance(self) -> None:
-        """Counts a step on the rows `self.subset`."""
+        """Counts a step on the rows `self.subset`, by the numbers `self.hyper`."""
         state = self.state[self.weight]
         state["step"] = state.get("step", 0) + 1
 
@@ -201,8 +245,9 @@ class ClassSGD(ClassOptimizer):
             collective into `weight.detach()`, by replays of a CUDA graph. Has not run on a GPU.
 
     Raises:
-        ValueError: options out of range, or cache_operands where there can be no cache; in the first step, if the ranks
-            of the head's group have different options. RuntimeError: a second forward or backward pass before `step()`.
+        ValueError: options out of range, a head that has a class optimizer, or cache_operands where there can be no
+            cache; in the first step, if the ranks of the head's group have different options.
+        RuntimeError: a second forward or backward pass before `step()` or `zero_grad()`; a step after `detach()`.
     """
 
     def __init__(
@@ -268,7 +313,7 @@ class ClassSGD(ClassOptimizer):
             return
         if self.steps_applied is None:
             self.steps_applied = torch.zeros(len(self.weight) + 1, dtype=torch.int32, device=self.weight.device)
-        lr, mu, lam, nesterov = self.next_step().hyper
+        lr, mu, lam, nesterov = self.hyper  # and not those of now: a schedule may have stepped since the backward pass
         w_row = np.array([-lr * mu * mu, 1 - lr * lam * (1 + mu)] if nesterov else [-lr * mu, 1 - lr * lam])
         self.products = np.concatenate([np.array([[mu, lam], w_row]) @ self.products, np.eye(2)[None]])
         self.steps_applied[slice(None) if self.subset is None else self.subset] = len(self.products) - 1

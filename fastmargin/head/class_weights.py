@@ -50,6 +50,8 @@ class LazyOptimizer(SteppingBackward, Protocol):
 
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None: ...
 
+    def detach(self) -> None: ...
+
 
 class Nearest(NamedTuple):
     """The classes nearest to each row, best first."""
@@ -296,13 +298,15 @@ class ClassWeights(nn.Module):
     def extend(self, n: int) -> None:
         """Appends n classes, with the initial rows of a larger head of this seed, and reshards all over the ranks.
 
-        `weight` and `bias` become new Parameters: create a new optimizer for them. Raises ValueError for n < 0.
+        `weight` and `bias` become new Parameters: create a new optimizer for them. A class optimizer is detached.
+        Raises ValueError for n < 0.
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"n = {n!r}: want an int of 0 or more")
-        self._apply_lazy_updates()
         C = self.num_classes
         self.margin.check_classes(C + n)
+        if self.class_optimizer is not None:
+            self.class_optimizer.detach()
         classes = chunks(C + n, self.classes.group)
         first = max(C, classes.start)
         fresh = initial_rows(first, max(first, classes.stop), self.in_features, self.seed).to(self.weight)

@@ -91,6 +91,9 @@ class MarginHead(ClassWeights):
     first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from
     earlier call the optimizer's `apply_lazy_updates()` before it is read.
 
+    Which optimizer: one of torch on `parameters()` takes the dense gradient of all classes; `fm.optim.ClassSGD` and
+    `ClassAdamW` are for steps inside the backward pass and for sampled classes.
+
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
         RuntimeError: a head in a group inside DistributedDataParallel (in its first pass), fully_shard or DataParallel.
@@ -288,7 +291,7 @@ class MarginHead(ClassWeights):
     def extend(self, n: int) -> None:
         """Appends n classes: see ClassWeights. Raises ValueError with a class_weight, which has no entries for them.
 
-        `weight` and `bias` become new Parameters: create a new optimizer for them.
+        `weight` and `bias` become new Parameters: create a new optimizer for them. A class optimizer is detached.
         """
         if self.class_weight is not None:
             raise ValueError("this head has a class_weight: the new classes have none; build a new head instead")
