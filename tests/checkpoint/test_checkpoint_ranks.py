@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastmargin as fm
 from fastmargin import checkpoint
-from fastmargin.checkpoint import MANIFEST, TENSORS, Sharded, load, load_latest, pack, save, unpack
-from fastmargin.checkpoint.store import seal
+from fastmargin.checkpoint import Sharded, load, load_latest, pack, save, unpack
+from fastmargin.checkpoint.store import MANIFEST, committed, seal
+from fastmargin.checkpoint.tensors import TENSORS
 from fastmargin.files import locked
 
 SIZES = (1, 2, 3, 10, 1009)
@@ -372,7 +373,7 @@ def test_every_rank_sees_a_mistake(ranks, tmp_path):
 
 
 def nothing_left(folder):
-    for path in checkpoint.committed(folder):
+    for path in committed(folder):
         if dist.get_rank() == 0:
             (path / "rows-00001.safetensors").unlink()
     dist.barrier()
