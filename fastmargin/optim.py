@@ -51,7 +51,7 @@ class ClassOptimizer(torch.optim.Optimizer):
     """Base of both: takes a gradient that is dense, sparse, or consumed in the backward pass."""
 
     hyper: list[float]  # of the step that is being made
-    _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf here, without a host sync
+    _step_supports_amp_scaling = True  # see torch_private.py
 
     def __init__(
         self, head: MarginHead, defaults: dict[str, Any], in_backward: bool, scaler: Any, cache_operands: bool

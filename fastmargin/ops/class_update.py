@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmargin.ops.backends import BUILD, Impl, native_can_run
 from fastmargin.ops.operand_cache import OperandCache
+from fastmargin.torch_private import preserved_version
 
 
 class Step(NamedTuple):
@@ -174,7 +175,7 @@ def lazy_update_rows(
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[rows], torch.zeros_like(w[rows]) if v is None else v[rows]  # views, if of all rows
     new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
-    with torch.autograd._unsafe_preserve_version_counter(w):  # only late rows change, which no graph has read
+    with preserved_version(w):  # only late rows change, which no graph has read
         w[rows] = new_w
     if v is not None:
         v[rows] = new_v
