@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmargin.checkpoint.store import Checkpoint
 from fastmargin.checkpoint.tensors import Sharded
 from fastmargin.head.class_weights import ClassWeights
-from fastmargin.optim import ClassOptimizer
+from fastmargin.optim.base import ClassOptimizer
 
 
 def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[str, Any]]:

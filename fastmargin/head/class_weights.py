@@ -42,7 +42,7 @@ def apply_lazy_updates(head: "ClassWeights", *_: Any) -> None:
 
 
 class LazyOptimizer(SteppingBackward, Protocol):
-    """The interface that a head needs of its class optimizer (optim.py). subset: local indices [n]; None: all."""
+    """The interface that a head needs of its class optimizer (optim/base.py). subset: local indices [n]; None: all."""
 
     in_backward: bool
 

@@ -6,7 +6,7 @@
 as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t.
 
 class_lazy_update applies T skipped steps of SGD to a row at once: momentum and weight decay without a gradient are a
-product of T 2 x 2 matrices on its (v, w); see optim.py. On a GPU class_ids may end in -1, no class: these places
+product of T 2 x 2 matrices on its (v, w); see optim/sgd.py. On a GPU class_ids may end in -1, no class: these places
 change nothing. Letters: C classes, n of them selected, d features.
 """
 

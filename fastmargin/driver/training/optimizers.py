@@ -39,7 +39,8 @@ from fastmargin.distributed.layout import Group
 from fastmargin.driver.config import OptimConfig
 from fastmargin.driver.training.processes import average
 from fastmargin.head.margin_head import MarginHead
-from fastmargin.optim import ClassAdamW, ClassOptimizer, ClassSGD
+from fastmargin.optim import ClassAdamW, ClassSGD
+from fastmargin.optim.base import ClassOptimizer
 from fastmargin.torch_private import GradScaler
 
 NEVER = 2**31 - 1  # steps
