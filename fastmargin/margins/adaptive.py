@@ -18,8 +18,18 @@ class AdaFace(Margin):
     """Margins by image quality, estimated by the norm (Kim 2022): m2 = -m z, m3 = m + m z with
     z = clip(h (norm - mu) / sd, -1, 1), without gradient to the norm.
 
-    mu and sd are running statistics, initially 20 and 100; `momentum` is the weight of a batch. Norms are clipped to
-    [0.001, 100], both in the public code and here; rows that are not finite stay out of the statistics.
+    mu and sd are running statistics, initially 20 and 100. Norms are clipped to [0.001, 100], both in the public code
+    and here; rows that are not finite stay out of the statistics.
+
+    Args:
+        s: the scale, above 0.
+        m: an angle in radians, from -pi to pi: a number or [C].
+        h: how fast the margin follows the norm, above 0.
+        momentum: the weight of a batch in the statistics, above 0 and at most 1.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`. beyond is "clip" if not given.
+
+    Raises:
+        ValueError: m, h or momentum outside its range; as `Margin`.
     """
 
     mu: Tensor  # []
@@ -61,6 +71,16 @@ class MagFace(Margin):
     norm, and the penalty lambda_g (a / u_a^2 + 1 / a), which lengthens features (Meng 2021).
 
     Norms outside [l_a, u_a] get no gradient from either, as in the public code.
+
+    Args:
+        s: the scale, above 0.
+        l_m, u_m: the least and the largest margin, in radians; l_m <= u_m.
+        l_a, u_a: the norms at which m is l_m and u_m; 0 < l_a < u_a.
+        lambda_g: the factor of the penalty, 0 or more.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: a number outside its range; as `Margin`.
     """
 
     def __init__(
@@ -87,9 +107,19 @@ class MagFace(Margin):
 class ElasticFace(Margin):
     """A random margin for each row, N(m, sigma), in training mode only (Boutros 2022).
 
-    form: "arc" (m is m2) or "cos" (m is m3); m: 0.5 or 0.35 if not given. plus: the largest margin goes to the
-    smallest cosine, and so on. Uses torch's default generator, so that torch.manual_seed makes it reproducible; a head
-    in a group seeds it in each pass.
+    Uses torch's default generator, so that torch.manual_seed makes it reproducible; a head in a group seeds it in each
+    pass.
+
+    Args:
+        s: the scale, above 0.
+        m: the mean, a number or [C]: radians or a difference of cosines; 0.5 or 0.35 if not given.
+        sigma: the standard deviation, 0 or more, in the unit of m.
+        form: "arc" (m is m2) or "cos" (m is m3).
+        plus: the largest margin goes to the smallest cosine, and so on.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: an unknown form, m or sigma outside its range; as `Margin`.
     """
 
     random = True

@@ -12,7 +12,15 @@ from fastmargin.optim.base import ClassOptimizer, check_range
 class ClassAdamW(ClassOptimizer):
     """torch.optim.AdamW for the class weights of a head. A step leaves classes that were not sampled unchanged.
 
-    Args and errors as ClassSGD; lr, betas, eps and weight_decay as torch.optim.AdamW.
+    For steps inside the backward pass, and for sampled classes: torch's own takes the dense gradient of all classes.
+
+    Args:
+        head: the MarginHead, after it has been moved to its device and dtype.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW.
+        in_backward, scaler, cache_operands: as `ClassSGD`.
+
+    Raises:
+        ValueError, RuntimeError: as `ClassSGD`.
     """
 
     def __init__(

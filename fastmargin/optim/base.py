@@ -67,10 +67,19 @@ class ClassOptimizer(torch.optim.Optimizer):
 
     @property
     def weight(self) -> Tensor:  # [C, d]
+        """The parameter [C, d]."""
         (weight,) = self.param_groups[0]["params"]
         return weight
 
     def state_tensor(self, name: str) -> Tensor:  # [C, d]
+        """A tensor of the state of the weight; made, of zeros, if it is missing.
+
+        Args:
+            name: as torch's optimizer calls it: momentum_buffer, exp_avg or exp_avg_sq.
+
+        Returns:
+            [C, d], of this rank's classes; changed in place by each step.
+        """
         state = self.state[self.weight]
         if name not in state:
             state[name] = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
@@ -81,10 +90,21 @@ class ClassOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None:  # [n] local indices; None: all rows
-        """Applies the skipped steps of these rows, so that they are as the dense optimizer would have them."""
+        """Applies the skipped steps of these rows, so that they are as the dense optimizer would have them.
+
+        Args:
+            subset: [n] local indices; None: all rows.
+        """
 
     def before_forward(self, subset: Tensor | None) -> None:  # [n] local indices; None: all rows
-        """Called by the head before it reads these rows in training."""
+        """Called by the head before it reads these rows in training.
+
+        Args:
+            subset: [n] local indices; None: all rows.
+
+        Raises:
+            RuntimeError: with in_backward=True, a second forward pass before `step()` or `zero_grad()`.
+        """
         if self.stage in ("forward", "backward"):
             raise RuntimeError(
                 "a second forward pass before step(): with in_backward=True every forward and backward pass is one "
@@ -97,7 +117,15 @@ class ClassOptimizer(torch.optim.Optimizer):
         self.stage = "forward" if self.in_backward else "ready"
 
     def begin_backward(self) -> Step:
-        """Called by the backward pass before it steps."""
+        """Called by the backward pass before it steps.
+
+        Returns:
+            The step to make, without its gradient.
+
+        Raises:
+            RuntimeError: a second backward pass before `step()`, or one after `detach()`.
+            ValueError: the ranks of the head's group have different options.
+        """
         self._check_attached()
         if self.stage not in ("forward", "cleared"):
             raise RuntimeError("a second backward pass before step(): with in_backward=True each is a step of its own")

@@ -29,6 +29,8 @@ HISTORY = 1024  # steps after which all rows are updated, so that the list of pr
 class ClassSGD(ClassOptimizer):
     """torch.optim.SGD (dampening 0) for the class weights of a head; exact for sampled classes too.
 
+    For steps inside the backward pass, and for sampled classes: torch's own takes the dense gradient of all classes.
+
     Args:
         head: the MarginHead, after it has been moved to its device and dtype.
         lr, momentum, weight_decay, nesterov: as torch.optim.SGD.
@@ -85,6 +87,11 @@ class ClassSGD(ClassOptimizer):
 
     @torch.no_grad()
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None:  # [n]
+        """Applies the skipped steps of these rows, so that they are as the dense optimizer would have them.
+
+        Args:
+            subset: [n] local indices, on CUDA then perhaps -1; None: all rows.
+        """
         if self.steps_applied is None:
             return
         T = len(self.products) - 1
