@@ -65,7 +65,7 @@ def in_backward(**options: Any) -> Prepare:
     allocated, are not in the peaks."""
 
     def prepare(f: Tensor, w: Tensor, y: Tensor) -> Loss:  # [B, d], [C, d], [B]
-        model = MarginHead(1, len(w), ArcFace(arcface.S, arcface.M), compute_dtype=BF16, backend="native")
+        model = MarginHead(1, len(w), ArcFace(s=arcface.S, m=arcface.M), compute_dtype=BF16, backend="native")
         model.to(w.device).weight = w
         rate = 0.0  # the weights are the next contestant's too
         optimizer = optim.ClassSGD(model, rate, 0.9, 5e-4, in_backward=True, **options)
@@ -94,7 +94,7 @@ def contestants(device: torch.device) -> Iterator[tuple[str, Prepare]]:
 
 
 def heads(device: torch.device) -> Iterator[tuple[str, Prepare]]:
-    margin = ArcFace(arcface.S, arcface.M)
+    margin = ArcFace(s=arcface.S, m=arcface.M)
     native = ["native"] if native_can_run(torch.empty(0, device=device)) else []
     fast = [*native, *(["triton"] if device.type == "cuda" else [])]
     for backend in fast:
@@ -105,7 +105,7 @@ def heads(device: torch.device) -> Iterator[tuple[str, Prepare]]:
         yield "fastmargin native, bfloat16, ClassSGD in backward, operand cache", in_backward(cache_operands=True)
     for backend in fast:
         yield f"fastmargin {backend}, bfloat16, k = 10", head(margin, backend=backend, compute_dtype=BF16, topk=10)
-    yield "NormFace: fastmargin, bfloat16", head(NormFace(normface.S), compute_dtype=BF16)
+    yield "NormFace: fastmargin, bfloat16", head(NormFace(s=normface.S), compute_dtype=BF16)
     yield "fastmargin stream, bfloat16", head(margin, backend="stream", compute_dtype=BF16)
     for backend in [*fast, "stream"]:
         yield f"fastmargin {backend}", head(margin, backend=backend)
@@ -137,7 +137,7 @@ def tiled(device: torch.device) -> Iterator[tuple[str, Prepare]]:
         for tile in tiles.CANDIDATES[key]:
             tiles.TABLE[key] = ((None, tile),)
             name = f"fastmargin triton, {'bfloat16' if dtype else 'float32'}, {tile}"
-            yield name, head(ArcFace(arcface.S, arcface.M), backend="triton", compute_dtype=dtype, topk=1)
+            yield name, head(ArcFace(s=arcface.S, m=arcface.M), backend="triton", compute_dtype=dtype, topk=1)
         tiles.TABLE[key] = chosen
 
 

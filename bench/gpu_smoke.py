@@ -71,7 +71,7 @@ def steps(
 ) -> list[torch.Tensor]:
     device, backend = place
     (B, d, C), generator = SHAPES[0], torch.Generator().manual_seed(1)
-    head = MarginHead(d, C, ArcFace(16.0), backend=backend, **options)
+    head = MarginHead(d, C, ArcFace(s=16.0), backend=backend, **options)
     head.load_full_weight(start)
     head.to(device, dtype)
     optimizer = optim.ClassSGD(head, 1.0, 0.9, 5e-4, in_backward=True)

@@ -68,8 +68,15 @@ class MiningStatistics:
 class DoppelgangerTable:
     """The k nearest wrong classes of each of C classes, from the last batch that contained the class, best first.
 
-    `classes` [C, k] int64, -1 where empty; `scores` [C, k] float32, -inf where empty. Both are in host memory, where
-    batches are drawn. `statistics` counts the updates. Raises ValueError if C or k is below 1.
+    `scores` [C, k] float32, -inf where empty; `classes` [C, k] int64, -1 where empty. Both are in host memory, where
+    batches are drawn. `statistics` counts the updates.
+
+    Args:
+        num_classes: C.
+        k: the number of doppelgangers of a class; the paper's is 1.
+
+    Raises:
+        ValueError: C or k below 1.
     """
 
     def __init__(self, num_classes: int, k: int = 1) -> None:
@@ -88,8 +95,15 @@ class DoppelgangerTable:
     ) -> None:
         """Replaces the doppelgangers of the classes in this batch; k' need not be k.
 
-        A class without a candidate (none given, only itself, only NaN scores) keeps its doppelgangers. Raises
-        ValueError for wrong shapes or dtypes, labels of C or more, and hard_classes outside [-1, C).
+        A class without a candidate (none given, only itself, only NaN scores) keeps its doppelgangers.
+
+        Args:
+            labels: [B] integers below C; negative: the row is skipped.
+            hard_scores: [B, k'] floats, compared as float32.
+            hard_classes: [B, k'] integers, -1: none.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, labels of C or more, and hard_classes outside [-1, C).
         """
         # From a GPU: the first copy waits for the step to finish, the other two do not wait.
         labels, hard_scores, hard_classes = (t.detach().cpu() for t in (labels, hard_scores, hard_classes))
@@ -108,15 +122,30 @@ class DoppelgangerTable:
         self.scores[label[best], rank[best]] = score[best]
 
     def doppelganger_counts(self) -> Tensor:  # [C] int64
-        """How many classes have each class as a doppelganger: most for the most confusable ones."""
+        """How many classes have each class as a doppelganger: most for the most confusable ones.
+
+        Returns:
+            [C] int64.
+        """
         return self.classes[self.classes >= 0].bincount(minlength=self.num_classes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`classes` and `scores`: the tensors themselves, not copies, as in a state_dict of torch.nn.Module."""
+        """The tensors themselves, not copies, as in a state_dict of torch.nn.Module.
+
+        Returns:
+            "classes" [C, k] int64 and "scores" [C, k] float32.
+        """
         return {"classes": self.classes, "scores": self.scores}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies a saved table into this one. Raises ValueError if its C or k is another."""
+        """Copies a saved table into this one.
+
+        Args:
+            state: "classes" [C, k] and "scores" [C, k].
+
+        Raises:
+            ValueError: another C or k.
+        """
         for name, tensor in self.state_dict().items():
             given = tuple(state[name].shape) if name in state else "missing"
             if given != tuple(tensor.shape):
@@ -128,17 +157,25 @@ class DoppelgangerTable:
 class DoppelgangerBatchSampler:
     """Endless batches of M image indices, for a DataLoader's `batch_sampler`. It has no length.
 
-    A float random_classes is a share of the batch: N_r = max(1, round(share * N_c)); 1.0 draws every class at random.
-    An int is N_r itself; 1 makes a single chain. counts = (low, high): the number of images of a class.
-
     `lag` batches are drawn at the start, from the table as given. `step()`, called once after each optimizer step and
     its `table.update`, drops the oldest batch and draws one more: so batch t is drawn from the table after step
     t - lag. A loader may prefetch `lag` batches; more raises RuntimeError (a lag of num_workers * prefetch_factor + 1
     is enough). A new iterator starts at the oldest batch without a `step()`, so batches that a loader had prefetched
     when a run stopped are not lost. Batch t is a pure function of (seed, t) and the table.
 
-    Raises ValueError for options out of range, labels outside [0, C), a class without images, and a table with fewer
-    classes than a batch may need.
+    Args:
+        labels: [N] integers in [0, C), the class of each image.
+        table: of C classes.
+        batch_size: M.
+        random_classes: a float is a share of the batch: N_r = max(1, round(share * N_c)); 1.0 draws every class at
+            random. An int is N_r itself; 1 makes a single chain.
+        counts: (low, high), the number of images of a class.
+        lag: batches that are drawn ahead, 1 or more.
+        seed: of all draws, in [0, 2**64).
+
+    Raises:
+        ValueError: options out of range, labels outside [0, C), a class without images, and a table with fewer classes
+            than a batch may need.
     """
 
     def __init__(
@@ -179,11 +216,22 @@ class DoppelgangerBatchSampler:
         self._queue.append(self._draw(self.steps + self.lag - 1))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`steps` [] and the queue `batches` [lag, M], int64. The table is not included: save it, too."""
+        """What a run resumes from. The table is not included: save it, too.
+
+        Returns:
+            "steps", a scalar, and the queue "batches" [lag, M], both int64.
+        """
         return {"steps": torch.tensor(self.steps), "batches": torch.from_numpy(np.stack(self._queue))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues where the saved one stood; make a new iterator. Raises ValueError for another lag or M."""
+        """Continues where the saved one stood; make a new iterator.
+
+        Args:
+            state: "steps", a scalar, and "batches" [lag, M].
+
+        Raises:
+            ValueError: another lag or M, or images that are not there.
+        """
         if not {"steps", "batches"} <= set(state):
             raise ValueError(f"saved sampler has {sorted(state)}; want steps and batches")
         batches, shape = torch.as_tensor(state["batches"]).cpu().numpy(), (self.lag, self.batch_size)

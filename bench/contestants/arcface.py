@@ -132,7 +132,7 @@ def head(margin: Margin, **options: Any) -> Prepare:
     return prepare
 
 
-NATIVE = {"margin": ArcFace(S, M), "backend": "native"}
+NATIVE = {"margin": ArcFace(s=S, m=M), "backend": "native"}
 BFLOAT16 = NATIVE | {"compute_dtype": torch.bfloat16}
 
 ARCFACE: dict[str, Prepare] = {
@@ -146,5 +146,5 @@ ARCFACE: dict[str, Prepare] = {
     "fastmargin native, k = 10": head(**NATIVE, topk=10),
     "fastmargin native, bfloat16": head(**BFLOAT16),
     "fastmargin native, bfloat16, k = 10": head(**BFLOAT16, topk=10),
-    "fastmargin stream": head(ArcFace(S, M), backend="stream"),
+    "fastmargin stream": head(ArcFace(s=S, m=M), backend="stream"),
 }

@@ -46,5 +46,5 @@ NORMFACE: dict[str, Prepare] = {
     "NormFace: cut-cross-entropy, torch path": cut_cross_entropy,
     "NormFace: F.linear_cross_entropy": linear_cross_entropy,
     "NormFace: F.linear_cross_entropy, 64-row chunks": chunked,
-    "NormFace: fastmargin native": head(NormFace(S), backend="native"),
+    "NormFace: fastmargin native": head(NormFace(s=S), backend="native"),
 }

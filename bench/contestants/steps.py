@@ -87,7 +87,7 @@ def torch_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
 
 def ours(f: Tensor, w: Tensor, y: Tensor, rate: float, in_backward: bool, **options: Any) -> Made:
     group, C = (dist.group.WORLD, len(w) * dist.get_world_size()) if dist.is_initialized() else (None, len(w))
-    head = MarginHead(1, C, ArcFace(S, M), sample_rate=rate, group=group, **options)
+    head = MarginHead(1, C, ArcFace(s=S, m=M), sample_rate=rate, group=group, **options)
     head.weight = nn.Parameter(w.clone())
     optimizer = optim.ClassSGD(head, LR, MOMENTUM, DECAY, in_backward=in_backward)
 

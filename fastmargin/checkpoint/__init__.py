@@ -5,10 +5,7 @@ a backbone or anything else with a state_dict into those and back. Needs safeten
 """
 
 from fastmargin.checkpoint.objects import pack, unpack
-from fastmargin.checkpoint.store import MANIFEST, Checkpoint, Verify, committed, load, load_latest, part_of, save
-from fastmargin.checkpoint.tensors import TENSORS, Sharded, Tensors
+from fastmargin.checkpoint.store import Checkpoint, Verify, load, load_latest, save
+from fastmargin.checkpoint.tensors import Sharded, Tensors
 
-__all__ = [
-    "MANIFEST", "TENSORS", "Checkpoint", "Sharded", "Tensors", "Verify", "committed", "load", "load_latest", "pack",
-    "part_of", "save", "unpack",
-]  # fmt: skip
+__all__ = ["Checkpoint", "Sharded", "Tensors", "Verify", "load", "load_latest", "pack", "save", "unpack"]

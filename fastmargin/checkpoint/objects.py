@@ -14,19 +14,26 @@ from torch import Tensor
 from fastmargin.checkpoint.store import Checkpoint
 from fastmargin.checkpoint.tensors import Sharded
 from fastmargin.head.class_weights import ClassWeights
-from fastmargin.optim import ClassOptimizer
+from fastmargin.optim.base import ClassOptimizer
 
 
 def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[str, Any]]:
     """Tensors and state for `save`.
 
-    parts: by name, whatever has state_dict() and load_state_dict(): a MarginHead, a ClassSGD or ClassAdamW, modules,
-        torch optimizers, schedules, a DoppelgangerTable, a sampler. Pass a module without its DDP wrapper: its names
-        are then the same for any number of processes.
+    Tied weights are written once for each of their names.
 
-    Tied weights are written once for each of their names. ValueError for a state_dict with anything but tensors, dicts,
-    lists, strings, numbers and None, and for two tensors of one name, as in {"a/b": t, "a": {"b": u}} and
-    {1: t, "1": u}.
+    Args:
+        parts: by name, whatever has state_dict() and load_state_dict(): a MarginHead, a ClassSGD or ClassAdamW,
+            modules, torch optimizers, schedules, a DoppelgangerTable, a sampler. Pass a module without its DDP wrapper:
+            its names are then the same for any number of processes.
+
+    Returns:
+        Tensors by name, of any shapes [...], class weights and their optimizer state as `Sharded`; and the rest as
+        JSON.
+
+    Raises:
+        ValueError: a state_dict with anything but tensors, dicts, lists, strings, numbers and None; two tensors of one
+            name, as in {"a/b": t, "a": {"b": u}} and {1: t, "1": u}.
     """
     tensors: dict[str, Tensor | Sharded] = {}
     return tensors, {name: encode(sharded_state(part), name, tensors) for name, part in parts.items()}
@@ -35,8 +42,15 @@ def pack(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor | Sharded], dict[st
 def unpack(saved: Checkpoint, parts: Mapping[str, Any]) -> None:
     """Restores each part. Class weights and their optimizer state are read in place: only this rank's rows.
 
-    Closes the files at the end. ValueError for a part that the checkpoint does not have, or that does not fit; parts
-    before it are then loaded already, and rows of its class weights may be overwritten.
+    Closes the files at the end.
+
+    Args:
+        saved: of `load` or `load_latest`.
+        parts: by name, as for `pack`.
+
+    Raises:
+        ValueError: a part that the checkpoint does not have, or that does not fit; parts before it are then loaded
+            already, and rows of its class weights may be overwritten.
     """
     try:
         for name, part in parts.items():

@@ -45,7 +45,15 @@ Verify: TypeAlias = Literal["size", "own", "all"]
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that has been verified. `tensors` are read on access, whole or some rows: see `Tensors`."""
+    """A checkpoint that has been verified.
+
+    Attributes:
+        path: its folder.
+        step: that it was saved at.
+        tensors: read on access, whole or some rows: see `Tensors`.
+        state: what was not a tensor.
+        warnings: one line for every newer checkpoint that did not verify.
+    """
 
     path: Path
     step: int
@@ -62,18 +70,27 @@ def save(
     *,
     group: Group | None = None,
 ) -> Path:
-    """Writes and commits `folder/step-XXXXXXXX`; returns it.
-
-    tensors: by name. Of a `Sharded` one every rank writes its own rows; any other is written by rank 0 alone, as are
-        `state`, which is plain JSON, and `step`. What differs between ranks, such as a random state, can be a row of a
-        Sharded.
-    group: the ranks that save together; None: this process alone.
+    """Writes and commits `folder/step-XXXXXXXX`.
 
     A kill at any moment, on any rank, leaves the earlier checkpoints intact, and at most a temporary folder that the
     next call removes. An old checkpoint that cannot be removed is a warning. Ranks wait for the slowest writer, within
-    the group's timeout. Tensors on a GPU are copied to the host first. Raises OSError if writing fails or another
-    process is saving there, ValueError for NaN in `state`, for a DTensor, if ranks give different steps, and if the
-    rows of a Sharded over all ranks do not make up the tensor exactly once.
+    the group's timeout. Tensors on a GPU are copied to the host first.
+
+    Args:
+        folder: of all checkpoints of a run; on a file system that all ranks share.
+        step: the number in the name, the same on all ranks.
+        tensors: by name, of any shapes [...]. Of a `Sharded` one every rank writes its own rows; any other is written
+            by rank 0 alone.
+        state: plain JSON, written by rank 0.
+        group: the ranks that save together; None: this process alone.
+
+    Returns:
+        The folder of this step.
+
+    Raises:
+        OSError: writing fails, or another process is saving there.
+        ValueError: NaN in `state`, a DTensor, ranks that give different steps, and rows of a Sharded that over all
+            ranks do not make up the tensor exactly once.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
@@ -194,11 +211,20 @@ def rename(fresh: Path, final: Path) -> None:
 
 
 def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verify = "own") -> Checkpoint | None:
-    """The newest checkpoint that verifies on every rank; None where there is none. ValueError if none of them verifies.
+    """The newest checkpoint that verifies on every rank.
 
-    verify: what is checked by SHA-256, beside the manifest and the size of every file. "own": the files that this rank
-        needs to load a head in `group` (without a group: all files); "all": every file on every rank; "size": nothing
-        more.
+    Args:
+        folder: of all checkpoints of a run.
+        group: the ranks that load together; None: this process alone.
+        verify: what is checked by SHA-256, beside the manifest and the size of every file. "own": the files that this
+            rank needs to load a head in `group` (without a group: all files); "all": every file on every rank; "size":
+            nothing more.
+
+    Returns:
+        The checkpoint, to be read or given to `unpack`; None where there is none.
+
+    Raises:
+        ValueError: none of those that are there verifies; an unknown `verify`.
     """
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     (paths, *_) = run_on_all_ranks(lambda: committed(Path(folder))[::-1] if rank == 0 else [], group)
@@ -219,7 +245,20 @@ def load_latest(folder: str | Path, *, group: Group | None = None, verify: Verif
 
 
 def load(path: str | Path, *, verify: Verify = "own", rank: int = 0, ranks: int = 1) -> Checkpoint:
-    """One checkpoint folder, as rank `rank` of `ranks` verifies it. ValueError names the file that has changed."""
+    """One checkpoint folder, as one of several ranks verifies it.
+
+    Args:
+        path: of the folder of one step.
+        verify: as in `load_latest`.
+        rank: of `ranks`: "own" then means the files that it needs.
+        ranks: of the group that loads.
+
+    Returns:
+        The checkpoint, to be read or given to `unpack`.
+
+    Raises:
+        ValueError: a file that is missing or has changed, which it names; an unknown `verify`.
+    """
     path = Path(path)
     if verify not in ("size", "own", "all"):
         raise ValueError(f"verify = {verify!r}: want 'size', 'own' or 'all'")
@@ -227,12 +266,12 @@ def load(path: str | Path, *, verify: Verify = "own", rank: int = 0, ranks: int 
         manifest = read_manifest(path)
         files = manifest["files"]
         tensors = Tensors(path, entries_of(path, manifest["tensors"]))
-        own = set(files) if verify == "all" else tensors.files_of(rank, ranks)
+        own = set(files) if verify == "all" else tensors._files_of(rank, ranks)
         if absent := {part.file for entry in tensors.entries.values() for part in entry.parts} - set(files):
             raise ValueError(f"{path / MANIFEST}: does not list {', '.join(sorted(absent))}")
         for name, entry in files.items():
             check_file(path, name, entry["size"], entry["sha256"] if name in own and verify != "size" else None)
-        tensors.check(own)
+        tensors._verify(own)
         tensors.close()
         return Checkpoint(path, manifest["step"], tensors, manifest["state"], [])
     except (OSError, LookupError, TypeError, AttributeError, RecursionError) as error:

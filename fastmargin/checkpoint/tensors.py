@@ -21,7 +21,13 @@ DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in vars(torch).valu
 
 
 class Sharded(NamedTuple):
-    """This rank's rows [start, start + n) of a tensor with `total` rows over all ranks of the group."""
+    """This rank's rows [start, start + n) of a tensor with `total` rows over all ranks of the group.
+
+    Attributes:
+        tensor: [n, ...] the rows.
+        start: the index of the first one.
+        total: the rows of all ranks.
+    """
 
     tensor: Tensor  # [n, ...]
     start: int
@@ -49,7 +55,12 @@ class Entry(NamedTuple):
 class Tensors(Mapping[str, Tensor]):
     """Tensors by name, read from disk at each access: `tensors[name]` is a whole one.
 
-    Files stay open until `close`; if they are removed meanwhile, their disk space is not freed before.
+    Files stay open until `close`; if they are removed meanwhile, their disk space is not freed before. Made by `load`
+    and `load_latest`.
+
+    Args:
+        folder: of the files.
+        entries: by name, which file has which rows.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -66,10 +77,30 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; nothing is read.
+
+        Args:
+            name: of the tensor.
+
+        Returns:
+            Of all rows.
+        """
         return self.entries[name].shape
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:  # [stop - start, ...]
-        """Rows [start, stop) of a tensor; only the files that have them are opened. ValueError as `read_into`."""
+        """Rows [start, stop) of a tensor; only the files that have them are opened.
+
+        Args:
+            name: of the tensor.
+            start: the first row.
+            stop: the row after the last one; None: all.
+
+        Returns:
+            [stop - start, ...] on the CPU; a tensor without dimensions as it is.
+
+        Raises:
+            ValueError: as `read_into`.
+        """
         entry = self.entries[name]
         shape = (entry.rows if stop is None else stop) - start, *entry.shape[1:]
         out = torch.empty(shape if entry.shape else (), dtype=entry.dtype)
@@ -81,9 +112,18 @@ class Tensors(Mapping[str, Tensor]):
         name: str,
         start: int = 0,
     ) -> Tensor:
-        """Reads rows [start, start + n) into `out`, without another copy of them, and returns it.
+        """Reads rows [start, start + n) into `out`, without another copy of them.
 
-        ValueError for another shape or dtype, rows that are not there, and a file that differs from the manifest.
+        Args:
+            out: [n, ...] in the tensor's dtype, on any device.
+            name: of the tensor.
+            start: the first row.
+
+        Returns:
+            out, [n, ...].
+
+        Raises:
+            ValueError: another shape or dtype, rows that are not there, and a file that differs from the manifest.
         """
         entry = self.entries[name]
         stop = start + (len(out) if entry.shape else 1)
@@ -93,29 +133,29 @@ class Tensors(Mapping[str, Tensor]):
         for part in entry.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last or not entry.rows:
-                stored = self.stored(name, part, first, last)
+                stored = self._stored(name, part, first, last)
                 out.copy_(stored) if stored.dim() == 0 else out[first - start : last - start].copy_(stored)
         return out
 
-    def stored(self, name: str, part: Part, start: int, stop: int) -> Tensor:  # [stop - start, ...]
+    def _stored(self, name: str, part: Part, start: int, stop: int) -> Tensor:  # [stop - start, ...]
         """A view of rows in the mapped file, to copy from at once; never to keep or to change."""
         entry, file = self.entries[name], self.folder / part.file
         shape = [part.stop - part.start, *entry.shape[1:]] if entry.shape else []
         try:
-            found = self.open(part.file).get_slice(name)
+            found = self._open(part.file).get_slice(name)
             if found.get_shape() != shape:
                 raise ValueError(f"{file}: {name} is {found.get_shape()}; {shape} was written")
             if shape:
                 tensor = found[start - part.start : stop - part.start]
             else:
-                tensor = self.open(part.file).get_tensor(name)
+                tensor = self._open(part.file).get_tensor(name)
         except (OSError, error_of_safetensors()) as error:
             raise ValueError(f"{file}: not readable, or without {name} ({error})") from error
         if tensor.dtype != entry.dtype:
             raise ValueError(f"{file}: {name} is {tensor.dtype}; {entry.dtype} was written")
         return tensor
 
-    def open(self, file: str) -> Any:
+    def _open(self, file: str) -> Any:
         from safetensors import safe_open
 
         if file not in self.opened:
@@ -126,14 +166,14 @@ class Tensors(Mapping[str, Tensor]):
         """Closes the files; a later access opens them again."""
         self.opened.clear()
 
-    def check(self, files: set[str]) -> None:
+    def _verify(self, files: set[str]) -> None:
         """Opens these files and compares their tensors with the manifest. ValueError as `read_into`."""
         for name, entry in self.entries.items():
             for part in entry.parts:
                 if part.file in files:
-                    self.stored(name, part, part.start, part.start)
+                    self._stored(name, part, part.start, part.start)
 
-    def files_of(self, rank: int, ranks: int) -> set[str]:
+    def _files_of(self, rank: int, ranks: int) -> set[str]:
         """The files that a rank needs to load a head in a group of `ranks`: whole tensors, and its rows."""
         needed = set()
         for entry in self.entries.values():

@@ -19,7 +19,13 @@ NAMES = "state_dict_softmax_fc", "weight"
 def load_weight(head: MarginHead, folder: str | Path) -> None:
     """Sets a head's weights from the shard files in a folder; in a group every rank reads the rows it holds.
 
-    ValueError for a folder that lacks one of them, or shards that do not add up to the head's classes and width.
+    Args:
+        head: of as many classes and features as the shards have together; its weights are changed.
+        folder: with checkpoint_gpu_0.pt and so on.
+
+    Raises:
+        ValueError: a file is missing or not one of torch.save, or the shards do not add up to the head's classes and
+            width.
     """
     folder = Path(folder)
     files = [folder / f"checkpoint_gpu_{rank}.pt" for rank in range(len([*folder.glob("checkpoint_gpu_*.pt")]))]

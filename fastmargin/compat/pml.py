@@ -14,7 +14,12 @@ from fastmargin.head.margin_head import MarginHead
 def load_weight(head: MarginHead, file: str | Path) -> None:
     """Sets a head's weights from `torch.save(loss.state_dict(), file)`; in a group every rank takes the rows it holds.
 
-    ValueError for a file without `W`, or of another number of classes or width.
+    Args:
+        head: of as many classes and features as the file; its weights are changed.
+        file: with `W` [d, C].
+
+    Raises:
+        ValueError: a file without `W`, or of another number of classes or width.
     """
     w = read_tensor(Path(file), "W")
     if w.shape != (head.in_features, head.num_classes):

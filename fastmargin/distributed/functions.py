@@ -132,8 +132,16 @@ class LocalEntries(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # [C_local], perhaps sparse
         layout = ctx.layout
-        local = gradient.to_dense() * len(layout.sizes)
+        local = to_dense(gradient) * len(layout.sizes)
         return F.pad(local, (layout.start, layout.total - layout.stop)), None
+
+
+def to_dense(gradient: Tensor) -> Tensor:  # [C_local], perhaps sparse
+    """As torch's, which torch 2.11 cannot trace; the sum of a class does not depend on an order of atomics."""
+    if not gradient.is_sparse:
+        return gradient
+    ids, rows = rows_of(gradient)
+    return rows.new_zeros(gradient.shape).index_add_(0, ids.clamp(min=0), rows)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Group | None) -> None:

@@ -26,7 +26,18 @@ def class_distances(
     embeddings: Array,  # [N, d]
     labels: Array,  # [N]
 ) -> tuple[float, float]:
-    """(inter, intra). Time O(N d + classes^2 d). ValueError for fewer than two classes, wrong shapes."""
+    """The mean distances between and within classes; see the module. Time O(N d + classes^2 d).
+
+    Args:
+        embeddings: [N, d], not normalized here.
+        labels: [N] of any kind.
+
+    Returns:
+        (inter, intra), in the units of the features.
+
+    Raises:
+        ValueError: fewer than two classes, wrong shapes, rows that are not finite.
+    """
     rows = vectors(embeddings)
     identity = identities(labels, len(rows))
     centers, _ = prototypes(rows, identity)
@@ -47,8 +58,19 @@ def mirrored(
     flipped: Tensor,  # [N, d] of their mirror images
     mode: Mirror,
 ) -> Tensor:  # [N, d], or [N, 2 d]
-    """Their "mean" (Doppelganger Mining 4.2.3), "sum" (AM-Softmax 4.2, InsightFace; the same cosines as the mean)
-    or "concat"-enation (Minimum Margin Loss III.A). ValueError for another mode, shapes that differ.
+    """One embedding of an image and its mirror image.
+
+    Args:
+        plain: [N, d] of the images.
+        flipped: [N, d] of their mirror images.
+        mode: "mean" (Doppelganger Mining 4.2.3), "sum" (AM-Softmax 4.2, InsightFace; the same cosines as the mean) or
+            "concat" (Minimum Margin Loss III.A).
+
+    Returns:
+        [N, d], or [N, 2 d] with "concat".
+
+    Raises:
+        ValueError: another mode, shapes that differ.
     """
     if plain.shape != flipped.shape or plain.ndim != 2:
         raise ValueError(f"embeddings have shapes {[*plain.shape]} and {[*flipped.shape]}; want [N, d] twice")

@@ -42,9 +42,21 @@ def cmc(
     k: int,
     distractors: Array | None = None,  # [D, d]
 ) -> np.ndarray:  # [k]
-    """Cumulative match curve by cosine, ranks 1 to k. An identity may have several gallery images.
+    """Cumulative match curve by cosine, ranks 1 to k. An identity may have several gallery images. See the module.
 
-    ValueError for k < 1, no probes, a probe without a mate in the gallery, rows zero or not finite.
+    Args:
+        probes: [P, d].
+        probe_labels: [P] of any kind.
+        gallery: [Q, d].
+        gallery_labels: [Q] of the same kind.
+        k: the last rank.
+        distractors: [D, d], gallery images of nobody among the probes.
+
+    Returns:
+        [k], the share of probes of each rank or better.
+
+    Raises:
+        ValueError: k < 1, no probes, a probe without a mate in the gallery, rows zero or not finite.
     """
     _check_rank(k)
     probed, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
@@ -62,7 +74,22 @@ def rank_k(
     k: int = 1,
     distractors: Array | None = None,  # [D, d]
 ) -> float:
-    """Share of probes of rank k or better: the last value of `cmc`."""
+    """Share of probes of rank k or better: the last value of `cmc`.
+
+    Args:
+        probes: [P, d].
+        probe_labels: [P] of any kind.
+        gallery: [Q, d].
+        gallery_labels: [Q] of the same kind.
+        k: the rank.
+        distractors: [D, d], gallery images of nobody among the probes.
+
+    Returns:
+        A share.
+
+    Raises:
+        ValueError: as `cmc`.
+    """
     return float(cmc(probes, probe_labels, gallery, gallery_labels, k, distractors)[-1])
 
 
@@ -72,7 +99,20 @@ def megaface_cmc(
     distractors: Array,  # [D, d]
     k: int,
 ) -> np.ndarray:  # [k]
-    """MegaFace's curve: one enrolled mate at a time among the distractors. ValueError as `cmc`."""
+    """MegaFace's curve: one enrolled mate at a time among the distractors (Kemelmacher-Shlizerman et al. 2016).
+
+    Args:
+        probes: [P, d].
+        probe_labels: [P] of any kind.
+        distractors: [D, d].
+        k: the last rank.
+
+    Returns:
+        [k], the share of probes of each rank or better.
+
+    Raises:
+        ValueError: k < 1, a probe without a mate among the probes, rows zero or not finite.
+    """
     _check_rank(k)
     probe = unit(probes).astype(np.float32)
     identity = identities(probe_labels, len(probe))
@@ -98,10 +138,21 @@ def dir_at_far(
     far: float,
     k: int = 1,
 ) -> float:
-    """Detection and identification rate at rank k; NaN where far < 1/impostors.
+    """Detection and identification rate at rank k, open set. See the module.
 
-    Probes whose label is not in the gallery are the impostors. ValueError for far outside (0, 1], k < 1, no
-    impostor or no other probe, rows zero or not finite.
+    Args:
+        probes: [P, d].
+        probe_labels: [P] of any kind. Those whose label is not in the gallery are the impostors.
+        gallery: [Q, d].
+        gallery_labels: [Q] of the same kind.
+        far: the false accept rate, in (0, 1].
+        k: the rank.
+
+    Returns:
+        A share; NaN where far < 1/impostors.
+
+    Raises:
+        ValueError: far outside (0, 1], k < 1, no impostor or no other probe, rows zero or not finite.
     """
     _check_rank(k)
     probed, enrolled = labels(probe_labels, len(array(probes))), labels(gallery_labels, len(array(gallery)))
@@ -120,7 +171,18 @@ def prototypes(
     embeddings: Array,  # [N, d]
     labels: Array,  # [N]
 ) -> tuple[np.ndarray, np.ndarray]:  # [U, d] float64, [U]
-    """The mean embedding of each identity, and its label."""
+    """The mean embedding of each identity, and its label.
+
+    Args:
+        embeddings: [N, d], not normalized here.
+        labels: [N] of any kind.
+
+    Returns:
+        Means [U, d] float64, and labels [U], sorted.
+
+    Raises:
+        ValueError: wrong shapes, rows that are not finite.
+    """
     rows = vectors(embeddings)
     identity = identities(labels, len(rows))
     names = np.unique(array(labels))
@@ -137,7 +199,17 @@ def classify(
 ) -> tuple[np.ndarray, np.ndarray]:  # confidence [P] float32, correct [P] bool
     """The cosine of each probe's best prototype, and whether it is its own. A tie with another's is wrong.
 
-    ValueError for no prototypes, rows zero or not finite.
+    Args:
+        probes: [P, d].
+        probe_labels: [P] of any kind.
+        prototypes: [Q, d].
+        prototype_labels: [Q] of the same kind.
+
+    Returns:
+        Confidence [P] float32, and correct [P] bool.
+
+    Raises:
+        ValueError: no prototypes, rows zero or not finite.
     """
     probed, present = labels(probe_labels, len(array(probes))), labels(prototype_labels, len(array(prototypes)))
     found = search(probes, probed, prototypes, present)
@@ -149,9 +221,18 @@ def coverage_at_precision(
     correct: Array,  # [P] bool
     precision: float,
 ) -> float:
-    """The largest accepted share whose precision is at least `precision`; 0 if there is none.
+    """The largest accepted share whose precision is at least `precision` (Guo and Zhang 2017). See the module.
 
-    ValueError for precision outside (0, 1], shapes that differ, no probe, confidences not finite.
+    Args:
+        confidence: [P].
+        correct: [P] bool, or 0 and 1.
+        precision: a share in (0, 1].
+
+    Returns:
+        A share of all probes; 0 if there is none.
+
+    Raises:
+        ValueError: precision outside (0, 1], shapes that differ, no probe, confidences not finite.
     """
     if not 0 < precision <= 1:
         raise ValueError(f"precision is {precision}; want a share in (0, 1]")

@@ -34,7 +34,14 @@ DAMAGE = (ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
 
 
 class PairList(NamedTuple):
-    """Pairs of named images, in the order of the folds."""
+    """Pairs of named images, in the order of the folds.
+
+    Attributes:
+        first: P images, each a (name, number).
+        second: P images, likewise.
+        same: [P] bool.
+        folds: their number.
+    """
 
     first: list[Image]  # P
     second: list[Image]  # P
@@ -52,8 +59,19 @@ class PairList(NamedTuple):
 
         Image n of a name is the row whose file, in a folder of that name, has a name that ends in n: 7.jpg, A_0007.jpg.
         Without titles, or if one is no such path, it is the n-th row with that label. Without names, the label as text
-        is the name. Names are compared in Unicode's NFC. ValueError for images without a row, or with two;
-        skip_missing: pairs with an image without a row are left out.
+        is the name. Names are compared in Unicode's NFC.
+
+        Args:
+            labels: [N] integers.
+            names: C of them, by label.
+            titles: N of them, paths of the images.
+            skip_missing: pairs with an image without a row are left out.
+
+        Returns:
+            Indices first [P] and second [P], and same [P]: see `Pairs`.
+
+        Raises:
+            ValueError: images without a row, unless skip_missing, or with two; a label without a name.
         """
         found = rows_by_image(array(labels).tolist(), names, titles)
         sides = [[(nfc(name), n) for name, n in side] for side in (self.first, self.second)]
@@ -126,14 +144,30 @@ def some_images(images: list[Image]) -> str:
 
 
 class ImagePairs(NamedTuple):
-    """A verification set: pair p is images 2p and 2p + 1."""
+    """A verification set: pair p is images 2p and 2p + 1.
+
+    Attributes:
+        images: 2 P encoded files.
+        same: [P] bool.
+    """
 
     images: list[bytes]  # 2 P encoded files
     same: np.ndarray  # [P] bool
 
 
 def read_pairs(path: str | Path) -> PairList:
-    """Reads a pairs.txt. ValueError names the line that does not follow the format; OSError as `open`."""
+    """Reads a pairs.txt.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its P pairs of named images.
+
+    Raises:
+        ValueError: a line that does not follow the format, which it names.
+        OSError: as `open`.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -170,8 +204,17 @@ def read_bin(path: str | Path) -> ImagePairs:
     """Reads a verification set of InsightFace, of pickle protocol 2 (from Python 2, too, whose bytes are str) or later.
 
     A pickle can run any code. So its opcodes are checked first: only those that build lists, tuples, bytes and
-    booleans are allowed. Then it is read by an unpickler that looks up no class and no function. ValueError for
-    anything else; OSError as `open`.
+    booleans are allowed. Then it is read by an unpickler that looks up no class and no function.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        2 P encoded images, and same [P].
+
+    Raises:
+        ValueError: anything else than such a set.
+        OSError: as `open`.
     """
     try:
         content = _unpickle(Path(path).read_bytes())

@@ -9,7 +9,13 @@ from fastmargin.evaluation.ten_folds import FOLDS
 
 
 class Pairs(NamedTuple):
-    """Pairs of images, in equal, contiguous folds; of each fold, the first half are genuine."""
+    """Pairs of images, in equal, contiguous folds; of each fold, the first half are genuine.
+
+    Attributes:
+        first: [P] int64, indices of images.
+        second: [P] int64, likewise.
+        same: [P] bool.
+    """
 
     first: np.ndarray  # [P] int64
     second: np.ndarray  # [P] int64
@@ -26,7 +32,18 @@ def sample_pairs(
 
     Within a fold the pairs of a kind are sampled uniformly, without repetition. All folds have the same number of
     pairs: pairs // folds, rounded down to an even number, or what the fold with the fewest pairs of a kind allows.
-    ValueError for fewer than 2 folds, 2 pairs a fold, 2 identities a fold, or one of them with 2 images.
+
+    Args:
+        labels: [N] of any kind.
+        pairs: at most so many, over all folds.
+        seed: of the draws.
+        folds: 2 or more.
+
+    Returns:
+        Indices first [P] and second [P], and same [P].
+
+    Raises:
+        ValueError: fewer than 2 folds, 2 pairs a fold, 2 identities a fold, or one of them with 2 images.
     """
     identity = identities(labels, len(array(labels)))
     if folds < 2 or pairs < 2 * folds:

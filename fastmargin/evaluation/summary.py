@@ -21,15 +21,23 @@ def evaluate_embeddings(
     labels: Array,  # [N]
     seed: int = 0,
 ) -> dict[str, float]:
-    """The numbers of a report on labeled images.
+    """The numbers of a report on labeled images. Work grows with N^2; 5,000 images take seconds.
 
-    "tar@1e-2" to "tar@1e-4" over all pairs of images. "rank1", "rank5": one random image of each identity enrolled, all
-    others probes, mean of 5 draws; "coverage@99%" of the same: how many probes, the most confident
-    first, can be given an identity with 99 % of them right. "dir@1e-2": for a random half of the identities, open set,
-    rank 1. "accuracy": ten folds, "insightface", on up to 6,000 pairs of `sample_pairs`. "inter", "intra":
-    `class_distances`; "inter/intra": their ratio, which has no unit. Counts: "genuine_pairs", "impostor_pairs",
-    "identities", "images". NaN, "not resolvable", where there are too few pairs, probes or identities. Work grows
-    with N^2; 5,000 images take seconds. ValueError: as `cosine_scores`.
+    Args:
+        embeddings: [N, d].
+        labels: [N] of any kind.
+        seed: of the draws.
+
+    Returns:
+        By name, NaN ("not resolvable") where there are too few pairs, probes or identities. "tar@1e-2" to "tar@1e-4"
+        over all pairs of images. "rank1", "rank5": one random image of each identity enrolled, all others probes, mean
+        of 5 draws; "coverage@99%" of the same: how many probes, the most confident first, can be given an identity with
+        99 % of them right. "dir@1e-2": for a random half of the identities, open set, rank 1. "accuracy": ten folds,
+        "insightface", on up to 6,000 pairs of `sample_pairs`. "inter", "intra": `class_distances`; "inter/intra": their
+        ratio, which has no unit. Counts: "genuine_pairs", "impostor_pairs", "identities", "images".
+
+    Raises:
+        ValueError: as `cosine_scores`.
     """
     genuine, impostor = cosine_scores(embeddings, labels)
     rows = unit(embeddings)
@@ -58,9 +66,19 @@ def evaluate_pairs(
 ) -> dict[str, float]:
     """The numbers of a report on a list of pairs, in folds that are contiguous.
 
-    "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3" of `validation_rate`: NaN for one
-    fold, as there is no other for the threshold. "accuracy_best", "tar@1e-2", "tar@1e-3": of the cosines of all pairs.
-    Counts: "pairs", "genuine_pairs". NaN: not resolvable. ValueError: as `verification_accuracy`.
+    Args:
+        a: [P, d].
+        b: [P, d], the other image of each pair.
+        same: [P] bool, or 0 and 1.
+        folds: from 1 to P.
+
+    Returns:
+        By name, NaN: not resolvable. "accuracy_X" and "std_X" for each variant X of `verification_accuracy`, "val@1e-3"
+        of `validation_rate`: NaN for one fold, as there is no other for the threshold. "accuracy_best", "tar@1e-2",
+        "tar@1e-3": of the cosines of all pairs. Counts: "pairs", "genuine_pairs".
+
+    Raises:
+        ValueError: as `verification_accuracy`.
     """
     results: dict[str, float] = {}
     for variant in VARIANTS:

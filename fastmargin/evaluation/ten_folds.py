@@ -57,8 +57,19 @@ def verification_accuracy(
 ) -> tuple[float, float]:
     """Mean and standard deviation (of the population, as numpy's) of the accuracy over the folds.
 
-    ValueError for an unknown variant, wrong shapes, folds below 2 or more than the pairs, and rows that are
-    not finite or, except for "euclidean", zero (for "sphereface" after the mean is subtracted).
+    Args:
+        a: [P, d].
+        b: [P, d], the other image of each pair.
+        same: [P] bool, or 0 and 1.
+        folds: from 2 to P, contiguous.
+        variant: "insightface", "sphereface" or "euclidean": see the module.
+
+    Returns:
+        (mean, standard deviation), shares.
+
+    Raises:
+        ValueError: an unknown variant, wrong shapes, folds below 2 or more than the pairs, and rows that are not finite
+            or, except for "euclidean", zero (for "sphereface" after the mean is subtracted).
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; want one of {', '.join(VARIANTS)}")
@@ -78,10 +89,22 @@ def validation_rate(
     far: float = 1e-3,
     folds: int = FOLDS,
 ) -> tuple[float, float, float]:
-    """VAL: mean and standard deviation over the folds, and the false accept rate they came to, which is not `far`.
+    """VAL at a false accept rate over the folds. See the module.
 
-    Each is over the folds that have such pairs. NaN, "not resolvable", where `far` admits less than one impostor of
-    some nine folds, or no fold has genuine pairs. ValueError as `verification_accuracy`; far outside (0, 1].
+    Args:
+        a: [P, d].
+        b: [P, d], the other image of each pair.
+        same: [P] bool, or 0 and 1.
+        far: in (0, 1].
+        folds: from 2 to P, contiguous.
+
+    Returns:
+        Mean and standard deviation of VAL over the folds, and the false accept rate they came to, which is not `far`.
+        Each is over the folds that have such pairs. NaN, "not resolvable", where `far` admits less than one impostor of
+        some nine folds, or no fold has genuine pairs.
+
+    Raises:
+        ValueError: far outside (0, 1]; as `verification_accuracy`.
     """
     a, b, same, tests = _pairs(a, b, same, folds)
     grid = np.arange(0, 4, 0.001)  # of distances, the negative scores

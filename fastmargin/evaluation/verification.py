@@ -19,7 +19,15 @@ def cosine_scores(
 ) -> tuple[np.ndarray, np.ndarray]:  # [G], [I] float32
     """Cosines of all pairs of images, genuine and impostor, computed block by block.
 
-    ValueError for wrong shapes, rows that are zero or not finite, fewer than 2 identities, no genuine pair.
+    Args:
+        embeddings: [N, d].
+        labels: [N] of any kind.
+
+    Returns:
+        Genuine [G] and impostor [I], float32.
+
+    Raises:
+        ValueError: wrong shapes, rows that are zero or not finite, fewer than 2 identities, no genuine pair.
     """
     rows = unit(embeddings).astype(np.float32)
     identity = identities(labels, len(rows))
@@ -44,9 +52,18 @@ def tar_at_far(
     impostor: Array,  # [I]
     far: float,
 ) -> float:
-    """True accept rate where the false accept rate is at most `far`; NaN where far < 1/I.
+    """True accept rate where the false accept rate is at most `far`. See the module.
 
-    ValueError for far outside (0, 1] and for scores that are empty or not finite.
+    Args:
+        genuine: [G] scores of pairs of one identity.
+        impostor: [I] of two identities.
+        far: in (0, 1].
+
+    Returns:
+        A share; NaN where far < 1/I.
+
+    Raises:
+        ValueError: far outside (0, 1], scores that are empty or not finite.
     """
     return tars_at_fars(genuine, impostor, [far])[0]
 
@@ -68,7 +85,17 @@ def best_accuracy(
 ) -> float:
     """The share of scores on the right side of the threshold that is best for these very scores: an optimistic number.
 
-    Genuine scores lie above it, impostors do not. ValueError for scores that are empty or not finite.
+    Genuine scores lie above it, impostors do not.
+
+    Args:
+        genuine: [G] scores of pairs of one identity.
+        impostor: [I] of two identities.
+
+    Returns:
+        A share.
+
+    Raises:
+        ValueError: scores that are empty or not finite.
     """
     mates, others = (np.sort(scores(name, x)) for name, x in (("genuine", genuine), ("impostor", impostor)))
     tried = np.concatenate([[-np.inf], mates, others])
@@ -81,7 +108,19 @@ def roc(
     impostor: Array,  # [I]
     points: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:  # far [p], tar [p], p <= points
-    """The ROC for a plot: FARs evenly spaced in their logarithm, 1/I to 1, and the `tar_at_far` of each."""
+    """The ROC for a plot: FARs evenly spaced in their logarithm, 1/I to 1, and the `tar_at_far` of each.
+
+    Args:
+        genuine: [G] scores of pairs of one identity.
+        impostor: [I] of two identities.
+        points: at most so many, 2 or more.
+
+    Returns:
+        FAR [p] and TAR [p], p <= points.
+
+    Raises:
+        ValueError: points < 2, scores that are empty or not finite.
+    """
     if points < 2:
         raise ValueError(f"points is {points}; want at least 2")
     impostor = scores("impostor", impostor)

@@ -43,7 +43,7 @@ def apply_lazy_updates(head: "ClassWeights", *_: Any) -> None:
 
 
 class LazyOptimizer(SteppingBackward, Protocol):
-    """The interface that a head needs of its class optimizer (optim.py). subset: local indices [n]; None: all."""
+    """The interface that a head needs of its class optimizer (optim/base.py). subset: local indices [n]; None: all."""
 
     in_backward: bool
 
@@ -51,9 +51,16 @@ class LazyOptimizer(SteppingBackward, Protocol):
 
     def apply_lazy_updates(self, subset: Tensor | None = None) -> None: ...
 
+    def detach(self) -> None: ...
+
 
 class Nearest(NamedTuple):
-    """The classes nearest to each row, best first."""
+    """The classes nearest to each row, best first.
+
+    Attributes:
+        scores: [b, k] cosines where weights are normalized, else logits; -inf where there are fewer classes.
+        classes: [b, k] int64; -1 where there are fewer.
+    """
 
     scores: Tensor  # [b, k] cosines where weights are normalized, else logits; -inf where there are fewer classes
     classes: Tensor  # [b, k] int64; -1 where there are fewer
@@ -143,10 +150,12 @@ class ClassWeights(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """d, the width of the embeddings."""
         return self._weight.shape[1]
 
     @property
     def num_classes(self) -> int:
+        """C, over all ranks."""
         return self.classes.total
 
     @property
@@ -155,14 +164,26 @@ class ClassWeights(nn.Module):
         return self.classes.start, self.classes.stop
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """The parameters that every rank holds in full, for an ordinary optimizer: learned scale and margins, bias."""
+        """The parameters that every rank holds in full, for an ordinary optimizer.
+
+        Returns:
+            Those of the learned scale (a scalar), learned margins [C] and the bias [C], where there are such.
+        """
         return [*([] if self.bias is None else [self.bias]), *self.margin.parameters()]
 
     def grad_norm(self, others: Iterable[nn.Parameter] = ()) -> Tensor:  # []
         """The 2-norm of all gradients: class weights of all ranks, replicated parameters and `others`.
 
-        For `torch.nn.utils.clip_grads_with_norm_`. others: parameters of a backbone, also under DDP or FSDP2. Raises
-        RuntimeError with an optimizer that has in_backward=True: there is no gradient of the class weights then.
+        For `torch.nn.utils.clip_grads_with_norm_`.
+
+        Args:
+            others: parameters of a backbone, of any shape [...], also under DDP or FSDP2.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            RuntimeError: an optimizer that has in_backward=True: there is no gradient of the class weights then.
         """
         if self.class_optimizer is not None and self.class_optimizer.in_backward:
             raise RuntimeError("in_backward=True leaves no gradient of the class weights to measure: want it False")
@@ -221,7 +242,14 @@ class ClassWeights(nn.Module):
     def get_logits(self, embeddings: Tensor) -> Tensor:  # [b, d] -> [b, C]
         """All logits, without a margin. For few classes only: every rank gathers all weights.
 
-        Raises ValueError for embeddings of the wrong width.
+        Args:
+            embeddings: [b, d] of any floating dtype.
+
+        Returns:
+            [b, C], cosines times the scale where both are normalized.
+
+        Raises:
+            ValueError: embeddings of the wrong width or dtype, or on another device.
         """
         check_embeddings(embeddings, self._weight)
         self._apply_lazy_updates()
@@ -234,10 +262,19 @@ class ClassWeights(nn.Module):
 
     @torch.no_grad()
     def nearest(self, embeddings: Tensor, k: int) -> Nearest:  # [b, d] -> [b, k] each
-        """The k classes nearest to each row, best first: scores (cosines, or logits of plain layers) and class ids.
+        """The k classes nearest to each row, best first. Without gradient.
 
-        Any number of classes; no logits are stored. Where C < k, the last entries are score -inf, class -1. Ranks may
-        have different numbers of rows. Raises ValueError for embeddings of the wrong width and for k < 0.
+        Any number of classes; no logits are stored. Ranks may have different numbers of rows.
+
+        Args:
+            embeddings: [b, d] of any floating dtype.
+            k: 0 or more.
+
+        Returns:
+            scores [b, k] and classes [b, k]: see `Nearest`.
+
+        Raises:
+            ValueError: embeddings of the wrong width or dtype, or on another device; k < 0.
         """
         check_embeddings(embeddings, self._weight)
         batch, embeddings = batch_layout(embeddings, self.classes.group)
@@ -249,9 +286,13 @@ class ClassWeights(nn.Module):
 
     @torch.no_grad()
     def load_full_weight(self, w: Tensor) -> None:  # [C, d]
-        """Sets all class weights, from a tensor of any dtype; a rank reads only the rows of its own classes.
+        """Sets all class weights; a rank reads only the rows of its own classes.
 
-        Raises ValueError for another shape.
+        Args:
+            w: [C, d] of any dtype.
+
+        Raises:
+            ValueError: another shape.
         """
         if not isinstance(w, Tensor) or w.shape != (self.num_classes, self.in_features):
             given = [*w.shape] if isinstance(w, Tensor) else type(w).__name__
@@ -269,8 +310,15 @@ class ClassWeights(nn.Module):
 
         Where weights are normalized only the direction counts, and the row keeps its norm: a gradient step turns the
         direction in proportion to 1 / ||w||^2, so with its old norm an imprinted class learns as fast as the others. In
-        a group the embeddings of a class may come from any ranks. Raises ValueError for classes outside [0, C), and for
-        a class whose embeddings have no mean direction or are not finite.
+        a group the embeddings of a class may come from any ranks.
+
+        Args:
+            embeddings: [n, d] of any floating dtype.
+            classes: [n] int64 in [0, C), may repeat: the class of each.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, classes outside [0, C), and a class whose embeddings have no
+                mean direction or are not finite.
         """
         check_imprint(embeddings, classes, self.weight)
         given, _ = batch_layout(embeddings, self.classes.group)
@@ -298,13 +346,20 @@ class ClassWeights(nn.Module):
     def extend(self, n: int) -> None:
         """Appends n classes, with the initial rows of a larger head of this seed, and reshards all over the ranks.
 
-        `weight` and `bias` become new Parameters: create a new optimizer for them. Raises ValueError for n < 0.
+        `weight` and `bias` become new Parameters: create a new optimizer for them. A class optimizer is detached.
+
+        Args:
+            n: the number of new classes.
+
+        Raises:
+            ValueError: n < 0, or per-class margins, which have no entries for them.
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"n = {n!r}: want an int of 0 or more")
-        self._apply_lazy_updates()
         C = self.num_classes
         self.margin.check_classes(C + n)
+        if self.class_optimizer is not None:
+            self.class_optimizer.detach()
         classes = chunks(C + n, self.classes.group)
         first = max(C, classes.start)
         fresh = initial_rows(first, max(first, classes.stop), self.in_features, self.seed).to(self.weight)

@@ -36,7 +36,14 @@ from fastmargin.margins.base import Margin
 
 
 class HeadOutput(NamedTuple):
-    """Scores are cosines where weights are normalized, else logits. All but the loss are detached."""
+    """What a head returns. Scores are cosines where weights are normalized, else logits. All but the loss are detached.
+
+    Attributes:
+        loss: a scalar, or [b] with reduction="none".
+        target_score: [b] to the own class; NaN on ignored rows.
+        hard_scores: [b, k] of the nearest wrong classes, best first; -inf where there is none.
+        hard_classes: [b, k] int64, their ids; -1 where there is none.
+    """
 
     loss: Tensor  # scalar, or [b] with reduction="none"
     target_score: Tensor  # [b], NaN on ignored rows
@@ -90,6 +97,9 @@ class MarginHead(ClassWeights):
     `weight`, `parameters()`, `named_parameters()` and `state_dict()`, also those of a module that contains the head,
     first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from
     earlier call the optimizer's `apply_lazy_updates()` before it is read.
+
+    Which optimizer: one of torch on `parameters()` takes the dense gradient of all classes; `fm.optim.ClassSGD` and
+    `ClassAdamW` are for steps inside the backward pass and for sampled classes.
 
     Raises:
         ValueError: for any option outside its range, or not the same on all ranks; for bad labels, see `forward`.
@@ -154,17 +164,29 @@ class MarginHead(ClassWeights):
         """The loss of a batch and, with topk, the nearest wrong classes of its rows.
 
         Keep a head that samples classes, or whose margin draws numbers or has statistics, out of activation
-        checkpointing: its training pass inside a backward pass raises ValueError.
+        checkpointing: its training pass inside a backward pass raises.
 
-        Embeddings may have any length; where features are normalized, their gradient is divided by max(length, 1e-6),
-        and a zero row gets none. A row that is not finite has a NaN loss, and a NaN in it hard_classes -1.
+        A row that is not finite has a NaN loss, and a NaN in it hard_classes -1.
 
-        hard_classes, such as `DoppelgangerTable.classes[labels]`, are always among the sampled classes.
+        Args:
+            embeddings: [b, d] of any floating dtype and length. Where features are normalized, their gradient is
+                divided by max(length, 1e-6), and a zero row gets none.
+            labels: [b] int64 in [0, C), or ignore_index.
+            sample_weight: [b], a factor of each row's loss.
+            hard_classes: [b, k] int64, -1: none. They are always among the sampled classes, such as
+                `DoppelgangerTable.classes[labels]`.
 
-        A label outside [0, C), on any rank, raises ValueError on the CPU. It is not validated in compiled code and on
-        CUDA, where that would synchronize: its row is ignored, and the next `check()` raises. Different numbers of rows
-        without `uneven` raise ValueError on the CPU; on CUDA they are not validated, and the collectives fail or time
-        out.
+        Returns:
+            loss, a scalar or [b]; target_score [b]; hard_scores [b, topk] and hard_classes [b, topk]: see `HeadOutput`.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit. On the CPU also a label outside [0, C), on any rank,
+                and different numbers of rows without `uneven`. Labels are not validated in compiled code and on CUDA,
+                where
+                that would synchronize: such a row is ignored, and the next `check()` raises. Different numbers of rows
+                are not validated on CUDA, and the collectives fail or time out.
+            RuntimeError: a head in a group inside DistributedDataParallel; with a class optimizer in_backward=True, a
+                second pass before its `step()`.
         """
         if self.training:
             check_first_pass(self.sample_rate, self.margin)
@@ -214,7 +236,11 @@ class MarginHead(ClassWeights):
             self.check()
 
     def check(self) -> None:
-        """Raises ValueError, on all ranks, if a batch since the last call had a label outside [0, C). A host sync."""
+        """Looks, with a host sync, for bad labels in the batches since the last call; of all ranks.
+
+        Raises:
+            ValueError: a batch had a label outside [0, C) that is not ignore_index; on all ranks.
+        """
         count, row, label, *rank = self.bad_label.tolist()
         if count:
             self.bad_label.zero_()
@@ -286,9 +312,15 @@ class MarginHead(ClassWeights):
         return total / torch.where(divisor == 0, 1.0, divisor)
 
     def extend(self, n: int) -> None:
-        """Appends n classes: see ClassWeights. Raises ValueError with a class_weight, which has no entries for them.
+        """Appends n classes: see ClassWeights.
 
-        `weight` and `bias` become new Parameters: create a new optimizer for them.
+        `weight` and `bias` become new Parameters: create a new optimizer for them. A class optimizer is detached.
+
+        Args:
+            n: the number of new classes.
+
+        Raises:
+            ValueError: n < 0; a head with a class_weight or per-class margins, which have no entries for them.
         """
         if self.class_weight is not None:
             raise ValueError("this head has a class_weight: the new classes have none; build a new head instead")

@@ -66,10 +66,18 @@ class CenterBank(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [K, d], [K] sorted classes
         """The centers of the batch's classes after an update, differentiable in x, and these classes.
 
-        The bank itself does not change.
+        The bank itself does not change. In a group the classes are those of all ranks, and the gradients of this rank's
+        rows are times N, because the objective is the average of the losses that N ranks back-propagate.
 
-        In a group the classes are those of all ranks, and the gradients of this rank's rows are times N, because the
-        objective is the average of the losses that N ranks back-propagate. Raises ValueError as `center_loss`.
+        Args:
+            x: [B, d] of any floating dtype, cast to that of the centers.
+            labels: [B] int64 in [0, C).
+
+        Returns:
+            Centers [K, d], and the classes [K] int64 that they are of, sorted.
+
+        Raises:
+            ValueError: as `center_loss`.
         """
         check_rows(x, labels, self.centers)
         classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
@@ -88,7 +96,14 @@ class CenterBank(nn.Module):
     ) -> None:
         """Updates the centers of the batch's classes; rows that are not finite stay out.
 
-        In a group all ranks call it together. Raises ValueError as `center_loss`.
+        In a group all ranks call it together.
+
+        Args:
+            x: [B, d] of any floating dtype, cast to that of the centers.
+            labels: [B] int64 in [0, C).
+
+        Raises:
+            ValueError: as `center_loss`.
         """
         check_rows(x, labels, self.centers)
         kept = x.to(self.centers.dtype).isfinite().all(1)
@@ -107,7 +122,15 @@ def batch_means(
 ) -> tuple[Tensor, Tensor]:  # [K, d], [K] sorted classes
     """The mean of the rows of each class of the batch, differentiable in x, and these classes.
 
-    Raises ValueError as `center_loss`.
+    Args:
+        x: [B, d] of any floating dtype; half precisions are computed in float32.
+        labels: [B] int64.
+
+    Returns:
+        Means [K, d], and the classes [K] int64 that they are of, sorted.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     check_batch(x, labels)
     x = wide(x)
@@ -126,16 +149,21 @@ def center_loss(
     """Half the squared distance of each row to the center of its class: MML eq. 2 with "sum", over B with "mean".
 
     Only the centers of the rows are read. Differentiable in x, and in centers if they require it: a leaf's gradient is
-    sparse, for SGD without weight decay or SparseAdam. Distances are in the units of the features.
+    sparse, for SGD without weight decay or SparseAdam. Distances are in the units of the features. A row on its center
+    has no loss and no gradient; NaN features give a NaN loss.
 
     Args:
-        x: rows of any floating dtype, cast to that of the centers.
-        centers: float32 or float64, of all classes.
-        reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
+        x: [B, d] of any floating dtype, cast to that of the centers.
+        labels: [B] int64 in [0, C).
+        centers: [C, d] float32 or float64.
+        reduction: "mean", "sum" or "none".
 
-    A row on its center has no loss and no gradient; NaN features give a NaN loss.
-    Raises ValueError for shapes, dtypes or devices that do not fit, an unknown reduction, and labels outside [0, C);
-    these are not validated on CUDA, where it would synchronize.
+    Returns:
+        A scalar (0 of no rows), or [B] with "none"; in the dtype of the centers.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, and labels outside [0, C); these
+            are not validated on CUDA, where it would synchronize.
     """
     check_rows(x, labels, centers)
     difference = x.to(centers.dtype) - centers_of(centers, labels)

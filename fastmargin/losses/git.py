@@ -38,16 +38,22 @@ def git_loss(
 ) -> Tensor:
     """The Git term of a batch, to be minimized: GIT eq. 1 with "sum", the same over B with "mean".
 
-    Differentiable in x, and in centers if they require it: the gradient of a leaf is sparse, as in `center_loss`.
+    Differentiable in x, and in centers if they require it: the gradient of a leaf is sparse, as in `center_loss`. The
+    loss of a batch of one class is 0 with "classes". A row on a center has the largest term and no gradient there; NaN
+    features give a NaN loss.
 
     Args:
-        x: outputs of the backbone, not normalized; any floating dtype, cast to that of the centers.
-        centers: float32 or float64, of all classes; only those of the batch's classes are read.
+        x: [B, d] outputs of the backbone, not normalized; any floating dtype, cast to that of the centers.
+        labels: [B] int64 in [0, C).
+        centers: [C, d] float32 or float64; only those of the batch's classes are read.
         pairs: "classes", "samples" or "original"; see the module.
-        reduction: "mean" or "sum" (a scalar; of no rows 0) or "none" ([B]).
+        reduction: "mean", "sum" or "none".
 
-    The loss of a batch of one class is 0 with "classes". A row on a center has the largest term and no gradient there;
-    NaN features give a NaN loss. Raises ValueError as `center_loss`, and for unknown pairs.
+    Returns:
+        A scalar (0 of no rows), or [B] with "none"; in the dtype of the centers.
+
+    Raises:
+        ValueError: as `center_loss`, and for unknown pairs.
     """
     require(pairs in get_args(Pairs), "pairs", pairs, f"one of {get_args(Pairs)}")
     check_rows(x, labels, centers)

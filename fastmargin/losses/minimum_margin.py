@@ -36,19 +36,23 @@ def minimum_margin_loss(
 ) -> Tensor:
     """The hinge of MML eq. 13 over pairs of centers, no matrix of distances stored. Differentiable in centers.
 
+    Fewer than two classes have no pair: 0. Coincident centers have the loss M and no gradient; NaN centers give a NaN
+    loss. With labels, the gradient of a leaf tensor is sparse, as in `center_loss`.
+
     Args:
-        centers: float32 or float64.
-        labels: those of the batch. None: `centers` are those of the batch's classes, one row each.
+        centers: [C, d] float32 or float64.
+        labels: [B] int64 in [0, C), those of the batch. None: `centers` are those of the batch's classes, a row each.
         margin: M, on the squared distance, above 0.
         scope: "batch": pairs of classes of the batch; "all": pairs of all rows, whatever the labels, O(C^2 d).
         ordered: counts each pair twice, as printed.
-        reduction: "sum" as printed, "mean" over the pairs, or "none" ([K] or [C]: each center's share of the sum, in
-            the order of the classes).
+        reduction: "sum" as printed, "mean" over the pairs, or "none".
 
-    Fewer than two classes have no pair: 0. Coincident centers have the loss M and no gradient; NaN centers give a NaN
-    loss. With labels, the gradient of a leaf tensor is sparse, as in `center_loss`.
-    Raises ValueError for shapes, dtypes or devices that do not fit, margin <= 0, an unknown scope or reduction, and
-    labels outside [0, C); these are not validated on CUDA, where it would synchronize.
+    Returns:
+        A scalar; with "none" [K] or [C], each center's share of the sum, in the order of the classes.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, margin <= 0, an unknown scope or reduction, and labels
+            outside [0, C); these are not validated on CUDA, where it would synchronize.
     """
     require(scope in ("batch", "all"), "scope", scope, "'batch' or 'all'")
     check_centers(centers, labels)

@@ -40,15 +40,22 @@ def marginal_loss(
     threshold: float,
     error_margin: float,
 ) -> Tensor:
-    """MML eq. 6: all pairs should be on their side of one threshold; a scalar. Differentiable in x.
+    """MML eq. 6: all pairs should be on their side of one threshold. Differentiable in x.
+
+    The loss of fewer than two rows is 0; coincident rows have no gradient from their pair, and a zero row has none; NaN
+    features give a NaN loss.
 
     Args:
-        x: rows of any floating dtype, normalized here; half precisions are computed in float32.
+        x: [B, d] of any floating dtype, normalized here; half precisions are computed in float32.
+        labels: [B] int64.
         threshold: theta, a distance of unit rows, from 0 to 2.
         error_margin: xi, the least distance of a pair from the threshold, 0 or more.
 
-    The loss of fewer than two rows is 0; coincident rows have no gradient from their pair, and a zero row has none; NaN
-    features give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit and options out of range.
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, and options out of range.
     """
     check_batch(x, labels)
     require(0 <= threshold <= 2, "threshold", threshold, "a distance of unit rows, from 0 to 2")
@@ -69,17 +76,23 @@ def range_loss(
     intra_weight: float = 1.0,
     inter_weight: float = 1.0,
 ) -> Tensor:
-    """MML eq. 8: the farthest pairs within classes, and the two nearest class means; a scalar. Differentiable in x.
+    """MML eq. 8: the farthest pairs within classes, and the two nearest class means. Differentiable in x.
+
+    A class of one row has no pair, and a batch of one class no second term: 0. Pairs nearer than 1e-6 count as 1e-6 and
+    have no gradient; NaN features give a NaN loss.
 
     Args:
-        x: rows of any floating dtype, not normalized; half precisions are computed in float32.
+        x: [B, d] of any floating dtype, not normalized; half precisions are computed in float32.
+        labels: [B] int64.
         margin: M, on the squared distance of means, above 0.
         n: farthest pairs of a class whose harmonic mean counts; fewer where it has fewer. 2 is the paper's choice.
         intra_weight, inter_weight: alpha and beta of eq. 8.
 
-    A class of one row has no pair, and a batch of one class no second term: 0. Pairs nearer than 1e-6 count as 1e-6 and
-    have no gradient; NaN features give a NaN loss. Raises ValueError for shapes, dtypes or devices that do not fit,
-    margin <= 0, n < 1 and negative weights.
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, margin <= 0, n < 1 and negative weights.
     """
     check_batch(x, labels)
     require(0 < margin < math.inf, "margin", margin, "a squared distance above 0")
@@ -131,17 +144,24 @@ def margin_based_loss(
     margin: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """DOP eq. 2 on drawn pairs, divided by the number of active ones; a scalar. Differentiable in x and beta.
+    """DOP eq. 2 on drawn pairs, divided by the number of active ones. Differentiable in x and beta.
+
+    0 if no pair violates the margin. A zero row has cosine 0 with all rows and no gradient; NaN features give a NaN
+    loss.
 
     Args:
-        x: rows of any floating dtype, normalized here; half precisions are computed in float32.
-        beta: the boundary between the cosines of positives and negatives; a Parameter is trained (from 0.5, as in the
-            paper).
+        x: [B, d] of any floating dtype, normalized here; half precisions are computed in float32.
+        labels: [B] int64.
+        beta: a number or a scalar tensor: the boundary between the cosines of positives and negatives; a Parameter is
+            trained (from 0.5, as in the paper).
         margin: alpha of eq. 2, 0 or more.
         generator: of the draws; None: torch's default.
 
-    0 if no pair violates the margin. A zero row has cosine 0 with all rows and no gradient; NaN features give a NaN
-    loss. Raises ValueError for shapes, dtypes or devices that do not fit and margin < 0.
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, and margin < 0.
     """
     check_batch(x, labels)
     require(0 <= margin < math.inf, "margin", margin, "a number of 0 or more")

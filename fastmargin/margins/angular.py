@@ -8,10 +8,18 @@ from fastmargin.margins.base import Margin, Options, Values, require_angle, requ
 
 
 class NormFace(Margin):
-    """The cosine without a margin, s fixed or learned (Wang 2017); W-Norm with normalize_features=False."""
+    """The cosine without a margin, s fixed or learned (Wang 2017); W-Norm with normalize_features=False.
 
-    def __init__(self, s: float = 64.0, **options: Unpack[Options]) -> None:
-        super().__init__(s, **options)
+    Args:
+        s: the scale, above 0.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: as `Margin`.
+    """
+
+    def __init__(self, *, s: float = 64.0, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, **options)
 
 
 class SphereFace(Margin):
@@ -19,10 +27,19 @@ class SphereFace(Margin):
 
     lam is 1000, almost no margin, until a `LambdaSchedule` lowers it. Features are not normalized; with
     normalize_features=True it is SphereFace-FNorm, of scale s.
+
+    Args:
+        s: the scale of SphereFace-FNorm, above 0.
+        m: the factor of the angle, a number or [C].
+        lam: the weight of the plain cosine, 0 or more.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: as `Margin`.
     """
 
-    def __init__(self, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
-        super().__init__(s, lam=lam, **(Options(normalize_features=False) | options))
+    def __init__(self, *, s: float = 64.0, m: Value = 4.0, lam: float = 1000.0, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, lam=lam, **(Options(normalize_features=False) | options))
         self._hold(m=m)
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each
@@ -30,10 +47,19 @@ class SphereFace(Margin):
 
 
 class CosFace(Margin):
-    """cos(theta) - m (Wang 2018)."""
+    """cos(theta) - m (Wang 2018).
 
-    def __init__(self, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
-        super().__init__(s, **options)
+    Args:
+        s: the scale, above 0.
+        m: a difference of cosines, from -2 to 2: a number or [C].
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: m outside its range; as `Margin`.
+    """
+
+    def __init__(self, *, s: float = 64.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, **options)
         self._hold(m=m)
         require_cosine("m", m)
 
@@ -42,17 +68,35 @@ class CosFace(Margin):
 
 
 class AMSoftmax(CosFace):
-    """CosFace with the scale of AM-Softmax (Wang 2018, eq. 6): m on every row, not only where c > m."""
+    """CosFace with the scale of AM-Softmax (Wang 2018, eq. 6): m on every row, not only where c > m.
 
-    def __init__(self, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
-        super().__init__(s, m, **options)
+    Args:
+        s: the scale, above 0.
+        m: a difference of cosines, from -2 to 2: a number or [C].
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: as `CosFace`.
+    """
+
+    def __init__(self, *, s: float = 30.0, m: Value = 0.35, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, m=m, **options)
 
 
 class ArcFace(Margin):
-    """cos(theta + m), m in radians (Deng 2018)."""
+    """cos(theta + m) (Deng 2018).
 
-    def __init__(self, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
-        super().__init__(s, m2=m, **options)
+    Args:
+        s: the scale, above 0.
+        m: an angle in radians, from -pi to pi (0.5 is 28.6 degrees): a number or [C].
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: m outside its range; as `Margin`.
+    """
+
+    def __init__(self, *, s: float = 64.0, m: Value = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(s=s, m2=m, **options)
         self._hold(m=m)
         require_angle("m", m)
 
@@ -61,13 +105,25 @@ class ArcFace(Margin):
 
 
 class CombinedMargin(Margin):
-    """cos(m1 theta + m2) - m3; (1, 0.3, 0.2) is InsightFace's `combined`."""
+    """cos(m1 theta + m2) - m3; (1, 0.3, 0.2) is InsightFace's `combined`.
+
+    Args:
+        s: the scale, above 0.
+        m1: the factor of the angle, a number or [C].
+        m2: an angle in radians, from -pi to pi: a number or [C].
+        m3: a difference of cosines, from -2 to 2: a number or [C].
+        lam: the weight of the plain cosine, 0 or more.
+        options: learn_scale, normalize_features, beyond, slope: see `Margin`.
+
+    Raises:
+        ValueError: a margin outside its range; as `Margin`.
+    """
 
     def __init__(
-        self, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
+        self, *, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        super().__init__(s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
+        super().__init__(s=s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
         self._hold(m1=m1, m2=m2, m3=m3)
         require_angle("m2", m2)
         require_cosine("m3", m3)

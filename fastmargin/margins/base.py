@@ -76,9 +76,17 @@ class Margin(nn.Module):
     A subclass stores its margins as attributes (`_hold`) and returns each row's (m1, m2, m3) from `row_margins`. A
     float attribute may be changed at any time, as schedules do.
 
-    s: scale, > 0. beyond, slope: see the module. lam: SphereFace's weight of the plain cosine, >= 0. m2: the configured
-    m2 if m1 = 1, else 0; beyond="linear" needs it > 0.
-    Raises ValueError for an unknown option, s <= 0, lam < 0, a learned scale that would not be used.
+    Args:
+        s: the scale, above 0; arguments go by name.
+        lam: SphereFace's weight of the plain cosine, 0 or more.
+        m2: the configured m2 in radians, a number or [C], if m1 = 1, else 0; beyond="linear" needs it above 0.
+        learn_scale: s becomes a Parameter, a float32 scalar, with the given initial value.
+        normalize_features: False: the row's own norm is its scale, and s is not used.
+        beyond: what psi is where m1 theta + m2 is outside [0, pi]: see the module.
+        slope: "exact" or "detached": see the module.
+
+    Raises:
+        ValueError: an unknown option, s <= 0, lam < 0, a learned scale that would not be used.
     """
 
     plain: bool = False  # no cosine: the head uses the target's logit as it is and never calls forward
@@ -88,8 +96,8 @@ class Margin(nn.Module):
 
     def __init__(
         self,
-        s: float = 64.0,
         *,
+        s: float = 64.0,
         lam: float = 0.0,
         m2: Value = 0.0,
         learn_scale: bool = False,
@@ -136,26 +144,54 @@ class Margin(nn.Module):
         return ", ".join(f"{name}={shown(getattr(self, name))}" for name in ("s", *self._held)) + f", {self.beyond}"
 
     def check_classes(self, num_classes: int) -> None:
-        """Raises ValueError unless every per-class margin has one entry for each class of the head."""
+        """Checks that every per-class margin has one entry for each class of the head.
+
+        Args:
+            num_classes: C.
+
+        Raises:
+            ValueError: a margin [n], n not C.
+        """
         for name in self._held:
             value = getattr(self, name)
             length = len(value) if isinstance(value, Tensor) else num_classes
             require(length == num_classes, f"length of {name}", length, f"{num_classes}, one for each class")
 
     def of_rows(self, name: str, labels: Tensor) -> Value:  # [B] -> number or [B]
-        """The margin of that name for each row. Ignored rows may have labels outside [0, C)."""
+        """The margin of that name for each row. Ignored rows may have labels outside [0, C).
+
+        Args:
+            name: of the attribute, such as "m".
+            labels: [B] int64.
+
+        Returns:
+            A number, or [B] where the margin is [C].
+        """
         value = getattr(self, name)
         return value[labels.clamp(0, len(value) - 1)] if isinstance(value, Tensor) else value
 
     def row_margins(self, cos: Tensor, norms: Tensor, labels: Tensor) -> Values:  # [B] each -> number or [B]
-        """(m1, m2, m3) of the rows, each a number or [B]; m2 in radians. Subclasses override it.
+        """(m1, m2, m3) of the rows; psi is cos(m1 theta + m2) - m3, see the module. Subclasses override it.
 
-        psi is cos(m1 theta + m2) - m3, see the module. norms are those of the features before scaling.
+        Args:
+            cos: [B] of each row and the weight of its class.
+            norms: [B] of the features before normalization.
+            labels: [B] int64; those of ignored rows may be outside [0, C).
+
+        Returns:
+            m1, m2, m3: each a number or [B]; m2 in radians.
         """
         return 1.0, 0.0, 0.0
 
     def scale(self, norms: Tensor) -> Tensor:  # [B] -> [B]
-        """r: s, or the features' norms where features are not normalized; at least 1e-6."""
+        """r, what the cosines of each row are multiplied by.
+
+        Args:
+            norms: [B] of the features before normalization.
+
+        Returns:
+            [B] s, or the norms where features are not normalized; at least 1e-6.
+        """
         r = torch.ones_like(norms) * self.s if self.normalize_features else norms
         return r.clamp(min=1e-6)
 
@@ -165,7 +201,19 @@ class Margin(nn.Module):
         norms: Tensor,  # [B] of the features before normalization
         labels: Tensor,  # [B] integers; psi of a row with a label outside [0, C) is undefined, and the caller drops it
     ) -> Tensor:
-        """psi [B], in the dtype of cos. Raises ValueError for a plain layer."""
+        """psi, what replaces the target's cosine. Differentiable in cos and norms; see the module.
+
+        Args:
+            cos: [B] of each row and the weight of its class; may be outside [-1, 1] by rounding.
+            norms: [B] of the features before normalization.
+            labels: [B] int64. psi of a row with a label outside [0, C) is undefined, and the caller drops it.
+
+        Returns:
+            [B], in the dtype of cos.
+
+        Raises:
+            ValueError: a plain layer has no psi; `row_margins` of a subclass returned something else than a triple.
+        """
         require(not self.plain, "margin", type(self).__name__, "one with a cosine: a plain layer has no psi")
         if self.slope == "detached":
             return add_slope(self._psi(cos.detach(), norms, labels), cos)
@@ -199,7 +247,12 @@ class Margin(nn.Module):
         return cos_phi
 
     def observe(self, all_norms: Tensor, all_cos: Tensor) -> None:  # [n], [n]
-        """Updates batch statistics. Called in training, before forward; detached, NaN for ignored rows."""
+        """Updates statistics of the batch, if the margin has any. Called in training, before forward.
+
+        Args:
+            all_norms: [n] of the features of all rows, detached; NaN for ignored ones.
+            all_cos: [n] their cosines, likewise.
+        """
 
     @property
     def whole_batch(self) -> bool:
@@ -207,5 +260,12 @@ class Margin(nn.Module):
         return self.random or type(self).observe is not Margin.observe
 
     def penalty(self, norms: Tensor) -> Tensor | None:  # [B] -> [B]
-        """A term that the head adds to the loss of each row; None: no term."""
+        """A term that the head adds to the loss of each row.
+
+        Args:
+            norms: [B] of the features before normalization.
+
+        Returns:
+            [B], or None: no term.
+        """
         return None

@@ -25,7 +25,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def value(self) -> Value:
-        """The attribute after `count` steps: a float, or [C] if it is per class."""
+        """The attribute after `count` steps.
+
+        Returns:
+            A float, or [C] if it is per class.
+        """
 
     def _write(self) -> None:
         value = self.value()
@@ -35,21 +39,39 @@ class Schedule(ABC):
             setattr(self.margin, self.attribute, value)
 
     def step(self) -> None:
+        """Counts an optimizer step and writes the attribute: call it once after each."""
         self.count += 1
         self._write()
 
     def state_dict(self) -> dict[str, int]:
+        """What a run resumes from.
+
+        Returns:
+            {"count": the number of steps}.
+        """
         return {"count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at the step of a saved schedule, and writes the attribute.
+
+        Args:
+            state: of `state_dict()`.
+        """
         self.count = int(state["count"])
         self._write()
 
 
 class LambdaSchedule(Schedule):
-    """Lowers SphereFace's lam. Other public settings of (base, gamma): (1500, 0.1), and (1000, 1e-4) with power 2.
+    """Lowers SphereFace's lam: max(floor, base (1 + gamma n)^-power) after n steps (Liu 2017, public code).
 
-    base, gamma, power, floor: see the module. Raises ValueError for a negative one.
+    Other public settings of (base, gamma): (1500, 0.1), and (1000, 1e-4) with power 2.
+
+    Args:
+        margin: the one whose `lam` it writes.
+        base, gamma, power, floor: of the formula, each 0 or more.
+
+    Raises:
+        ValueError: a negative number.
     """
 
     def __init__(
@@ -61,13 +83,25 @@ class LambdaSchedule(Schedule):
         super().__init__(margin, "lam")
 
     def value(self) -> float:
+        """lam after `count` steps.
+
+        Returns:
+            A float.
+        """
         return max(self.floor, self.base * (1 + self.gamma * self.count) ** -self.power)
 
 
 class MarginRamp(Schedule):
-    """Moves an attribute of a margin ("m", "m2", ...) from `start` to its present value, in equal steps.
+    """Moves an attribute of a margin from `start` to its present value, in equal steps.
 
-    Raises ValueError for an attribute that is not a number or buffer of the margin, and for steps < 1.
+    Args:
+        margin: a new one: its present value is taken as the full one.
+        attribute: "m", "m2", ...: a number, or a buffer [C].
+        steps: until the full value is reached, 1 or more.
+        start: the first value, a number also for a buffer.
+
+    Raises:
+        ValueError: an attribute that is not a number or buffer of the margin; steps < 1.
     """
 
     def __init__(self, margin: Margin, attribute: str, steps: int, start: float = 0.0) -> None:
@@ -80,5 +114,10 @@ class MarginRamp(Schedule):
         super().__init__(margin, attribute)
 
     def value(self) -> Value:
+        """The attribute after `count` steps.
+
+        Returns:
+            A float, or [C] if it is per class.
+        """
         share = min(1.0, self.count / self.steps)
         return (1 - share) * self.start + share * self.full

@@ -45,14 +45,27 @@ THEIRS = {"r18": "iresnet18", "r34": "iresnet34", "r50": "iresnet50", "r100": "i
 
 
 def build_model(name: str, dim: int, size: int | Sequence[int], channels: int = 3, **options: Any) -> nn.Module:
-    """The network `name` for images of `size` (a side, or height and width, in pixels).
+    """A network for images of one size.
 
         build_model("iresnet50", 512, 112)(torch.rand(4, 3, 112, 112)).shape  # [4, 512]
 
-    options: `output` and `dropout` of the iresnets. A factory named by an import path is called as
-    factory(dim, (height, width), channels, **options). Weights are drawn from torch's global generator; the
-    memory format of those above is channels_last, the faster one on a CPU. ValueError for an unknown name, a size
-    that the network cannot take, an option it does not have, a dim or a number of channels below 1.
+    Weights are drawn from torch's global generator; the memory format of the package's own networks is channels_last,
+    the faster one on a CPU.
+
+    Args:
+        name: one of `FAMILIES`, or the import path of a factory, "package.module:factory", which is called as
+            factory(dim, (height, width), channels, **options).
+        dim: the width of the embeddings.
+        size: of the images: a side, or height and width, in pixels.
+        channels: 1 for gray, 3 for RGB.
+        options: `output` and `dropout` of the iresnets.
+
+    Returns:
+        A module from images [B, channels, H, W] to embeddings [B, dim].
+
+    Raises:
+        ValueError: an unknown name, a size that the network cannot take, an option it does not have, a dim or a number
+            of channels below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(dim, height, width, channels) < 1:

@@ -18,10 +18,18 @@ def lsuv(
     tolerance: float = 0.1,
     tries: int = 10,
 ) -> None:
-    """Scales the layers in place, in one forward pass. The weights should be orthonormal before.
+    """Scales the layers in place, in one forward pass. The weights should be orthonormal before. See the module.
 
-    A layer is done once its standard deviation is within `tolerance` of 1, at the latest after `tries`
-    scalings. ValueError for a layer whose outputs are all equal, or not finite.
+    A layer is done once its standard deviation is within `tolerance` of 1, at the latest after `tries` scalings.
+
+    Args:
+        model: whose layers run once each, in order.
+        images: [B, channels, H, W].
+        tolerance: of the standard deviation.
+        tries: scalings of a layer at most.
+
+    Raises:
+        ValueError: a layer whose outputs are all equal, or not finite.
     """
 
     def scale(layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 as torch.optim.SGD and torch.optim.AdamW; c1 = 1 - b1^t, c2 = 1 - b2^t.
 
 class_lazy_update applies T skipped steps of SGD to a row at once: momentum and weight decay without a gradient are a
-product of T 2 x 2 matrices on its (v, w); see optim.py. On a GPU class_ids may end in -1, no class: these places
+product of T 2 x 2 matrices on its (v, w); see optim/sgd.py. On a GPU class_ids may end in -1, no class: these places
 change nothing. Letters: C classes, n of them selected, d features.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmargin.ops.backends import BUILD, Impl, native_can_run
 from fastmargin.ops.operand_cache import OperandCache
+from fastmargin.torch_private import preserved_version
 
 
 class Step(NamedTuple):
@@ -167,7 +168,7 @@ def lazy_update_rows(
     vv, vw, wv, ww = products.T[:, :, None]
     old_w, old_v = w[rows], torch.zeros_like(w[rows]) if v is None else v[rows]  # views, if of all rows
     new_w, new_v = wv * old_v + ww * old_w, vv * old_v + vw * old_w
-    with torch.autograd._unsafe_preserve_version_counter(w):  # only late rows change, which no graph has read
+    with preserved_version(w):  # only late rows change, which no graph has read
         w[rows] = new_w
     if v is not None:
         v[rows] = new_v

@@ -199,6 +199,7 @@ def nontarget_lse(
             indices into `class_ids`, and the gradients of w and bias are sparse COO tensors of these rows. On CUDA
             class_ids may end in -1, no class, so that the host need not know their number: nothing is computed or
             changed for these places. The sparse gradients are not coalesced there.
+        normalize_weight: whether z is of w_j / ||w_j||, as for cosines, or of w_j.
         topk: k; where fewer than k other classes exist, the last entries are class -1, value -inf. The cost is
             negligible up to about 10, and higher where classes happen to be sorted by rising similarity.
         compute_dtype: torch.bfloat16 or torch.float16: float32 x and w are rounded to it for the products, and so may

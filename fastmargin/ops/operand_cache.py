@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastmargin.torch_private import version_of
+
 
 class OperandCache:
     """Holds the operands of one weight at a time; empty at first."""
@@ -42,7 +44,7 @@ class OperandCache:
         make: Callable[[Tensor, bool, Tensor, Tensor], None],
     ) -> dict[str, Tensor]:  # operands [C, d], scales [2, C]: exponent_scale and residual_scale
         """The operands of w as it is now; made by `make`, the op `class_operands`, if they are missing or stale."""
-        key = w._version, normalize_weight, dtype
+        key = version_of(w), normalize_weight, dtype
         if self.source is None or not self.source.is_set_to(w) or self.key != key:
             self.invalidate()
             parts = {"operands": torch.empty_like(w, dtype=dtype), "scales": w.new_empty(2, len(w))}
@@ -53,4 +55,4 @@ class OperandCache:
     def mark_current(self, w: Tensor) -> None:  # [C, d]
         """Call after a step that wrote w and the operands, once autograd has counted it."""
         if self.key is not None:
-            self.key = w._version, *self.key[1:]
+            self.key = version_of(w), *self.key[1:]

@@ -94,12 +94,17 @@ def pairwise_potential(
     CPU computes each pair once.
 
     Args:
-        a, b: points, float32 or float64, any strides; distances are in the units of their features.
-        a_ids, b_ids: pairs of equal ids do not count.
-        b_weight: a factor for each row of b, of b's dtype; has no gradient.
+        a: [N, d] points, float32 or float64, any strides; distances are in the units of their features.
+        b: [M, d] points of the same dtype.
+        a_ids: [N] int64; pairs of equal ids do not count.
+        b_ids: [M] int64.
+        b_weight: [M], a factor for each row of b, of b's dtype; has no gradient.
         kind: "inverse", 1 / (1 + u), or "hinge", max(margin - u, 0), of the squared distance u.
         margin: of the hinge, on the squared distance; above 0.
         backend: "native", "triton", "stream" or "reference"; None: the first that runs on a's device and dtype.
+
+    Returns:
+        [N], in the dtype of a.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown kind, a hinge without a margin above 0, a

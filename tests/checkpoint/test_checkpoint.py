@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fastmargin import checkpoint
-from fastmargin.checkpoint import MANIFEST, TENSORS, committed, load, load_latest, save, store
-from fastmargin.checkpoint.store import seal, step_of
+from fastmargin.checkpoint import load, load_latest, save, store
+from fastmargin.checkpoint.store import MANIFEST, committed, seal, step_of
+from fastmargin.checkpoint.tensors import TENSORS
 from fastmargin.files import locked, sha256
 
 STAGES = ("write_tensors", "sha256", "seal", "rename", "prune")

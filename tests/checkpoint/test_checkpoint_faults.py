@@ -11,8 +11,9 @@ import pytest
 import torch
 from test_checkpoint import STAGES, assert_is, killed, saved, state, tensors
 
-from fastmargin.checkpoint import MANIFEST, TENSORS, Sharded, load, load_latest, pack, save, store, unpack
-from fastmargin.checkpoint.store import seal
+from fastmargin.checkpoint import Sharded, load, load_latest, pack, save, store, unpack
+from fastmargin.checkpoint.store import MANIFEST, seal
+from fastmargin.checkpoint.tensors import TENSORS
 from fastmargin.files import locked
 
 

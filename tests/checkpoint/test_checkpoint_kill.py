@@ -13,7 +13,8 @@ import torch.distributed as dist
 from ranks import Ranks
 from test_checkpoint_ranks import assert_numbers, group, numbers, save_numbers
 
-from fastmargin.checkpoint import MANIFEST, load_latest, save, store
+from fastmargin.checkpoint import load_latest, save, store
+from fastmargin.checkpoint.store import MANIFEST
 
 RANKS, TIMEOUT = 3, timedelta(seconds=5)
 POINTS = {  # the victim dies before rank 0 calls this

@@ -13,10 +13,10 @@ from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmargin as fm
-from fastmargin import checkpoint
-from fastmargin.checkpoint import MANIFEST, TENSORS, Sharded, load, load_latest, pack, save, unpack
-from fastmargin.checkpoint.store import seal
-from fastmargin.files import locked
+from fastmargin.checkpoint import Sharded, load, load_latest, pack, save, unpack
+from fastmargin.checkpoint.store import MANIFEST, committed, seal
+from fastmargin.checkpoint.tensors import TENSORS
+from fastmargin.files import locked, sha256
 
 SIZES = (1, 2, 3, 10, 1009)
 OPTIMIZERS = {
@@ -372,7 +372,7 @@ def test_every_rank_sees_a_mistake(ranks, tmp_path):
 
 
 def nothing_left(folder):
-    for path in checkpoint.committed(folder):
+    for path in committed(folder):
         if dist.get_rank() == 0:
             (path / "rows-00001.safetensors").unlink()
     dist.barrier()
@@ -392,7 +392,7 @@ def test_a_pickle_in_the_place_of_a_ranks_rows_is_never_run(ranks, tmp_path):
     crafted = b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR."
     (path / "rows-00001.safetensors").write_bytes(crafted)
     body = json.loads((path / MANIFEST).read_bytes())["body"]
-    digest = checkpoint.store.sha256(path / "rows-00001.safetensors")
+    digest = sha256(path / "rows-00001.safetensors")
     body["files"]["rows-00001.safetensors"] = {"size": len(crafted), "sha256": digest}
     (path / MANIFEST).write_bytes(seal(body))
     with pytest.raises(ValueError, match=r"rows-00001.*: not readable"):

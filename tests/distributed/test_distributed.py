@@ -27,7 +27,7 @@ MARGINS = {  # name: C -> margin
     "ElasticFace": lambda C: fm.ElasticFace(sigma=0.1),
     "ElasticFace+": lambda C: fm.ElasticFace(sigma=0.1, form="cos", plus=True),
     "Softmax": lambda C: fm.Softmax(),
-    "L2Softmax": lambda C: fm.L2Softmax(64.0),
+    "L2Softmax": lambda C: fm.L2Softmax(s=64.0),
 }
 CASES = [
     *((name, C, "mean", {}) for name in MARGINS for C in (1, 3, 10, 1009)),

@@ -120,7 +120,7 @@ def ties():
 
 def logits():
     N = dist.get_world_size()
-    for margin in (fm.ArcFace(30.0, learn_scale=True), fm.L2Softmax()):
+    for margin in (fm.ArcFace(s=30.0, learn_scale=True), fm.L2Softmax()):
         for C in (1, 11):
             one, head, f, y = problem(C, margin)
             part = local(f).requires_grad_()

@@ -69,7 +69,7 @@ def test_statistics_of_adaface(rng, seed):
 def test_statistics_of_a_center_bank(rng, seed):
     B, d, C = rng.randint(1, 20), rng.randint(1, 12), rng.randint(1, 6)
     rule, alpha = rng.choice(["paper", "sgd", "ema"]), rng.uniform(0.1, 1)
-    bank, centers = fm.CenterBank(C, d, rule, alpha), np.zeros((C, d))
+    bank, centers = fm.CenterBank(d, C, rule, alpha), np.zeros((C, d))
     for spoil in (True, False):
         x, labels = torch.randn(B, d), torch.randint(0, C, (B,))
         x, finite = spoiled(rng, x, B) if spoil else (x, torch.ones(B, dtype=torch.bool))

@@ -57,9 +57,9 @@ def per_class(C, lo, hi, learned=False):
 CASES = {
     "Softmax": (lambda C: fm.Softmax(), None),
     "L2Softmax": (lambda C: fm.L2Softmax(), None),
-    "L2Softmax fixed": (lambda C: fm.L2Softmax(20.0, learn_scale=False), None),
+    "L2Softmax fixed": (lambda C: fm.L2Softmax(s=20.0, learn_scale=False), None),
     "NormFace": (lambda C, **o: fm.NormFace(**o), lambda t, c, n, of: c),
-    "NormFace s": (lambda C: fm.NormFace(16.0, learn_scale=True), lambda t, c, n, of: c),
+    "NormFace s": (lambda C: fm.NormFace(s=16.0, learn_scale=True), lambda t, c, n, of: c),
     "SphereFace": (lambda C, **o: fm.SphereFace(lam=0.0, **o), lambda t, c, n, of: sphere(t, of, 0)),
     "SphereFace 5": (lambda C: fm.SphereFace(lam=5.0), lambda t, c, n, of: sphere(t, of, 5)),
     "SphereFace [C]": (
@@ -72,7 +72,7 @@ CASES = {
     "ArcFace m<0": (lambda C: fm.ArcFace(m=-0.2), lambda t, c, n, of: monotone(t - 0.2)),
     "ArcFace [C]": (lambda C: fm.ArcFace(m=per_class(C, 0.2, 0.6)), lambda t, c, n, of: monotone(t + of("m"))),
     "ArcFace s, [C] learned": (
-        lambda C: fm.ArcFace(30.0, m=per_class(C, 0.2, 0.6, True), learn_scale=True),
+        lambda C: fm.ArcFace(s=30.0, m=per_class(C, 0.2, 0.6, True), learn_scale=True),
         lambda t, c, n, of: monotone(t + of("m")),
     ),
     "Combined": (lambda C, **o: fm.CombinedMargin(**o), lambda t, c, n, of: combined(t, of)),

@@ -315,5 +315,12 @@ def test_row_margins_that_are_not_three():
 
 
 def test_a_margin_shows_its_values():
-    assert repr(fm.ArcFace(30.0, 0.4)) == "ArcFace(s=30.0, m=0.4, monotone)"
+    assert repr(fm.ArcFace(s=30.0, m=0.4)) == "ArcFace(s=30.0, m=0.4, monotone)"
     assert "m1=[7]" in repr(fm.CombinedMargin(m1=torch.ones(7))) and "s=16.0" in repr(fm.L2Softmax())
+
+
+@pytest.mark.parametrize("name", [name for name in fm.__all__ if issubclass(getattr(fm, name), fm.Margin)])
+def test_arguments_go_by_name(name):
+    """A margin alone would else have been taken for the scale."""
+    with pytest.raises(TypeError, match="positional argument"):
+        getattr(fm, name)(0.5)

@@ -87,7 +87,7 @@ def dense_steps(head, optimizer, steps, lr):
 @pytest.mark.parametrize("kind", SGD)
 def test_sampled_sgd_is_the_dense_optimizer(kind, in_backward, backend, monkeypatch):
     """Momentum and decay of the steps that a class skipped, at changing rates; the list of products is cut once."""
-    monkeypatch.setattr(optim, "HISTORY", 20)
+    monkeypatch.setattr(optim.sgd, "HISTORY", 20)
     ours, theirs = (build(sample_rate=0.1, backend=backend) for _ in range(2))
     one = optim.ClassSGD(ours, 0.5, **SGD[kind], in_backward=in_backward)
     two = torch.optim.SGD([theirs.weight], 0.5, **SGD[kind])
@@ -115,7 +115,7 @@ def test_float32_catches_up_after_a_thousand_steps():
     ours, one = begin()
     for _ in range(1000):
         one.subset = torch.empty(0, dtype=torch.int64)
-        one.advance()
+        one._advance()
     one.apply_lazy_updates()
     fresh, again = begin()
     again.apply_lazy_updates()
@@ -166,7 +166,7 @@ def test_whoever_reads_the_weights_reads_them_caught_up(in_backward):
         lambda head: head.load_full_weight(torch.ones(C, D)),
         lambda head: head.load_state_dict(build(seed=3, sample_rate=0.1).state_dict()),
         lambda head: head.extend(3),
-        lambda head: optim.ClassSGD(head, 0.1),
+        lambda head: head.class_optimizer and (head.class_optimizer.detach(), optim.ClassSGD(head, 0.1)),
         lambda head: copy.deepcopy(head),
     ],
     ids=["imprint", "load_full_weight", "load_state_dict", "extend", "another optimizer", "a copy"],
@@ -216,7 +216,7 @@ def test_a_step_is_the_backends_own(monkeypatch):
         raise AssertionError("a native op of a head whose backend is stream")
 
     functions = dict.fromkeys(("update", "lazy_update"), refuse)
-    monkeypatch.setitem(optim.IMPLS, "native", optim.IMPLS["native"]._replace(functions=functions))
+    monkeypatch.setitem(optim.sgd.IMPLS, "native", optim.sgd.IMPLS["native"]._replace(functions=functions))
     head = build(sample_rate=0.1, backend="stream")
     train(head, optim.ClassSGD(head, 0.5, 0.9), 2)
 

@@ -7,7 +7,7 @@ a logit for a plain layer (Smirnov et al., Doppelganger Mining for Face Represen
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fastmargin.checkpoint import part_of
+from fastmargin.checkpoint.store import part_of
 from fastmargin.driver.config import GLYPHS
 from fastmargin.driver.data.sources import load_data
 from fastmargin.driver.log import Log, on_one_line

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from fastmargin import checkpoint
+from fastmargin.checkpoint.store import committed
 from fastmargin.distributed.agreement import check_equal
 from fastmargin.driver.commands.evaluate import finish
 from fastmargin.driver.config import TrainConfig
@@ -36,7 +36,7 @@ def train(config: TrainConfig, out: str | None, log: Log, model: str | None = No
         log = ours.log(log)
         check_equal({"out": out}, ours.host)
         run = build(config, log, model, ours)
-        begun = out is not None and checkpoint.committed(Path(out) / run_folder.CHECKPOINTS)
+        begun = out is not None and committed(Path(out) / run_folder.CHECKPOINTS)
         if config.init_from is not None and not begun:
             start_from(run, Path(config.init_from), log)
         where = ours.by_first(partial(claim, out, run.config, held))

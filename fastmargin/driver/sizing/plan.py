@@ -12,7 +12,7 @@ optimizer keeps (SGD 1, AdamW 2), w classes of a chunk: a rank works on ceil(n /
 Memory of a rank, bytes (the weight and all sums are float32):
 
     weight      4 d c
-    moments     4 d c m                      optim.py: momentum, or both moments
+    moments     4 d c m                      optim: momentum, or both moments
     gradient    4 d n                        0 with the step in backward, whose dw is that of a class chunk
     rows        32 d b + d B (8 + e + 4 s)   own rows, eight arrays from features to x and back; gathered x, its
                                              operand, dx, and the partial sums of dx

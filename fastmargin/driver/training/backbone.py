@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import checkpoint
+from fastmargin.checkpoint.store import part_of
 from fastmargin.distributed.layout import Group
 from fastmargin.driver.config import DataConfig, TrainConfig
 from fastmargin.driver.data.augment_glyphs import to_float
@@ -56,7 +57,7 @@ def network_weights(
     tensors: Mapping[str, Tensor],  # of a checkpoint
 ) -> dict[str, Tensor]:
     """The network's weights as they are evaluated: the average (optim.ema), where the run has one."""
-    return checkpoint.part_of(tensors, "average") or checkpoint.part_of(tensors, "model")
+    return part_of(tensors, "average") or part_of(tensors, "model")
 
 
 def find_newest(where: Path, log: Log, group: Group | None = None) -> checkpoint.Checkpoint | None:

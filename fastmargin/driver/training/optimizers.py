@@ -39,12 +39,14 @@ from fastmargin.distributed.layout import Group
 from fastmargin.driver.config import OptimConfig
 from fastmargin.driver.training.processes import average
 from fastmargin.head.margin_head import MarginHead
-from fastmargin.optim import ClassAdamW, ClassOptimizer, ClassSGD
+from fastmargin.optim import ClassAdamW, ClassSGD
+from fastmargin.optim.base import ClassOptimizer
+from fastmargin.torch_private import GradScaler
 
 NEVER = 2**31 - 1  # steps
 
 
-class Scaler(torch.amp.GradScaler):
+class Scaler(GradScaler):
     """A GradScaler whose found_inf is 1 on all ranks of a group if it is 1 on any.
 
     ShardedGradScaler of torch 2.13 adds found_inf over the ranks, and fused optimizers skip a step only where it is 1.
@@ -54,12 +56,10 @@ class Scaler(torch.amp.GradScaler):
         super().__init__(*arguments, **options)
         self.group = group
 
-    def _unscale_grads_(self, *arguments: Any) -> dict[torch.device, Tensor]:
-        found_inf = super()._unscale_grads_(*arguments)
+    def on_found_inf(self, found_inf: dict[torch.device, Tensor]) -> None:
         if self.group is not None:
             for found in found_inf.values():
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return found_inf
 
 
 class Optimizers:

@@ -63,7 +63,7 @@ def is_per_class(name: str, shape: Sequence[int]) -> bool:
 
 
 def local_part(saved: Checkpoint, part: str, head: MarginHead) -> dict[str, Tensor]:
-    """As `checkpoint.part_of`, but of the tensors with a row per class only the rows of this rank's classes."""
+    """As `checkpoint.store.part_of`, but of the tensors with a row per class only the rows of this rank's classes."""
     names, shape = [name for name in saved.tensors if name.startswith(f"{part}/")], saved.tensors.shape
     rows = {name: head.class_range if is_per_class(name, shape(name)) else (0, None) for name in names}
     return {name.removeprefix(f"{part}/"): saved.tensors.rows(name, *of) for name, of in rows.items()}

@@ -66,6 +66,7 @@ def test_a_frozen_network_trains_a_head_alone(tmp_path: Path) -> None:
     for p in fresh.model.parameters():
         p.requires_grad_(False)
     before = copy.deepcopy(fresh.head.weight)
+    fresh.head.class_optimizer.detach()  # type: ignore[union-attr]
     fresh.optimizers = type(fresh.optimizers)(fresh.config.optim, fresh.head, fresh.model, fresh.terms)
     loop.train_step(fresh, *next(loader.batches(fresh.batch_source())))
     assert not torch.equal(fresh.head.weight, before) and current.step == 12

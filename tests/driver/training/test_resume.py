@@ -130,11 +130,11 @@ def test_checkpoints_hold_whatever_a_step_changes(tmp_path: Path) -> None:
 def test_damaged_checkpoint_falls_back_and_still_ends_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_loop(SMALL, tmp_path / "whole")
     train_loop(SMALL, tmp_path / "parts")
-    newest = tmp_path / "parts" / "checkpoints" / "step-00000012" / checkpoint.TENSORS
+    newest = tmp_path / "parts" / "checkpoints" / "step-00000012" / checkpoint.tensors.TENSORS
     newest.write_bytes(newest.read_bytes()[:-1])
     train_loop(SMALL, tmp_path / "parts")
     assert "passed over a damaged checkpoint" in (said := capsys.readouterr().out) and str(newest) in said
-    manifests = [tmp_path / r / "checkpoints/step-00000012" / checkpoint.MANIFEST for r in ("whole", "parts")]
+    manifests = [tmp_path / r / "checkpoints/step-00000012" / checkpoint.store.MANIFEST for r in ("whole", "parts")]
     hashes = [json.loads(m.read_bytes())["body"]["files"] for m in manifests]
     assert hashes[0] == hashes[1]
 

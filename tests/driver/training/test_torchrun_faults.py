@@ -96,7 +96,7 @@ def diverging(out: Path, where: str) -> None:
         loop.loop(current, out, print)
 
     says("training diverged by step 2", task)
-    assert checkpoint.committed(out / run_folder.CHECKPOINTS) == []
+    assert checkpoint.store.committed(out / run_folder.CHECKPOINTS) == []
 
 
 @pytest.mark.parametrize("where", ["class", "network"])
@@ -269,7 +269,7 @@ def test_one_process_reads_what_many_have_written(
         assert other["model"] == pytest.approx(metrics[0]["model"], rel=1e-4)
         assert other["raw_pixels"] == metrics[0]["raw_pixels"]
     assert cli.main(["export", str(out), "--out", str(tmp_path / "exported")]) == 0
-    (newest,) = checkpoint.committed(out / run_folder.CHECKPOINTS)[-1:]
+    (newest,) = checkpoint.store.committed(out / run_folder.CHECKPOINTS)[-1:]
     weights = torch.cat(ranks(2, started_from, newest))
     assert torch.equal(weights, checkpoint.load(newest).tensors["head/weight"])
 
