@@ -32,8 +32,8 @@ class CMakeBuild(build_ext):
             import pybind11
             import torch
         except ImportError as error:
-            sys.exit(f"fastmargin builds against the installed torch and pybind11 ({error}): install them first, "
-                     "then use pip install --no-build-isolation")  # fmt: skip
+            how = "install them first, then use pip install --no-build-isolation"
+            sys.exit(f"fastmargin builds against the installed torch and pybind11 ({error}): {how}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"  # kept: rebuilds are quick
         configure = [

@@ -165,9 +165,24 @@ def finish_chunk(
 ) -> None:
     n, blocks = len(chunk.o), whole_rows(w.shape[1])
     weight_gradient_kernel[(triton.cdiv(n, blocks["BLOCK_C"]),)](
-        dw, db, x, w, class_ids, chunk.exponent_scale, chunk.residual_scale, entries.bounds, entries.sorted_class,
-        entries.sorted_row, entries.sorted_value, d_rest_scale, chunk.first, n, *w.stride(), d=w.shape[1], **blocks,
-    )  # fmt: skip
+        dw,
+        db,
+        x,
+        w,
+        class_ids,
+        chunk.exponent_scale,
+        chunk.residual_scale,
+        entries.bounds,
+        entries.sorted_class,
+        entries.sorted_row,
+        entries.sorted_value,
+        d_rest_scale,
+        chunk.first,
+        n,
+        *w.stride(),
+        d=w.shape[1],
+        **blocks,
+    )
 
 
 def finish_rows(
@@ -183,10 +198,23 @@ def finish_rows(
     splits, B, d = sums.shape
     blocks = whole_rows(d)
     row_gradient_kernel[(triton.cdiv(B, blocks["BLOCK_C"]),)](
-        dx, sums, w, class_ids, entries.classes, entries.values, d_rest_scale, B, n, splits, *w.stride(),
-        d=d, ENTRIES=entries.classes.shape[1], NORMALIZE=normalize_weight,
-        BLOCK_B=blocks["BLOCK_C"], BLOCK_D=blocks["BLOCK_D"],
-    )  # fmt: skip
+        dx,
+        sums,
+        w,
+        class_ids,
+        entries.classes,
+        entries.values,
+        d_rest_scale,
+        B,
+        n,
+        splits,
+        *w.stride(),
+        d=d,
+        ENTRIES=entries.classes.shape[1],
+        NORMALIZE=normalize_weight,
+        BLOCK_B=blocks["BLOCK_C"],
+        BLOCK_D=blocks["BLOCK_D"],
+    )
 
 
 def d_rest_scale_of(

@@ -145,11 +145,23 @@ def forward(p: Problem, topk: int) -> ForwardOutput:  # without expected_weight
         for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step) if B else ():
             size = len(chunk.o)
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
-                high, total, groups, *plan.operands(x, chunk.o), y, chunk.residual_scale,
-                None if bias is None else bias[chunk.at], class_count, B, size, chunk.first, strips,
+                high,
+                total,
+                groups,
+                *plan.operands(x, chunk.o),
+                y,
+                chunk.residual_scale,
+                None if bias is None else bias[chunk.at],
+                class_count,
+                B,
+                size,
+                chunk.first,
+                strips,
                 plan.step // GROUP,
-                d=d, GROUP=GROUP, **plan.options(),
-            )  # fmt: skip
+                d=d,
+                GROUP=GROUP,
+                **plan.options(),
+            )
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
         values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, p.normalize_weight)
@@ -219,8 +231,19 @@ def gradient_of_logits(
     (B, d), n = x.shape, len(chunk.o)
     g = workspace[:, :n]
     nontarget_lse_bwd_kernel[plan.grid(B, n)](
-        plan.blocks(g, plan.tile.rows, plan.tile.classes), *plan.operands(x, chunk.o), y, chunk.residual_scale,
-        None if bias is None else bias[chunk.at], safe_rest, d_rest, count, B, n, chunk.first, plan.step,
-        d=d, **plan.options(),
-    )  # fmt: skip
+        plan.blocks(g, plan.tile.rows, plan.tile.classes),
+        *plan.operands(x, chunk.o),
+        y,
+        chunk.residual_scale,
+        None if bias is None else bias[chunk.at],
+        safe_rest,
+        d_rest,
+        count,
+        B,
+        n,
+        chunk.first,
+        plan.step,
+        d=d,
+        **plan.options(),
+    )
     return g

@@ -104,7 +104,16 @@ def class_chunks(
         exponent_scale, residual_scale = (None, None) if scales is None else scales[:, :size]
         if copy or normalize_weight:
             operands_kernel[(triton.cdiv(size, blocks["BLOCK_C"]),)](
-                o if copy else None, exponent_scale, residual_scale, w, class_ids, first, size, *w.stride(),
-                d=d, COMPUTE=TYPES[dtype], **blocks,
-            )  # fmt: skip
+                o if copy else None,
+                exponent_scale,
+                residual_scale,
+                w,
+                class_ids,
+                first,
+                size,
+                *w.stride(),
+                d=d,
+                COMPUTE=TYPES[dtype],
+                **blocks,
+            )
         yield ClassChunk(first, o, exponent_scale, residual_scale)

@@ -63,9 +63,22 @@ def points(
 
 @triton.jit
 def expanded(
-    a, b, mean, rows, cols, n, m, a_row, a_feature, b_row, b_feature,
-    d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    mean,
+    rows,
+    cols,
+    n,
+    m,
+    a_row,
+    a_feature,
+    b_row,
+    b_feature,
+    d: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Squared distances from products [BLOCK_N, BLOCK_M], and |a'|^2 + |b'|^2, which they are to be compared with."""
     products = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     a_squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -83,9 +96,20 @@ def expanded(
 
 @triton.jit
 def differences(
-    a, b, rows, cols, n, m, a_row, a_feature, b_row, b_feature,
-    d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    rows,
+    cols,
+    n,
+    m,
+    a_row,
+    a_feature,
+    b_row,
+    b_feature,
+    d: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """The same distances from differences, feature by feature."""
     u = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for f in range(0, d):

@@ -114,9 +114,17 @@ class Best:
     def add(self, fresh: Tensor, first: int) -> None:  # [B, m] float32, of indices from `first` on
         B, k = self.values.shape
         keep_best_kernel[(B,)](
-            self.values, self.indices, fresh, fresh.stride(0), fresh.shape[1], first,
-            k=k, BLOCK_K=triton.next_power_of_2(k), BLOCK=SEARCHED, num_warps=1,
-        )  # fmt: skip
+            self.values,
+            self.indices,
+            fresh,
+            fresh.stride(0),
+            fresh.shape[1],
+            first,
+            k=k,
+            BLOCK_K=triton.next_power_of_2(k),
+            BLOCK=SEARCHED,
+            num_warps=1,
+        )
 
 
 def classes_of_best(
@@ -138,9 +146,23 @@ def classes_of_best(
         part = groups[:, first : first + at_once]
         scores = x.new_empty(*part.shape, GROUP, dtype=torch.float32)
         rescore_kernel[tuple(part.shape)](
-            scores, part, x, w, y, bias, class_ids, count, n, part.stride(0), *w.stride(),
-            d=d, GROUP=GROUP, COMPUTE=TYPES[x.dtype], NORMALIZE=normalize_weight, **whole_rows(d),
-        )  # fmt: skip
+            scores,
+            part,
+            x,
+            w,
+            y,
+            bias,
+            class_ids,
+            count,
+            n,
+            part.stride(0),
+            *w.stride(),
+            d=d,
+            GROUP=GROUP,
+            COMPUTE=TYPES[x.dtype],
+            NORMALIZE=normalize_weight,
+            **whole_rows(d),
+        )
         found.add(scores.flatten(1), first * GROUP)
     indices, order = found.indices.long().sort(dim=1)
     values, by_value = found.values.gather(1, order).sort(dim=1, descending=True, stable=True)

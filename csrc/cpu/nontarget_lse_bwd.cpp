@@ -158,47 +158,33 @@ Tensor or_empty(const Tensor& gradient, const at::TensorOptions& options) {
   return gradient.defined() ? gradient : at::empty({0}, options);
 }
 
+// dw is either returned or, with an update, used up by an optimizer step on each block as soon as its gradient is
+// complete. dx comes first: it is of the weights before the step.
 template <typename O>
-std::tuple<Tensor, Tensor, Tensor> backward(const Problem<O>& p, const Saved& s, bool need_dx, bool need_dw,
-                                            bool need_db) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Problem<O>& p, const Saved& s, const ClassUpdate<Sum<O>>* update,
+                                            bool need_dx, bool need_dw, bool need_db) {
   using T = Sum<O>;
   const auto options = p.o.x.options();
   Tensor dx, dw, db;
   if (need_dx) backward_rows(p, s, dx = at::empty_like(p.o.x));
   if (need_dw) dw = p.B ? empty_in_huge_pages<T>(p.C, p.d, options) : at::zeros({p.C, p.d}, options);
   if (need_db) db = at::empty({p.C}, options);
-  if (need_dw || need_db) {
+  if (update || need_dw || need_db) {
     const PaddedRows<T> padded(s, p.unpadded, p.B);
     const auto entries = entries_by_class<T>(p.o.y, s);
     const Tensor sums = need_db ? db : at::empty({p.C}, options);
-    over_blocks(p, [&](int64_t, Block<O>& block) {
+    std::vector<std::vector<T>> block_gradients(update ? thread_count(p.blocks()) : 0);
+    over_blocks(p, [&](int64_t thread, Block<O>& block) {
       T* out = need_dw ? dw.data_ptr<T>() + block.first * p.d : nullptr;
+      if (update) {
+        block_gradients[thread].resize(kBlock * p.d);  // zeros, which stay where there are no rows
+        out = block_gradients[thread].data();
+      }
       gradient_block(block, padded.rows, entries, out, sums.data_ptr<T>() + block.first);
+      for (int64_t j = 0; update && j < block.n; ++j) update->step(block.first + j, out + j * p.d);
     });
   }
   return {or_empty(dx, options), or_empty(dw, options), or_empty(db, options)};
-}
-
-// The same with an optimizer step: each block's gradient updates its weights at once, so that dw is never stored. dx is
-// computed first, from the weights before the step.
-template <typename O>
-std::tuple<Tensor, Tensor> backward_update(const Problem<O>& p, const Saved& s, const ClassUpdate<Sum<O>>& update,
-                                           bool need_dx, bool need_db) {
-  using T = Sum<O>;
-  const auto options = p.o.x.options();
-  Tensor dx;
-  if (need_dx) backward_rows(p, s, dx = at::empty_like(p.o.x));
-  const Tensor sums = at::empty({p.C}, options);
-  const PaddedRows<T> padded(s, p.unpadded, p.B);
-  const auto entries = entries_by_class<T>(p.o.y, s);
-  std::vector<std::vector<T>> block_gradients(thread_count(p.blocks()));
-  over_blocks(p, [&](int64_t thread, Block<O>& block) {
-    auto& dw = block_gradients[thread];
-    dw.resize(kBlock * p.d);  // zeros, which stay where there are no rows
-    gradient_block(block, padded.rows, entries, dw.data(), sums.data_ptr<T>() + block.first);
-    for (int64_t j = 0; j < block.n; ++j) update.step(block.first + j, dw.data() + j * p.d);
-  });
-  return {or_empty(dx, options), need_db ? sums : at::empty({0}, options)};
 }
 
 Saved checked_saved(const Operands& o, const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight,
@@ -241,8 +227,9 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
   check_compute(x.scalar_type(), compute_dtype);
   const Operands o = checked_values(x, w, y, bias, class_ids, normalize_weight);
   const Saved saved = checked_saved(o, rest, topk_classes, expected_weight, d_rest, d_target, d_topk, need_dx);
-  return dispatch_operands(x.scalar_type(), compute_dtype,
-                           [&](auto t) { return backward(Problem<decltype(t)>(o), saved, need_dx, need_dw, need_db); });
+  return dispatch_operands(x.scalar_type(), compute_dtype, [&](auto t) {
+    return backward(Problem<decltype(t)>(o), saved, nullptr, need_dx, need_dw, need_db);
+  });
 }
 
 std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,                    // [B, d]
@@ -272,7 +259,8 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
   return dispatch_operands(x.scalar_type(), compute_dtype, [&](auto t) {
     using T = Sum<decltype(t)>;
     const ClassUpdate<T> update(w, state, o.class_ids, rule, hyper, grad_scale);
-    return backward_update(Problem<decltype(t)>(o), saved, update, need_dx, need_db);
+    const auto [dx, dw, db] = backward(Problem<decltype(t)>(o), saved, &update, need_dx, false, need_db);
+    return std::tuple(dx, db);
   });
 }
 

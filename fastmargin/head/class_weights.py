@@ -213,9 +213,14 @@ class ClassWeights(nn.Module):
         if bias is not None and (batch.group is not None or subset is not None):
             bias = LocalEntries.apply(bias, self.classes)
         problem = Problem(
-            gather_rows(x, batch, self.gather_dtype), self._weight, to_index(y, self.classes, subset), bias, subset,
-            self.margin.normalize_weight, self.compute_dtype,
-        )  # fmt: skip
+            gather_rows(x, batch, self.gather_dtype),
+            self._weight,
+            to_index(y, self.classes, subset),
+            bias,
+            subset,
+            self.margin.normalize_weight,
+            self.compute_dtype,
+        )
         shard = log_sum_exp(problem, k, self.backend, self._stepping_optimizer(subset))
         shard = shard._replace(topk_classes=to_global_id(shard.topk_classes, self.classes, subset))
         return shard if batch.group is None else merge_shards(shard, batch)

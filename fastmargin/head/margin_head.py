@@ -134,16 +134,36 @@ class MarginHead(ClassWeights):
         if class_weight is not None:
             check_class_weight(class_weight, num_classes)
         if group is not None:
-            check_group(group, dict(
-                in_features=in_features, num_classes=num_classes, margin=module_fingerprint(margin), bias=bias,
-                topk=topk, seed=seed, sample_rate=sample_rate, uneven=uneven, gather_dtype=gather_dtype,
-                compute_dtype=compute_dtype, reduction=reduction, ignore_index=ignore_index, check_labels=check_labels,
-                class_weight=None if class_weight is None else digest(class_weight),
-            ))  # fmt: skip
+            check_group(
+                group,
+                dict(
+                    in_features=in_features,
+                    num_classes=num_classes,
+                    margin=module_fingerprint(margin),
+                    bias=bias,
+                    topk=topk,
+                    seed=seed,
+                    sample_rate=sample_rate,
+                    uneven=uneven,
+                    gather_dtype=gather_dtype,
+                    compute_dtype=compute_dtype,
+                    reduction=reduction,
+                    ignore_index=ignore_index,
+                    check_labels=check_labels,
+                    class_weight=None if class_weight is None else digest(class_weight),
+                ),
+            )
         super().__init__(
-            in_features, num_classes, margin, bias=bias, group=group, gather_dtype=gather_dtype,
-            compute_dtype=compute_dtype, backend=backend, seed=seed,
-        )  # fmt: skip
+            in_features,
+            num_classes,
+            margin,
+            bias=bias,
+            group=group,
+            gather_dtype=gather_dtype,
+            compute_dtype=compute_dtype,
+            backend=backend,
+            seed=seed,
+        )
         self.topk, self.sample_rate, self.uneven = topk, sample_rate, uneven
         self.reduction, self.ignore_index, self.check_labels = reduction, ignore_index, check_labels
         self.register_buffer("class_weight", None if class_weight is None else class_weight.detach().clone())

@@ -36,9 +36,8 @@ class AdaFace(Margin):
     sd: Tensor  # []
 
     def __init__(
-        self, *, s: float = 64.0, m: Value = 0.4, h: float = 0.333, momentum: float = 0.01,
-        **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+        self, *, s: float = 64.0, m: Value = 0.4, h: float = 0.333, momentum: float = 0.01, **options: Unpack[Options]
+    ) -> None:
         super().__init__(s=s, **(Options(beyond="clip") | options))
         require(h > 0, "h", h, "a number > 0")
         require(0 < momentum <= 1, "momentum", momentum, "a share, > 0 and at most 1")
@@ -84,9 +83,16 @@ class MagFace(Margin):
     """
 
     def __init__(
-        self, *, s: float = 64.0, l_m: float = 0.45, u_m: float = 0.8, l_a: float = 10.0, u_a: float = 110.0,
-        lambda_g: float = 35.0, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        s: float = 64.0,
+        l_m: float = 0.45,
+        u_m: float = 0.8,
+        l_a: float = 10.0,
+        u_a: float = 110.0,
+        lambda_g: float = 35.0,
+        **options: Unpack[Options],
+    ) -> None:
         super().__init__(s=s, m2=l_m, **options)
         require(0 < l_a < u_a, "(l_a, u_a)", (l_a, u_a), "0 < l_a < u_a")
         require(l_m <= u_m < math.inf, "(l_m, u_m)", (l_m, u_m), "l_m <= u_m, finite")
@@ -125,9 +131,15 @@ class ElasticFace(Margin):
     random = True
 
     def __init__(
-        self, *, s: float = 64.0, m: Value | None = None, sigma: float = 0.0125,
-        form: Literal["arc", "cos"] = "arc", plus: bool = False, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        s: float = 64.0,
+        m: Value | None = None,
+        sigma: float = 0.0125,
+        form: Literal["arc", "cos"] = "arc",
+        plus: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
         require(form in ("arc", "cos"), "form", form, "'arc' or 'cos'")
         require(0 <= sigma < math.inf, "sigma", sigma, "a finite number >= 0")
         m = {"arc": 0.5, "cos": 0.35}[form] if m is None else m

@@ -120,9 +120,15 @@ class CombinedMargin(Margin):
     """
 
     def __init__(
-        self, *, s: float = 64.0, m1: Value = 1.0, m2: Value = 0.3, m3: Value = 0.2, lam: float = 0.0,
+        self,
+        *,
+        s: float = 64.0,
+        m1: Value = 1.0,
+        m2: Value = 0.3,
+        m3: Value = 0.2,
+        lam: float = 0.0,
         **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(s=s, lam=lam, m2=m2 if is_number(m1, 1) else 0.0, **options)
         self._hold(m1=m1, m2=m2, m3=m3)
         require_angle("m2", m2)

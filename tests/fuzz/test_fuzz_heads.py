@@ -259,10 +259,19 @@ def test_a_state_loads_strictly_into_any_head(rng, group, seed):
     """Margins without a state of their own replace each other; AdaFace takes that of an AdaFace."""
     C, d, stateful = rng.randint(3, 40), rng.randint(2, 8), rng.random() < 0.3
     first, second = (
-        nested(rng, fm.MarginHead(d, C, fm.AdaFace() if stateful else rng.choice(STATELESS)(), seed=i,
-                                  sample_rate=rng.choice([0.3, 1.0]), group=rng.choice([None, group])))
+        nested(
+            rng,
+            fm.MarginHead(
+                d,
+                C,
+                fm.AdaFace() if stateful else rng.choice(STATELESS)(),
+                seed=i,
+                sample_rate=rng.choice([0.3, 1.0]),
+                group=rng.choice([None, group]),
+            ),
+        )
         for i in range(2)
-    )  # fmt: skip
+    )
     one, two = (next(part for part in model.modules() if isinstance(part, fm.MarginHead)) for model in (first, second))
     passes = rng.randint(0, 3)
     for _ in range(passes):

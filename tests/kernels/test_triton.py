@@ -94,8 +94,10 @@ def compile_clean(tmp_path, monkeypatch):
         code = compiled(kernel, capability, POINTERS | NUMBERS | types, constants, options or {})
         registers, stack, local = resources(code, tmp_path)
         shared = code.metadata.shared
-        print(f"{kernel.__name__}{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, "
-              f"{shared} bytes shared")  # fmt: skip
+        print(
+            f"{kernel.__name__}{what}, sm_{capability}: {registers} registers, {stack + local} bytes spilled, "
+            f"{shared} bytes shared"
+        )
         assert 0 < registers <= 255 and stack == local == 0
         assert shared <= (227 if capability in (90, 100) else 99) * 1024  # what a program may have
         return code

@@ -12,8 +12,10 @@ from fastmargin.head.margin_head import MarginHead
 
 def pair():
     """A model whose class weights are updated lazily, and one with a dense optimizer."""
-    ours, theirs = (nn.Sequential(nn.Identity(), MarginHead(12, 2100, fm.CosFace(s=16.0), sample_rate=0.1).double())
-                    for _ in range(2))  # fmt: skip
+    ours, theirs = (
+        nn.Sequential(nn.Identity(), MarginHead(12, 2100, fm.CosFace(s=16.0), sample_rate=0.1).double())
+        for _ in range(2)
+    )
     return (ours, fm.optim.ClassSGD(ours[1], 0.5, 0.9)), (theirs, torch.optim.SGD([theirs[1].weight], 0.5, 0.9))
 
 

@@ -126,9 +126,11 @@ def test_zero_grad_after_a_backward_pass_counts_its_step(kind):
 
     def run(end, change):
         head = build(sample_rate=0.1)
-        one = optim.ClassAdamW(head, in_backward=True) if kind == "adamw" else optim.ClassSGD(
-            head, 0.5, **SGD[kind], in_backward=True
-        )  # fmt: skip
+        one = (
+            optim.ClassAdamW(head, in_backward=True)
+            if kind == "adamw"
+            else optim.ClassSGD(head, 0.5, **SGD[kind], in_backward=True)
+        )
         for t in range(ROUNDS):
             one.param_groups[0]["lr"] = falling(t)
             head(*batch(t)).loss.backward()

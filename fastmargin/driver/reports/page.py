@@ -60,9 +60,7 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> None:
         f'<section id="{anchor(section)}">\n<h2>{escape(section.title)}</h2>\n{"".join(section.parts)}</section>'
         for section in sections
     ]
-    whole = PAGE.substitute(
-        title=escape(title), style=STYLE, links="\n".join(links), sections="\n".join(bodies)
-    )  # fmt: skip
+    whole = PAGE.substitute(title=escape(title), style=STYLE, links="\n".join(links), sections="\n".join(bodies))
     path.write_text(whole, encoding="utf-8", errors="xmlcharrefreplace")
 
 

@@ -143,9 +143,11 @@ class Plan:
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         types = [*self.on.products]
         require(
-            self.compute_dtype in (None, *types), "compute_dtype", self.compute_dtype,
+            self.compute_dtype in (None, *types),
+            "compute_dtype",
+            self.compute_dtype,
             f"one of {', '.join(types)} on {self.on.title}",
-        )  # fmt: skip
+        )
 
     @property
     def on(self) -> Device:
