@@ -52,7 +52,7 @@ class HeadOutput(NamedTuple):
 
 
 def match_counter(head: "MarginHead", state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Any head reads the state of any other: without a counter it drops the count, with one it starts from 0."""
+    """A head that counts and one that does not read each other's state: the count starts from 0, or is dropped."""
     key = f"{prefix}counter._extra_state"
     if head.counter is None:
         state.pop(key, None)
@@ -93,6 +93,8 @@ class MarginHead(ClassWeights):
     the local indices (rows of `weight`) of the last pass that sampled, sorted; None: all. On CUDA they may end in -1,
     no class: their number is an upper bound, so that no pass waits for the device, except with the backends stream and
     reference. The gradient of `weight` is not coalesced there.
+
+    `bad_label` holds the first bad label since the last `check()`, `class_optimizer` the attached class optimizer.
 
     `weight`, `parameters()`, `named_parameters()` and `state_dict()`, also those of a module that contains the head,
     first apply the pending updates of an optimizer with sampled classes, to all rows. For a Parameter held from

@@ -16,7 +16,11 @@ from fastmargin.ops.operand_cache import OperandCache
 
 
 class ClassOptimizer(torch.optim.Optimizer):
-    """Base of both: takes a gradient that is dense, sparse, or consumed in the backward pass."""
+    """Base of both: takes a gradient that is dense, sparse, or consumed in the backward pass.
+
+    State of the step that is being made: `stage`, see below; `subset` [n], the local indices of its classes, None for
+    all; `hyper`, its numbers. `compared`: whether the ranks of the head's group have compared their options.
+    """
 
     hyper: list[float]  # of the step that is being made
     _step_supports_amp_scaling = True  # see torch_private.py

@@ -207,7 +207,13 @@ def trainable_parameters(model: nn.Module, head: MarginHead, terms: Terms) -> di
 
 
 def mutable_tensors(run: Run) -> Iterator[Tensor]:
-    """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centers."""
-    for module in (run.model, run.head, run.terms, run.average):
+    """All numbers that training changes: weights, averages, statistics of batch norm or a margin, centers.
+
+    Of sampled classes pending lazy updates stay pending: applied here, they would be rounded at every record.
+    """
+    yield run.head._weight
+    if run.head.bias is not None:
+        yield run.head.bias
+    for module in (run.model, run.head.margin, run.terms, run.average):
         if module is not None:
             yield from (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())

@@ -166,6 +166,13 @@ def test_speed_counts_whatever_a_step_takes(tmp_path: Path, monkeypatch: pytest.
     assert all(line["images_per_second"] <= 16 / 0.05 for line in run_folder.read_records(tmp_path))
 
 
+def test_records_change_nothing(tmp_path: Path) -> None:
+    """Also not how late updates of sampled classes are rounded: log_every may change when a run is resumed."""
+    config = replace(configured(HeadConfig(sample_rate=0.2)), save_every=100)
+    ends = [train_loop(replace(config, log_every=n), tmp_path / str(n)).head.weight for n in (1, 100)]
+    assert torch.equal(*ends)
+
+
 def test_progress_lines_show_life_where_there_is_no_terminal(tmp_path: Path) -> None:
     said: list[str] = []
     say: Callable[[str], None] = said.append
