@@ -214,6 +214,7 @@ def test_fonts_that_draw_no_text_are_left_out() -> None:
     assert not any(stem.startswith(("STIXNonUni", "STIXSiz", "LastResort")) for stem in stems)
     assert glyphs.usable(ord("A"), "cmr10") and glyphs.usable(ord("é"), "cmunrm")
     assert not glyphs.usable(0xA1, "cmr10") and not glyphs.usable(ord("{"), "cmr10")
+    assert [code for code in range(0x27F0, 0x2910) if not glyphs.usable(code, "a")] == [*range(0x2800, 0x2900)]
     assert not glyphs.usable(ord("A"), "cmsy10") and not glyphs.usable(ord("A"), "cmmi10")
 
 

@@ -136,7 +136,8 @@ def test_a_file_cut_short_and_parts_that_are_missing(tmp_path: Path) -> None:
         RecordIO(path)
 
 
-def test_headers_alone_are_no_pictures(tmp_path: Path) -> None:
-    write_records(tmp_path / "a.rec", [(0, packed(b"", [1.0, 2.0]))])
+@pytest.mark.parametrize("labels", [[1.0], [1.0, 2.0]])
+def test_headers_alone_are_no_pictures(tmp_path: Path, labels: list[float]) -> None:
+    write_records(tmp_path / "a.rec", [(0, packed(b"", labels))])
     with pytest.raises(ValueError, match="has 1 records; want pictures"):
         load(tmp_path / "a.rec", [])

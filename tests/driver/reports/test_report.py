@@ -59,6 +59,20 @@ def test_names_that_are_hard_to_draw(tmp_path: Path, recwarn: pytest.WarningsRec
     assert [str(warning.message) for warning in recwarn] == []
 
 
+@pytest.mark.parametrize("glyphs", [True, False])
+def test_a_cell_shows_a_class_above_its_doppelganger(tmp_path: Path, figures: list[Figure], glyphs: bool) -> None:
+    data = identities(["a", "b", "c"], colored=not glyphs)
+    pairs = [Pair(0, 1, 0.9), Pair(2, 0, 0.8)]
+    contact_sheet.plot_doppelgangers(tmp_path / "pairs.png", pairs, data, glyphs=glyphs, plain=False)
+    cells = figures[0].axes
+    for axes, pair in zip(cells, pairs, strict=False):
+        (drawn,) = axes.images
+        strips = [contact_sheet.strip(data, label) for label in (pair.one, pair.other)]
+        np.testing.assert_array_equal(drawn.get_array(), np.concatenate(strips))
+        assert drawn.get_clim() == (0, 255) and drawn.get_cmap().name == ("gray_r" if glyphs else "gray")
+    assert not any(axes.images for axes in cells[len(pairs) :])
+
+
 def test_loss_and_where_the_margin_is_full(tmp_path: Path, figures: list[Figure]) -> None:
     plots.plot_loss(tmp_path / "loss.png", records(), "cosine")
     above, below = figures[0].axes
