@@ -181,6 +181,7 @@ def test_magface_by_hand_and_by_finite_differences() -> None:
 def test_penalty() -> None:
     norms = torch.tensor([2.0, 55.0, 110.0, 300.0], requires_grad=True)
     penalty = fm.MagFace().penalty(norms)
+    assert not fm.MagFace(lambda_g=0).penalty(norms).any()
     want = [35 * (a / 12_100 + 1 / a) for a in (10, 55, 110, 110)]
     assert penalty.tolist() == pytest.approx(want, rel=1e-6)
     slopes = torch.autograd.grad(penalty.sum(), norms)[0].tolist()

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_record_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     for step in (1, 2):
         run_folder.append_record(tmp_path, {"step": step, "loss": 1.0})
+    assert len((tmp_path / run_folder.RECORDS).read_bytes().splitlines()) == 2, "a line each, and no empty ones"
     with (tmp_path / run_folder.RECORDS).open("a") as file:
         file.write('{"step": 3, "lo')
     for step in (2, 3):
