@@ -94,12 +94,7 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
     """
     check_settings(config, factory, processes)
     device = pick_device(config.device, processes)
-    with processes.in_turn():
-        train, test = load_data(config.data, log)
-    check_data(train, test, config.seed, processes)
-    if min(train.num_classes, test.num_classes) < 2:
-        split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
-        raise ValueError(f"{split}; want at least 2 of each: more data, another data.holdout or data.split_seed")
+    train, test = read_data(config, log, processes)
     config = settled(config, len(train.labels))
     part = share_rows(config, processes)
     if config.head.topk >= train.num_classes:
@@ -135,6 +130,17 @@ def build(config: TrainConfig, log: Log, factory: str | None = None, processes: 
         table_feed=TableFeed(table, rows, late=device.type == "cuda"),
         order=build_order(config, train, table),
     )
+
+
+def read_data(config: TrainConfig, log: Log, processes: Processes) -> tuple[Identities, Identities]:
+    """The images to train on and those held out, the same on all ranks. ValueError for too few identities."""
+    with processes.in_turn():
+        train, test = load_data(config.data, log)
+    check_data(train, test, config.seed, processes)
+    if min(train.num_classes, test.num_classes) < 2:
+        split = f"{train.num_classes} identities to train on and {test.num_classes} held out"
+        raise ValueError(f"{split}; want at least 2 of each: more data, another data.holdout or data.split_seed")
+    return train, test
 
 
 def share_rows(config: TrainConfig, processes: Processes) -> Layout:
