@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,23 @@ def test_images_are_drawn_by_the_seed() -> None:
     assert consistency.probes(data.take(torch.arange(0).numpy()), 0) == []
 
 
-def test_the_hash_is_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spec:
-        submodule_search_locations = (str(tmp_path),)
+def hash_of(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of packages in these folders."""
+    specs = {name: ModuleSpec(name, None, is_package=True) for name in folders}
+    for name, spec in specs.items():
+        spec.submodule_search_locations = [str(folders[name])]
+    monkeypatch.setattr(consistency, "find_spec", specs.__getitem__)
+    return consistency.package_hash()
 
-    monkeypatch.setattr(consistency, "find_spec", lambda _: Spec)
+
+def test_the_hash_is_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, kernels = tmp_path / "fastmargin", tmp_path / "kernels"
+    kernels.mkdir()
     hashes = []
-    for name, text in (("a.py", ""), ("a.py", "x"), ("b/c.py", "x"), ("b/c.txt", "x")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-        hashes.append(consistency.package_hash())
-    assert len(set(hashes)) == 3 and hashes[2] == hashes[3] and all(len(digits) == 8 for digits in hashes)
+    for name, text in (("a.py", ""), ("a.py", "x"), ("b/c.py", "x"), ("b/c.txt", "x"), ("../kernels/d.py", "y")):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+        hashes.append(hash_of({"fastmargin": package, "fastmargin.kernels": kernels}, monkeypatch))
+    assert len(set(hashes)) == 4 and hashes[2] == hashes[3] and all(len(digits) == 8 for digits in hashes)
+    kernels.rename(package / "kernels")  # as a wheel is installed
+    assert hash_of({"fastmargin": package, "fastmargin.kernels": package / "kernels"}, monkeypatch) == hashes[-1]
