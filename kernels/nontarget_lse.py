@@ -165,7 +165,7 @@ def forward(p: Problem, topk: int) -> ForwardOutput:  # without expected_weight
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
         values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, p.normalize_weight)
-    return ForwardOutput(merged(high, total), values, classes, w.new_empty(0))
+    return ForwardOutput(merged(high, total), values, classes, w.new_empty(0), w.new_empty(0))
 
 
 def prepared(

@@ -219,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      const Tensor& rest,              // [B]
                                                      const Tensor& topk_classes,      // [B, k]
                                                      const Tensor& expected_weight,   // [B, d], or [0] without dx
+                                                     const Tensor&,                   // [0]
                                                      const Tensor& d_rest,            // [B]
                                                      const Tensor& d_target,          // [B]
                                                      const optional<Tensor>& d_topk,  // [B, k]
@@ -243,6 +244,7 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
                                                     const Tensor& rest,              // [B]
                                                     const Tensor& topk_classes,      // [B, k]
                                                     const Tensor& expected_weight,   // [B, d], or [0] without dx
+                                                    const Tensor&,                   // [0]
                                                     const Tensor& d_rest,            // [B]
                                                     const Tensor& d_target,          // [B]
                                                     const optional<Tensor>& d_topk,  // [B, k]

@@ -127,7 +127,7 @@ void merge_row(int64_t i, const std::vector<Partial<T>>& parts, int64_t k, int64
 }
 
 template <typename O>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t k, bool need_expected_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t k, bool need_expected_weight) {
   using T = Sum<O>;
   const auto options = p.o.x.options();
   Tensor rest = at::empty({p.unpadded}, options), values = at::empty({p.unpadded, k}, options);
@@ -146,26 +146,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem<O>& p, int64_t 
                 classes.data_ptr<int64_t>() + i * k,
                 need_expected_weight ? expected_weight.data_ptr<T>() + i * p.d : nullptr);
   });
-  return {rest, values, classes, expected_weight};
+  return {rest, values, classes, expected_weight, at::empty({0}, options)};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
-                                                             const Tensor& w,                    // [C, d]
-                                                             const Tensor& y,                    // [B]
-                                                             const optional<Tensor>& bias,       // [C]
-                                                             const optional<Tensor>& class_ids,  // [n]
-                                                             const optional<Tensor>& bend,       // [B, 4]
-                                                             bool normalize_weight, int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype,
-                                                             bool need_expected_weight,
-                                                             const optional<Tensor>& operands,
-                                                             const optional<Tensor>& scales) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
+                                                                     const Tensor& w,                    // [C, d]
+                                                                     const Tensor& y,                    // [B]
+                                                                     const optional<Tensor>& bias,       // [C]
+                                                                     const optional<Tensor>& class_ids,  // [n]
+                                                                     const optional<Tensor>& bend,       // [B, 4]
+                                                                     bool normalize_weight, int64_t pool, int64_t topk,
+                                                                     optional<at::ScalarType> compute_dtype,
+                                                                     bool need_expected_weight,
+                                                                     const optional<Tensor>& operands,
+                                                                     const optional<Tensor>& scales,
+                                                                     bool keep_exponentials) {
   refuse(bend, pool);
   refuse_cached_operands(operands, scales);
   check_compute(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
+  TORCH_CHECK_VALUE(!keep_exponentials, "these kernels keep no exponentials");
   const Operands o = checked_values(x, w, y, bias, class_ids, normalize_weight);
   return dispatch_operands(x.scalar_type(), compute_dtype,
                            [&](auto t) { return forward(Problem<decltype(t)>(o), topk, need_expected_weight); });

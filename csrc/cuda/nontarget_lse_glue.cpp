@@ -274,20 +274,22 @@ Tensor target_logit(const Tensor& x,                    // [B, d]
   return target;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
-                                                             const Tensor& w,                    // [C, d]
-                                                             const Tensor& y,                    // [B]
-                                                             const optional<Tensor>& bias,       // [C]
-                                                             const optional<Tensor>& class_ids,  // [n]
-                                                             const optional<Tensor>& bend,       // [B, 4]
-                                                             bool normalize_weight, int64_t pool, int64_t topk,
-                                                             optional<at::ScalarType> compute_dtype, bool,
-                                                             const optional<Tensor>& operands,  // [C, d]
-                                                             const optional<Tensor>& scales /* [2, C] */) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,                    // [B, d]
+                                                                     const Tensor& w,                    // [C, d]
+                                                                     const Tensor& y,                    // [B]
+                                                                     const optional<Tensor>& bias,       // [C]
+                                                                     const optional<Tensor>& class_ids,  // [n]
+                                                                     const optional<Tensor>& bend,       // [B, 4]
+                                                                     bool normalize_weight, int64_t pool, int64_t topk,
+                                                                     optional<at::ScalarType> compute_dtype, bool,
+                                                                     const optional<Tensor>& operands,  // [C, d]
+                                                                     const optional<Tensor>& scales,    // [2, C]
+                                                                     bool keep_exponentials) {
   const Operands in = checked_layout(x, w, y, bias, class_ids, normalize_weight);
   refuse(bend, pool);
   check_types(x.scalar_type(), compute_dtype);
   TORCH_CHECK_VALUE(topk >= 0, "topk = ", topk, "; want 0 or more");
+  TORCH_CHECK_VALUE(!keep_exponentials, "these kernels keep no exponentials");
   const c10::DeviceGuard guard(x.device());
   const ClassChunks chunks(in, compute_dtype, operands, scales);
   const auto options = in.x.options();
@@ -307,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(const Tensor& x,   
   auto [values, classes] = list({B, topk});
   check(launch_merge_parts(state, B, rest.data_ptr<float>(), values.data_ptr<float>(), classes.data_ptr<int64_t>(),
                            chunks.stream));
-  return {rest, values, classes, at::empty({0}, options)};
+  return {rest, values, classes, at::empty({0}, options), at::empty({0}, options)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,                    // [B, d]
@@ -320,6 +322,7 @@ std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x,           
                                                      optional<at::ScalarType> compute_dtype,
                                                      const Tensor& rest,              // [B]
                                                      const Tensor& topk_classes,      // [B, k]
+                                                     const Tensor&,                   // [0]
                                                      const Tensor&,                   // [0]
                                                      const Tensor& d_rest,            // [B]
                                                      const Tensor& d_target,          // [B]
@@ -346,6 +349,7 @@ std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(const Tensor& x,            
                                                     optional<at::ScalarType> compute_dtype,
                                                     const Tensor& rest,              // [B]
                                                     const Tensor& topk_classes,      // [B, k]
+                                                    const Tensor&,                   // [0]
                                                     const Tensor&,                   // [0]
                                                     const Tensor& d_rest,            // [B]
                                                     const Tensor& d_target,          // [B]

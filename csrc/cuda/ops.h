@@ -25,24 +25,27 @@ inline void check(int error) { TORCH_CHECK(error == 0, "CUDA error ", error, " a
 Tensor target_logit(const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias,
                     const optional<Tensor>& class_ids, bool normalize_weight);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nontarget_lse_fwd(
     const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
     const optional<Tensor>& bend, bool normalize_weight, int64_t pool, int64_t topk,
     optional<at::ScalarType> compute_dtype, bool need_expected_weight, const optional<Tensor>& operands,
-    const optional<Tensor>& scales);
+    const optional<Tensor>& scales, bool keep_exponentials);
 
-std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(
-    const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
-    const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
-    const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight, const Tensor& d_rest,
-    const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx, bool need_dw, bool need_db);
+std::tuple<Tensor, Tensor, Tensor> nontarget_lse_bwd(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                     const optional<Tensor>& bias, const optional<Tensor>& class_ids,
+                                                     const optional<Tensor>& bend, bool normalize_weight, int64_t pool,
+                                                     optional<at::ScalarType> compute_dtype, const Tensor& rest,
+                                                     const Tensor& topk_classes, const Tensor& expected_weight,
+                                                     const Tensor& exponentials, const Tensor& d_rest,
+                                                     const Tensor& d_target, const optional<Tensor>& d_topk,
+                                                     bool need_dx, bool need_dw, bool need_db);
 
 std::tuple<Tensor, Tensor> nontarget_lse_bwd_update(
     const Tensor& x, const Tensor& w, const Tensor& y, const optional<Tensor>& bias, const optional<Tensor>& class_ids,
     const optional<Tensor>& bend, bool normalize_weight, int64_t pool, optional<at::ScalarType> compute_dtype,
-    const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight, const Tensor& d_rest,
-    const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx, bool need_db, at::TensorList state,
-    std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale,
+    const Tensor& rest, const Tensor& topk_classes, const Tensor& expected_weight, const Tensor& exponentials,
+    const Tensor& d_rest, const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx, bool need_db,
+    at::TensorList state, std::string_view rule, at::ArrayRef<double> hyper, const optional<Tensor>& grad_scale,
     const optional<Tensor>& operands, const optional<Tensor>& scales);
 
 void class_update(const Tensor& w, at::TensorList state, const Tensor& grad, const optional<Tensor>& class_ids,

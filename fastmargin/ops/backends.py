@@ -25,6 +25,7 @@ class Impl(NamedTuple):
     can_run: Callable[[Tensor], bool]
     compute: Callable[[Tensor], tuple[torch.dtype, ...]] = lambda x: ()  # that operands of products may have
     keeps_operands: Callable[[Tensor], bool] = lambda w: False  # whether its step can write an OperandCache
+    keeps_exponentials: Callable[[Tensor], bool] = lambda x: False  # whether its forward pass can: exponentials.py
 
 
 class Build(NamedTuple):

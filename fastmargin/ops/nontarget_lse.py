@@ -39,6 +39,7 @@ from fastmargin.ops.backends import (
 )
 from fastmargin.ops.checks import check_ids, check_operands
 from fastmargin.ops.common import once_differentiable, without_autocast
+from fastmargin.ops.exponentials import Keep, KeptBytes
 from fastmargin.ops.problem import BackwardInput, ForwardOutput, Gradients, LSEOutput, Problem
 
 
@@ -49,6 +50,7 @@ class Options(NamedTuple):
     backend: str
     need_expected_weight: bool
     optimizer: class_update.SteppingBackward | None
+    kept: KeptBytes | None  # where the forward pass is to keep its exponentials: counts them
 
 
 class NontargetLSE(torch.autograd.Function):
@@ -64,14 +66,18 @@ class NontargetLSE(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         o, functions = options, IMPLS[options.backend].functions
         p = Problem(x, w, y, bias, class_ids, o.normalize_weight, o.compute_dtype)
-        out = functions["fwd"](p, o.topk, o.need_expected_weight, **cached_operands(p, o))
+        keep = {} if o.kept is None else {"keep_exponentials": True}
+        out = functions["fwd"](p, o.topk, o.need_expected_weight, **keep, **cached_operands(p, o))
+        if o.kept is not None:
+            o.kept.add(out.exponentials)
         topk_values, topk_classes = out.topk_values, out.topk_classes
         if o.topk:  # each backend sorts NaN in its own way
             undefined = x.isnan().any(1, keepdim=True)
             topk_values = topk_values.masked_fill(undefined, torch.nan)
             topk_classes = topk_classes.masked_fill(undefined, -1)
         target = target_logit.IMPLS[o.backend].functions["fwd"](x, w, y, bias, class_ids, o.normalize_weight)
-        ctx.save_for_backward(x, w, y, bias, class_ids, out.rest, topk_classes, out.expected_weight)
+        saved = out.rest, topk_classes, out.expected_weight, out.exponentials
+        ctx.save_for_backward(x, w, y, bias, class_ids, *saved)
         ctx.options = o
         ctx.mark_non_differentiable(topk_classes)
         ctx.set_materialize_grads(False)
@@ -86,13 +92,13 @@ class NontargetLSE(torch.autograd.Function):
         d_topk: Tensor | None,  # [B, k]
         _: None,
     ) -> tuple[Any, ...]:
-        x, w, y, bias, class_ids, rest, topk_classes, expected_weight = ctx.saved_tensors
+        x, w, y, bias, class_ids, rest, topk_classes, expected_weight, exponentials = ctx.saved_tensors
         need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
         d_rest = torch.zeros_like(rest) if d_rest is None else d_rest
         d_target = torch.zeros_like(rest) if d_target is None else d_target
         o = ctx.options
         p = Problem(x, w, y, bias, class_ids, o.normalize_weight, o.compute_dtype)
-        given = BackwardInput(rest, topk_classes, expected_weight, d_rest, d_target, d_topk)
+        given = BackwardInput(rest, topk_classes, expected_weight, exponentials, d_rest, d_target, d_topk)
         if o.optimizer is None or not need_dw:
             dx, dw, db = gradients(o, p, given, need_dx, need_dw, need_db)
         elif "bwd_update" in IMPLS[o.backend].functions:
@@ -221,7 +227,11 @@ def nontarget_lse(
 
 
 def log_sum_exp(
-    p: Problem, topk: int, backend: str | None, optimizer: class_update.SteppingBackward | None = None
+    p: Problem,
+    topk: int,
+    backend: str | None,
+    optimizer: class_update.SteppingBackward | None = None,
+    keep: Keep | None = None,
 ) -> LSEOutput:
     """`nontarget_lse`. optimizer: of w: the backward pass makes its step, and w gets no gradient."""
     check_operands(p.x, p.w, p.y, p.bias, p.class_ids, p.normalize_weight)
@@ -232,7 +242,10 @@ def log_sum_exp(
     if class_ids is not None and class_ids.is_cuda and backend in ("stream", "reference"):
         class_ids = class_ids[class_ids >= 0]  # a host sync: they know no class -1
     compute_dtype = pick_compute(IMPLS, backend, p.x, p.compute_dtype)
-    options = Options(p.normalize_weight, compute_dtype, topk, backend, need_expected_weight, optimizer)
+    kept = None
+    if keep is not None and p.w.requires_grad and torch.is_grad_enabled() and IMPLS[backend].keeps_exponentials(p.x):
+        kept = keep.kept if keep.admits(p._replace(compute_dtype=compute_dtype)) else None
+    options = Options(p.normalize_weight, compute_dtype, topk, backend, need_expected_weight, optimizer, kept)
     return LSEOutput(*NontargetLSE.apply(p.x, p.w, p.y, p.bias, class_ids, options))
 
 

@@ -111,7 +111,7 @@ def stream_fwd(p: Problem, topk: int, need_expected_weight: bool) -> ForwardOutp
     rest = (total.log() + shift)[:, 0]  # log 0 = -inf where there is no other class
     if need_expected_weight:
         expected_weight = expected_weight / torch.where(total == 0, 1.0, total)
-    return ForwardOutput(rest, *padded(values, classes, topk), expected_weight)
+    return ForwardOutput(rest, *padded(values, classes, topk), expected_weight, x.new_empty(0))
 
 
 @without_autocast

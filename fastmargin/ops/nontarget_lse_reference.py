@@ -28,7 +28,7 @@ def reference_fwd(p: Problem, topk: int, need_expected_weight: bool) -> ForwardO
     rest = z.logsumexp(1)
     values, classes = padded(*z.sort(dim=1, descending=True, stable=True), topk)
     expected_weight = softmax(z, rest[:, None]) @ operands if need_expected_weight else z.new_empty(0)
-    return ForwardOutput(rest, values, classes, expected_weight)
+    return ForwardOutput(rest, values, classes, expected_weight, z.new_empty(0))
 
 
 @without_autocast

@@ -45,6 +45,7 @@ class BackwardInput(NamedTuple):
     rest: Tensor  # [B]
     topk_classes: Tensor  # [B, k]
     expected_weight: Tensor  # [B, d]; [0] without dx, and where the backward pass sums it
+    exponentials: Tensor  # [B, pitch], see exponentials.py; [0] where none are kept
     d_rest: Tensor  # [B]
     d_target: Tensor  # [B]
     d_topk: Tensor | None  # [B, k]
@@ -55,6 +56,7 @@ class ForwardOutput(NamedTuple):
     topk_values: Tensor  # [B, k]
     topk_classes: Tensor  # [B, k] class indices
     expected_weight: Tensor  # [B, d]; [0] where it is not needed, or summed in the backward pass
+    exponentials: Tensor  # [B, pitch], see exponentials.py; [0] where none are kept
 
 
 class Gradients(NamedTuple):

@@ -45,20 +45,21 @@ TORCH_LIBRARY(fastmargin_emulated, m) {
   m.def(
       "nontarget_lse_fwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, int pool, int topk, ScalarType? compute_dtype, bool need_expected_weight, Tensor? "
-      "operands=None, Tensor? scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      "operands=None, Tensor? scales=None, bool keep_exponentials=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       fastmargin::cuda::nontarget_lse_fwd);
   m.def(
       "nontarget_lse_bwd(Tensor x, Tensor w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor "
-      "expected_weight, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool need_dw, bool need_db) -> "
-      "(Tensor, Tensor, Tensor)",
+      "expected_weight, Tensor exponentials, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool "
+      "need_dw, bool need_db) -> (Tensor, Tensor, Tensor)",
       fastmargin::cuda::nontarget_lse_bwd);
   m.def(
       "nontarget_lse_bwd_update(Tensor x, Tensor(a!) w, Tensor y, Tensor? bias, Tensor? class_ids, Tensor? bend, bool "
       "normalize_weight, int pool, ScalarType? compute_dtype, Tensor rest, Tensor topk_classes, Tensor "
-      "expected_weight, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool need_db, Tensor(b!)[] "
-      "state, str rule, float[] hyper, Tensor? grad_scale, Tensor(c!)? operands=None, Tensor(d!)? scales=None) -> "
-      "(Tensor dx, Tensor db)",
+      "expected_weight, Tensor exponentials, Tensor d_rest, Tensor d_target, Tensor? d_topk, bool need_dx, bool "
+      "need_db, Tensor(b!)[] state, str rule, float[] hyper, Tensor? grad_scale, Tensor(c!)? operands=None, "
+      "Tensor(d!)? "
+      "scales=None) -> (Tensor dx, Tensor db)",
       fastmargin::cuda::nontarget_lse_bwd_update);
   m.def(
       "class_update(Tensor(a!) w, Tensor(b!)[] state, Tensor grad, Tensor? class_ids, str rule, float[] hyper, Tensor? "

@@ -127,9 +127,9 @@ def directly(place, padding, x, w, y, bias, class_ids, upstream, k, dtype):
     x, w, y, bias, class_ids, *upstream = moved(device, x, w, y, bias, class_ids, *upstream)
     functions, plain = IMPLS[backend].functions, bias is not None
     p = Problem(x, w, y, bias, class_ids, not plain, dtype)
-    rest, values, classes, none = functions["fwd"](p, k, False)
+    rest, values, classes, *none = functions["fwd"](p, k, False)
     target = target_logit.IMPLS[backend].functions["fwd"](x, w, y, bias, class_ids, not plain)
-    dx, dw, db = functions["bwd"](p, BackwardInput(rest, classes, none, *upstream), True, True, plain)
+    dx, dw, db = functions["bwd"](p, BackwardInput(rest, classes, *none, *upstream), True, True, plain)
     assert dw.shape == (n + padding, w.shape[1]) and not dw[n:].any() and not db[n:].any()
     return moved("cpu", rest, values, classes, target, dw[:n], db[:n], dx)
 

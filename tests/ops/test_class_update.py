@@ -119,7 +119,7 @@ def test_a_backward_pass_that_updates(backend, shape, rule, plain, selected, thr
     functions = LSE[backend].functions
     p = Problem(x, w, y, bias, class_ids, not plain)
     out = functions["fwd"](p, k, True)
-    given = BackwardInput(out.rest, out.topk_classes, out.expected_weight, d_rest, d_target, d_topk)
+    given = BackwardInput(out.rest, out.topk_classes, out.expected_weight, out.exponentials, d_rest, d_target, d_topk)
     want, state = w.clone(), [torch.rand(C, d, dtype=dtype) for _ in range(states)]
     got, got_state = w.clone(), [s.clone() for s in state]
     dx, dw, db = functions["bwd"](p, given, True, True, plain)
@@ -156,8 +156,8 @@ def test_opcheck():
     x, w = cast(F32, x, w)
     d_rest, d_target, d_topk = cast(F32, d_rest, d_target, d_topk)
     op = torch.ops.fastmargin
-    rest, _, classes, a = op.nontarget_lse_fwd(x, w, y, None, None, None, True, 1, 1, None, True)
-    saved = (rest, classes, a, d_rest, d_target, d_topk, True, False)
+    rest, _, classes, *kept = op.nontarget_lse_fwd(x, w, y, None, None, None, True, 1, 1, None, True)
+    saved = (rest, classes, *kept, d_rest, d_target, d_topk, True, False)
     args = (x, w, y, None, None, None, True, 1, None, *saved, [torch.zeros(9, 4)], "sgd", SGD, None)
     torch.library.opcheck(op.nontarget_lse_bwd_update.default, args)
     torch.library.opcheck(op.class_update.default, (w, [torch.zeros(9, 4)], w.clone(), None, "sgd", SGD, None))

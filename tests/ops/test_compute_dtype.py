@@ -256,8 +256,9 @@ def test_opcheck():
     x, w, y = torch.randn(6, 5), torch.randn(20, 5), torch.randint(-1, 20, (6,))
     fwd = (x, w, y, None, None, None, True, 1, 2, BF16, True)
     torch.library.opcheck(torch.ops.fastmargin.nontarget_lse_fwd, fwd)
-    rest, _, classes, a = torch.ops.fastmargin.nontarget_lse_fwd(*fwd)
-    bwd = (x, w, y, None, None, None, True, 1, BF16, rest, classes, a, rest, rest, torch.randn(6, 2), True, True, True)
+    rest, _, classes, *kept = torch.ops.fastmargin.nontarget_lse_fwd(*fwd)
+    saved = (rest, classes, *kept, rest, rest, torch.randn(6, 2))
+    bwd = (x, w, y, None, None, None, True, 1, BF16, *saved, True, True, True)
     torch.library.opcheck(torch.ops.fastmargin.nontarget_lse_bwd, bwd)
 
 

@@ -45,7 +45,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(ops.target_logit, (x, w, y_, bias_, rows_, normalize))
         fwd = (x, w, y_, bias_, rows_, None, normalize, 1, 2, None, True)
         torch.library.opcheck(ops.nontarget_lse_fwd, fwd)
-        rest, _, classes, a = ops.nontarget_lse_fwd(*fwd)
+        rest, _, classes, a, e = ops.nontarget_lse_fwd(*fwd)
         g = torch.randn_like(rest)
         for need in ((True, True, True), (True, False, False)):
             bwd = (
@@ -61,6 +61,7 @@ def test_opcheck(dtype):
                 rest,
                 classes,
                 a,
+                e,
                 g,
                 g,
                 torch.randn(6, 2, dtype=dtype),
@@ -128,8 +129,9 @@ print(float((grads["native"] - grads["reference"]).abs().max()))
 def test_the_raw_backward_op_reads_nothing_it_was_not_given(short):
     x, w, y = torch.randn(6, 5), torch.randn(20, 5), torch.randint(0, 20, (6,))
     ops = torch.ops.fastmargin
-    rest, _, classes, a = ops.nontarget_lse_fwd(x, w, y, None, None, None, True, 1, 2, None, True)
-    saved = dict(rest=rest, topk_classes=classes, a=a, d_rest=rest, d_target=rest, d_topk=torch.randn(6, 2))
+    rest, _, classes, a, e = ops.nontarget_lse_fwd(x, w, y, None, None, None, True, 1, 2, None, True)
+    saved = dict(rest=rest, topk_classes=classes, a=a, e=e, d_rest=rest, d_target=rest)
+    saved["d_topk"] = torch.randn(6, 2)
     given = (x, w, y, None, None, None, True, 1, None)
     with pytest.raises(ValueError, match=short):
         ops.nontarget_lse_bwd(*given, *(saved | {short: saved[short][:1]}).values(), True, True, False)

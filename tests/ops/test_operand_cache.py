@@ -237,7 +237,9 @@ def test_classes_whose_gradient_overflows_keep_their_operands(emulated, kind):
     out = functions["fwd"](p, 0, False, **cached)
     state = [torch.zeros_like(w) for _ in range(1 if kind == "sgd" else 2)]
     hyper = [0.3, 0.9, 0.0, 0.0] if kind == "sgd" else [0.1, 0.0, 0.8, 0.95, 1e-6, 0.2, 0.05**0.5]
-    given = BackwardInput(out.rest, out.topk_classes, out.expected_weight, d_rest * scale, d_target * scale, None)
+    given = BackwardInput(
+        out.rest, out.topk_classes, out.expected_weight, out.exponentials, d_rest * scale, d_target * scale, None
+    )
     functions["bwd_update"](p, given, False, False, Step(state, kind, hyper, scale), **cached)
     fresh = [torch.empty_like(t) for t in parts]
     functions["operands"](w, True, *fresh)
@@ -316,7 +318,7 @@ def test_shapes_are_known_without_running():
         parts = torch.empty(9, 5, dtype=BF16, device="cuda"), torch.empty(2, 9, device="cuda")
         given = (y.long(), None, None, None, True, 1)
         op.class_operands(w, True, *parts)
-        rest, values, classes, a = op.nontarget_lse_fwd(x, w, *given, 2, BF16, True, *parts)
-        saved = (BF16, rest, classes, a, rest, rest, values, True, False)
+        rest, values, classes, *kept = op.nontarget_lse_fwd(x, w, *given, 2, BF16, True, *parts)
+        saved = (BF16, rest, classes, *kept, rest, rest, values, True, False)
         dx, _ = op.nontarget_lse_bwd_update(x, w, *given, *saved, [w], "sgd", [0.0] * 4, None, *parts)
     assert rest.shape == (3,) and values.shape == classes.shape == (3, 2) and dx.shape == (3, 5)
