@@ -110,10 +110,14 @@ class HeadConfig:
     compute_dtype: Literal["bf16", "fp16"] | None = option(
         None, "type to which features and weights are rounded for the products over all classes; null: float32"
     )
+    keep_bytes: int = option(
+        0, "memory, on a GPU, for exponentials kept for the backward pass, which then makes no logits; see MarginHead"
+    )
 
     def __post_init__(self) -> None:
         require(self.ramp is None or 0 <= self.ramp <= 1, "head.ramp", self.ramp, "a share from 0 to 1")
         require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "a share above 0, at most 1")
+        require(self.keep_bytes >= 0, "head.keep_bytes", self.keep_bytes, "0 or more")
         require(self.topk >= 1, "head.topk", self.topk, "at least 1: the doppelganger table needs it")
 
     def arguments(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ features, k nearest. A class has up to three numbers:
 -1 in each: no class, or a class of another rank.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,7 @@ from fastmargin.margins.base import Margin
 from fastmargin.ops.backends import check_compute_dtype, named
 from fastmargin.ops.class_update import SteppingBackward
 from fastmargin.ops.common import unit_rows
+from fastmargin.ops.exponentials import Keep, KeptBytes
 from fastmargin.ops.nontarget_lse import IMPLS, LSEOutput, log_sum_exp
 from fastmargin.ops.problem import Problem
 
@@ -107,6 +109,7 @@ class ClassWeights(nn.Module):
         group: Group | None,
         gather_dtype: torch.dtype | None,
         compute_dtype: torch.dtype | None,
+        keep_bytes: int,
         backend: str | None,
         seed: int,
     ) -> None:
@@ -115,6 +118,7 @@ class ClassWeights(nn.Module):
         margin.check_classes(num_classes)
         self.margin, self.seed = margin, seed
         self.gather_dtype, self.compute_dtype, self.backend = gather_dtype, compute_dtype, backend
+        self.kept = KeptBytes(keep_bytes)
         self.classes = chunks(num_classes, group)
         self.weight = nn.Parameter(initial_rows(*self.class_range, in_features, seed))
         self.bias = nn.Parameter(torch.zeros(num_classes, dtype=torch.float32)) if bias else None
@@ -195,6 +199,13 @@ class ClassWeights(nn.Module):
         r = self.margin.scale(norms)
         return (r[:, None] * unit if self.margin.normalize_features else f), norms, r
 
+    @property
+    def _max_norm(self) -> float:
+        """No row of `_rows` is longer; inf where only the rows themselves can tell."""
+        margin = self.margin
+        fixed = margin.normalize_features and isinstance(margin.s, float) and type(margin).scale is Margin.scale
+        return float(margin.s) if fixed else math.inf
+
     def _nontarget_lse(
         self,
         x: Tensor,  # [b, d]
@@ -221,7 +232,8 @@ class ClassWeights(nn.Module):
             self.margin.normalize_weight,
             self.compute_dtype,
         )
-        shard = log_sum_exp(problem, k, self.backend, self._stepping_optimizer(subset))
+        keep = Keep(self.kept, self._max_norm)
+        shard = log_sum_exp(problem, k, self.backend, self._stepping_optimizer(subset), keep)
         shard = shard._replace(topk_classes=to_global_id(shard.topk_classes, self.classes, subset))
         return shard if batch.group is None else merge_shards(shard, batch)
 

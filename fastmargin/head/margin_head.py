@@ -80,6 +80,10 @@ class MarginHead(ClassWeights):
         compute_dtype: torch.bfloat16 or torch.float16: what float32 rows and weights are rounded to for the products
             over all classes; the weights, every sum and the target's cosine stay float32. None: no rounding; a head in
             float64 (`.double()`) accepts no other. See `nontarget_lse`.
+        keep_bytes: memory for the exponentials of forward passes, of all that are not yet backpropagated together. A
+            pass whose B x C numbers, 2 bytes each with compute_dtype=torch.bfloat16, else 4, do not fit makes them
+            again in the backward pass: four products of that size and not three. Gradients then differ in their last
+            bits. Only on a GPU, for margins with a fixed s and normalized weights, and not with torch.float16.
         reduction: "mean" over the valid rows, "sum", or "none". In a group each rank's "mean" or "sum" is N times its
             share, so that averaging over ranks (DDP) gives the global value.
         ignore_index: rows with this label have no loss and no gradient.
@@ -124,6 +128,7 @@ class MarginHead(ClassWeights):
         uneven: bool = False,
         gather_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
+        keep_bytes: int = 0,
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = -100,
         class_weight: Tensor | None = None,  # [C]
@@ -132,6 +137,7 @@ class MarginHead(ClassWeights):
         seed: int = 0,
     ) -> None:
         sizes = {"in_features": (in_features, 1), "num_classes": (num_classes, 1), "topk": (topk, 0), "seed": (seed, 0)}
+        sizes["keep_bytes"] = keep_bytes, 0
         check_options(sizes, margin, bias, sample_rate, gather_dtype, reduction, ignore_index)
         if class_weight is not None:
             check_class_weight(class_weight, num_classes)
@@ -149,6 +155,7 @@ class MarginHead(ClassWeights):
                     uneven=uneven,
                     gather_dtype=gather_dtype,
                     compute_dtype=compute_dtype,
+                    keep_bytes=keep_bytes,
                     reduction=reduction,
                     ignore_index=ignore_index,
                     check_labels=check_labels,
@@ -163,6 +170,7 @@ class MarginHead(ClassWeights):
             group=group,
             gather_dtype=gather_dtype,
             compute_dtype=compute_dtype,
+            keep_bytes=keep_bytes,
             backend=backend,
             seed=seed,
         )

@@ -37,6 +37,7 @@ def plan_options(parser: Any) -> Any:
     add("--optimizer", type=plan.Optimizer, default="sgd", help="sgd is with momentum")
     add("--in_backward", type=bool, default=True, help="update in the backward pass: no gradient is stored")
     add("--compute_dtype", type=ComputeDtype | None, help="operands of the products; null: the device's 16-bit type")
+    add("--keep_bytes", type=str, default="0", help="memory of each GPU for exponentials kept for the backward pass")
     add("--topk", type=str, default="1", help="mined classes per row, and per class in the table; 0: no table")
     add("--backbone_gb", type=float, default=0.0, help="GB of each GPU for the backbone, its state and activations")
     return parser
@@ -57,7 +58,7 @@ def sized(given: Any, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def run_plan(given: Any, log: Log) -> None:
-    values = given.as_dict() | sized(given, ("dim", "batch", "gpus", "topk"))
+    values = given.as_dict() | sized(given, ("dim", "batch", "gpus", "topk", "keep_bytes"))
     plans = [Plan(**values | {"classes": count("classes", C)}) for C in given.classes.split(",")]
     log(report(plans[0]) if len(plans) == 1 else table(plans))
 

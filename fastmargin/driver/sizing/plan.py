@@ -17,6 +17,7 @@ Memory of a rank, bytes (the weight and all sums are float32):
     rows        32 d b + d B (8 + e + 4 s)   own rows, eight arrays from features to x and back; gathered x, its
                                              operand, dx, and the partial sums of dx
     class chunk w (B (4 + e) + d (4 + e))    z and g, weights as operands, dw
+    exponentials e B n                       where they fit keep_bytes, kept from forward to backward; GPUs, not fp16
     lists       B (64 + 36 k)                labels, parts and gradients; top-k: local, packed, received
     draw        5 c + 36 n + 24 min(c, 2^20) sampled classes: marks and last steps; indices, lazy updates; hashes
     backbone    as given
@@ -35,8 +36,9 @@ Each product is 2 B n d FLOPs. This is a lower bound: exponentials, norms, launc
     draw            160 c bytes                          sampled classes: ten passes of eight bytes, read and written
     lazy updates    16 d n bytes                         sampled classes with momentum: late rows, read and written
     forward z       product, 4 d n bytes                 the weights
-    backward z      product, 4 d n bytes                 the same again
+    backward z      product, 4 d n bytes                 the same again; not where exponentials are kept
     dx              product
+    exponentials    2 e B n bytes                        where kept: written, and read for dw
     dw and update   product, 4 d n + 8 d n m bytes       in backward; else 16 d n + 8 d n m: dw written and read
 
 A class chunk has w (B (4 + e) + d (8 + e)) bytes of z, g, weights, their operands and dw (on the CPU, of the 256 rows
@@ -132,6 +134,7 @@ class Plan:
     in_backward: bool = True
     compute_dtype: ComputeDtype | None = None  # None: the device's 16-bit type
     topk: int = 1
+    keep_bytes: int = 0
     backbone_gb: float = 0.0
 
     def __post_init__(self) -> None:
@@ -139,6 +142,7 @@ class Plan:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "above 0, at most 1")
         require(self.topk >= 0, "topk", self.topk, "0 or more")
+        require(self.keep_bytes >= 0, "keep_bytes", self.keep_bytes, "0 or more")
         require(0 <= self.backbone_gb < math.inf, "backbone_gb", self.backbone_gb, "0 or more, in GB")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         types = [*self.on.products]
@@ -182,6 +186,13 @@ class Plan:
         return self.held if self.sample_rate == 1 else min(self.held, self.sample_rate * self.held + self.batch)
 
     @property
+    def kept(self) -> float:
+        """Bytes of the exponentials that a step keeps; 0: it makes them again."""
+        size = self.e * self.rows * self.used
+        able = self.on.tile == math.inf and self.operands != "fp16"
+        return size if able and size <= self.keep_bytes else 0
+
+    @property
     def class_chunk(self) -> int:
         """w: classes of a chunk."""
         if self.on.tile < math.inf:
@@ -207,6 +218,7 @@ def memory(p: Plan) -> dict[str, float]:
         "gradient": 0 if p.in_backward else 4 * d * n,
         "rows": 32 * d * p.batch + d * B * (8 + e + 4 * p.sums),
         "class chunk": w * (tile + d) * (4 + e),
+        "exponentials": p.kept,
         "labels, parts, lists": B * (64 + 36 * p.topk),
         "draw": 0 if p.sample_rate == 1 else 5 * c + 36 * n + 24 * min(c, 2**20),
         "backbone": p.backbone_gb * GB,
@@ -256,8 +268,11 @@ def phases(p: Plan) -> dict[str, Phase]:
         if p.optimizer == "sgd":
             out["lazy updates"] = phase(0, 16 * d * n)
     out["forward z"] = phase(product, logits)
-    out["backward z"] = phase(product, logits)
+    if not p.kept:
+        out["backward z"] = phase(product, logits)
     out["dx"] = phase(product, spilled(chunks * 8 * p.sums * d * B + e * B * n))
+    if p.kept:
+        out["exponentials"] = phase(0, 2 * p.kept)
     out["dw and update"] = phase(product, written + spilled(chunks * e * d * B + e * B * n))
     if p.gpus > 1:
         near = p.gpus <= p.on.node

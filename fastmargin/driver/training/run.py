@@ -163,6 +163,7 @@ def build_head(config: TrainConfig, num_classes: int, rows: Layout) -> MarginHea
         group=rows.group,
         uneven=len(set(rows.sizes)) > 1,
         compute_dtype=DTYPES[config.head.compute_dtype],
+        keep_bytes=config.head.keep_bytes,
         backend=config.head.backend,
         seed=config.seed,
     )

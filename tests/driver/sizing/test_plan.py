@@ -105,6 +105,17 @@ def test_the_smallest_number_fits_and_one_less_does_not(p: Plan) -> None:
     assert plan.smallest(replace(p, backbone_gb=200.0)) is None
 
 
+def test_kept_exponentials_cost_memory_and_save_a_product() -> None:
+    size = 2 * PLAN.rows * PLAN.held
+    p, less = replace(PLAN, keep_bytes=size), replace(PLAN, keep_bytes=size - 1)
+    assert plan.memory(p) == plan.memory(PLAN) | {"exponentials": size} and plan.memory(less) == plan.memory(PLAN)
+    parts = plan.phases(p)
+    assert [*parts] == ["forward z", "dx", "exponentials", "dw and update", "wire"]
+    assert parts["exponentials"].bytes == 2 * size and plan.phases(less) == plan.phases(PLAN)
+    assert replace(p, compute_dtype="fp16").kept == replace(p, device="cpu").kept == 0
+    assert replace(p, compute_dtype="fp32").kept == 0 != replace(p, compute_dtype="fp32", keep_bytes=2 * size).kept
+
+
 # ------------------------------------------------------------------------------------------------- wire and time
 
 
