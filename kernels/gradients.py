@@ -1,15 +1,19 @@
-"""Gradients of rows and weights from the products of a backward pass; the targets and the top-k are added in float32.
+"""Gradients of rows and weights from exponentials; the targets and the top-k are added in float32.
 
-    dx_i = sum_j g_ij o_j / d_rest_scale + sum of e w^_c over the row's entries (c, e)
-    dw_j = exponent_scale_j (I - w^_j w^_j^T)
-           (sum_i g_ij x_i / d_rest_scale + residual_scale_j * sum of e x_i over the class's entries (i, e))
-    db_j = sum_i g_ij / d_rest_scale + sum of e over the class's entries
+    E_ij = exp(z_ij - o_i) factor_j         o_i = ln(n) / 2 where kept, rest_i + t_i where made again
+    c_i  = d_rest_i exp(o_i - rest_i) lift  0 where there is no other class, rest_i = -inf
+    dx_i = c_i / lift sum_j E_ij o_j + sum of e w^_c over the row's entries (c, e)
+    dw_j = power_j (I - w^_j w^_j^T) (sum_i E_ij c_i x_i / lift + factor_j * sum of e x_i over j's entries (i, e))
+    db_j = sum_i E_ij c_i / lift + sum of e over the class's entries
 
-Entries are d_target at the row's own class and d_topk at its top-k classes. They are sorted by class, so that no sum
-depends on timing. g includes residual_scale_j. Letters: B rows, C classes, n classes of a chunk, d features, k, m
-entries in all.
+c_i x_i is rounded once, from x in float32. lift, a power of two, brings the largest d_rest into [1/2, 1), so that no
+c_i x_i over- or underflows. t_i in [0, ln 2) is spread evenly over the rows: where a class has all of each row's
+probability, as the other one of two, its E would be the same rounded number in all rows, whose error would not average
+out. Entries are d_target at the row's own class and d_topk at its top-k classes. They are sorted by class, so that no
+sum depends on timing. Letters: B rows, C classes, n classes of a chunk, d features, k, m entries in all.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import ClassChunk, whole_rows
-from .tile import inverse_norms, weight_rows
+from fastmargin.ops.problem import Problem
+
+from .operands import TYPES, whole_rows
+from .tile import inverse_norms, split_scale, weight_rows
 from .tile_table import H100
 
 MOST_SPLITS = 8
@@ -27,23 +33,23 @@ TILE_ROWS, TILE_FEATURES = 128, 256  # of a product's tile, about
 
 @triton.jit(do_not_specialize=["first", "n"])
 def weight_gradient_kernel(
-    dw,  # [n, d] sum_i g_ij x_i, changed, or None
-    db,  # [n] sum_i g_ij, changed, or None
+    dw,  # [n, d] sum_i E_ij c_i x_i, changed, or None
+    db,  # [n] sum_i E_ij c_i, changed, or None
     x,  # [B, d] float32
     w,  # [C, d]
     class_ids,  # [all] or None
-    exponent_scale,  # [n] or None
-    residual_scale,  # [n] or None
     bounds,  # [blocks + 1] int32: where the entries of each block of all classes begin
     entry_class,  # [m] int32
     entry_row,  # [m] int64
     entry_value,  # [m] float32
-    d_rest_scale,  # []
+    lift,  # []
     first,
     n,
     w_row,
     w_feature,
     d: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -59,23 +65,20 @@ def weight_gradient_kernel(
         entries += tl.where(own[:, None], value * xt[None, :], 0.0)
         count += tl.where(own, value, 0.0)
         at += 1
-    inverse = 1 / tl.load(d_rest_scale)
+    inverse = 1 / tl.load(lift)
     if db is not None:
         tl.store(db + j, tl.load(db + j, mask=inside, other=0.0) * inverse + count, mask=inside)
     if dw is not None:
         out, mask = dw + j.to(tl.int64)[:, None] * d + f[None, :], inside[:, None] & in_d[None, :]
         products = tl.load(out, mask=mask, other=0.0) * inverse
-        if residual_scale is None:
-            products += entries
-        else:
-            exponent = tl.load(exponent_scale + j, mask=inside, other=0.0)
-            residual = tl.load(residual_scale + j, mask=inside, other=0.0)
-            unit = (
-                weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
-                * (exponent * residual)[:, None]
-            )
+        if NORMALIZE:
+            wt = weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
+            exponent, residual = split_scale(inverse_norms(wt), COMPUTE)
+            unit = wt * (exponent * residual)[:, None]
             products += residual[:, None] * entries
             products = exponent[:, None] * (products - tl.sum(products * unit, 1)[:, None] * unit)
+        else:
+            products += entries
         if class_ids is not None:  # 0 where there is no class, whatever x is
             ids = tl.load(class_ids + first + j, mask=inside, other=-1)
             products = tl.where((ids >= 0)[:, None], products, 0.0)
@@ -86,11 +89,11 @@ def weight_gradient_kernel(
 def row_gradient_kernel(
     dx,  # [B, d] float32, out
     sums,  # [splits, B, d]
+    scale,  # [B] of the sums
     w,  # [C, d]
     class_ids,  # [n] or None
     classes,  # [B, entries] int64 class indices
     values,  # [B, entries]
-    d_rest_scale,  # []
     B,
     n,
     splits,
@@ -111,7 +114,7 @@ def row_gradient_kernel(
     while split < splits:
         total += tl.load(sums + tl.cast(split, tl.int64) * B * d + at, mask=mask, other=0.0)
         split += 1
-    total = total / tl.load(d_rest_scale)
+    total = total * tl.load(scale + i, mask=in_b, other=0.0)[:, None]
     t = 0
     while t < ENTRIES:
         index = tl.load(classes + i * ENTRIES + t, mask=in_b, other=-1)
@@ -154,33 +157,32 @@ def entries_of(
 
 
 def finish_chunk(
-    chunk: ClassChunk,
-    dw: Tensor | None,  # [n, d] sum_i g_ij x_i, changed
-    db: Tensor | None,  # [n] sum_i g_ij, changed
-    x: Tensor,  # [B, d] float32
-    w: Tensor,  # [C, d]
-    class_ids: Tensor | None,  # [all]
+    dw: Tensor | None,  # [n, d] sum_i E_ij c_i x_i, changed
+    db: Tensor | None,  # [n] sum_i E_ij c_i, changed
+    first: int,  # class index
+    p: Problem,
     entries: Entries,
-    d_rest_scale: Tensor,  # []
+    lift: Tensor,  # []
 ) -> None:
-    n, blocks = len(chunk.o), whole_rows(w.shape[1])
+    w, d = p.w, p.w.shape[1]
+    n, blocks = len(db if dw is None else dw), whole_rows(d)  # type: ignore[arg-type]
     weight_gradient_kernel[(triton.cdiv(n, blocks["BLOCK_C"]),)](
         dw,
         db,
-        x,
+        p.x,
         w,
-        class_ids,
-        chunk.exponent_scale,
-        chunk.residual_scale,
+        p.class_ids,
         entries.bounds,
         entries.sorted_class,
         entries.sorted_row,
         entries.sorted_value,
-        d_rest_scale,
-        chunk.first,
+        lift,
+        first,
         n,
         *w.stride(),
-        d=w.shape[1],
+        d=d,
+        COMPUTE=TYPES[p.compute_dtype or w.dtype],
+        NORMALIZE=p.normalize_weight,
         **blocks,
     )
 
@@ -188,51 +190,81 @@ def finish_chunk(
 def finish_rows(
     dx: Tensor,  # [B, d], out
     sums: Tensor,  # [splits, B, d]
-    w: Tensor,  # [C, d]
-    class_ids: Tensor | None,  # [n]
+    scale: Tensor,  # [B]
+    p: Problem,
     entries: Entries,
-    d_rest_scale: Tensor,  # []
-    n: int,
-    normalize_weight: bool,
 ) -> None:
     splits, B, d = sums.shape
     blocks = whole_rows(d)
     row_gradient_kernel[(triton.cdiv(B, blocks["BLOCK_C"]),)](
         dx,
         sums,
-        w,
-        class_ids,
+        scale,
+        p.w,
+        p.class_ids,
         entries.classes,
         entries.values,
-        d_rest_scale,
         B,
-        n,
+        p.num_classes,
         splits,
-        *w.stride(),
+        *p.w.stride(),
         d=d,
         ENTRIES=entries.classes.shape[1],
-        NORMALIZE=normalize_weight,
+        NORMALIZE=p.normalize_weight,
         BLOCK_B=blocks["BLOCK_C"],
         BLOCK_D=blocks["BLOCK_D"],
     )
 
 
-def d_rest_scale_of(
+class Scales(NamedTuple):
+    """What exponentials made again are multiplied by."""
+
+    offset: Tensor  # [B] of z; +inf where there is no other class, so that E is 0
+    c: Tensor  # [B]
+    lift: Tensor  # []
+
+
+def scales_of(
+    rest: Tensor,  # [B]
     d_rest: Tensor,  # [B]
     compute_dtype: torch.dtype | None,
-) -> Tensor:  # []
-    """A power of two that scales d_rest so that the largest g is near 2^14: float16 has a small exponent range.
+) -> Scales:
+    """For exponentials that are made again.
 
-    1 for other types.
+    float16 has a small exponent range: there E is up to 2^15, and c as small.
     """
-    one = d_rest.new_ones(())
-    if compute_dtype != torch.float16 or d_rest.numel() == 0:
-        return one
-    return torch.ldexp(one, (14 - d_rest.abs().amax().frexp().exponent).clamp(max=100))
+    shift = 14 * math.log(2) if compute_dtype == torch.float16 else 0.0
+    t = spread(len(rest), rest.device)
+    lift = lift_of(d_rest)
+    offset = rest.masked_fill(rest == -math.inf, math.inf) + (t - shift)
+    return Scales(offset, lift * d_rest * t.exp(), lift * math.exp(shift))
+
+
+def scales_of_kept(
+    rest: Tensor,  # [B]
+    d_rest: Tensor,  # [B]
+    offset: float,
+) -> Scales:
+    lift = lift_of(d_rest)
+    none = rest == -math.inf
+    c = lift * d_rest * (offset - rest).masked_fill(none, -math.inf).exp()
+    return Scales(torch.full_like(rest, offset), c, lift)
+
+
+def spread(B: int, device: torch.device) -> Tensor:  # [B]
+    """t: the fractions of multiples of the golden ratio, which are spread evenly, times ln 2."""
+    golden = (math.sqrt(5) - 1) / 2
+    return (torch.arange(B, dtype=torch.float64, device=device) * golden).frac().mul(math.log(2)).float()
+
+
+def lift_of(d_rest: Tensor) -> Tensor:  # [B] -> []
+    """The power of two that brings the largest into [1/2, 1); at most 2^100."""
+    exponent = d_rest.abs().amax().frexp().exponent
+    return torch.ldexp(d_rest.new_ones(()), -exponent.clamp(min=-100))
 
 
 def splits_of(B: int, d: int) -> int:
-    """Into how many products dx = g o is split along the classes (split-K): its few tiles would not keep a GPU busy.
+    """Into how many products dx = E o is split along the classes (split-K): its few tiles would not keep a GPU busy.
 
     A power of two, since chunks are multiples of 64 classes.
     """
@@ -242,18 +274,18 @@ def splits_of(B: int, d: int) -> int:
 
 def add_row_products(
     sums: Tensor,  # [splits, B, d], changed
-    g: Tensor,  # [B, n]
+    e: Tensor,  # [B, n]
     o: Tensor,  # [n, d]
 ) -> None:
-    """sums += g o in parts; a chunk that is not divisible by their number is added to the first."""
-    n = g.shape[1]
+    """sums += E o in parts; a chunk that is not divisible by their number is added to the first."""
+    n = e.shape[1]
     s = 1 if n % len(sums) else len(sums)
-    parts = g.unflatten(1, (s, n // s)).transpose(0, 1), o.unflatten(0, (s, n // s))
-    if g.dtype == torch.float32:
+    parts = e.unflatten(1, (s, n // s)).transpose(0, 1), o.unflatten(0, (s, n // s))
+    if e.dtype == torch.float32:
         sums[:s].baddbmm_(*parts)
     elif torch.compiler.is_compiling():  # baddbmm(out_dtype=) cannot be traced in torch 2.11 to 2.13
         sums[:s] += torch.bmm(*parts, out_dtype=torch.float32)
-    elif g.is_cuda:
+    elif e.is_cuda:
         torch.baddbmm(sums[:s], *parts, out_dtype=torch.float32, out=sums[:s])
     else:
         sums[:s].baddbmm_(*(p.float() for p in parts))

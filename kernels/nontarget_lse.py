@@ -3,29 +3,39 @@
     z_ij   = <x_i, w_j / ||w_j||>                  (or <x_i, w_j> + b_j); 1/||w|| := 0 for ||w|| < 1e-12
     rest_i = log sum_{j != y_i} exp(z_ij)          partial (max, sum) per strip of classes, merged at the end
     topk_i = the k largest z_ij, j != y_i          ties: the smaller class (topk.py)
-    g_ij   = d_rest_i exp(z_ij - rest_i) for j != y_i, d_target_i at y_i; plus d_topk at its classes
-    dx_i   = sum_j g_ij w_j/||w_j||     dw_j = (1/||w_j||) (I - w^_j w^_j^T) sum_i g_ij x_i     db_j = sum_i g_ij
+    E_ij   = exp(z_ij - o_i) factor_j              0 at j = y_i; 1/||w_j|| = factor_j power_j, power_j a power of two
+    dx, dw, db                                     from E, as gradients.py has it: plain products, no g
 
 Both passes iterate over chunks of classes whose operands fit a workspace (operands.py); tile_table.py chooses the
-tiles, and gradients.py has what follows the products. A program keeps its block of rows and iterates over a strip of
-class blocks. This loop is flattened with the loop over features, so that the loads of the next block overlap the
-exponentials of this one.
+tiles. The backward pass makes E again, with o_i near rest_i, and both products of a chunk read it. Or the forward pass
+keeps it (fastmargin/ops/exponentials.py), with one o for all rows: then its product for dx comes at once, and the
+backward pass is that for dw. A program keeps its block of rows and iterates over a strip of class blocks. This loop is
+flattened with the loop over features, so that the loads of the next block overlap the exponentials of this one.
 
 Loops have constant bounds or are `while`: with numpy 2.4 the interpreter of Triton 3.6 supports no others. Hence a
 compilation per d and per length of a strip. No atomics and no locks: runs repeat bit for bit. All sums are float32.
 Compiled ahead of time, not yet run on a GPU. Letters: B rows, C classes, n classes of a chunk, d features, k.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.ops.exponentials import offset_of, pitch_of
 from fastmargin.ops.problem import BackwardInput, ForwardOutput, Gradients, Problem
 
-from .gradients import add_row_products, d_rest_scale_of, entries_of, finish_chunk, finish_rows, multiply, splits_of
+from .gradients import (
+    Scales,
+    add_row_products,
+    entries_of,
+    finish_chunk,
+    finish_rows,
+    multiply,
+    scales_of,
+    scales_of_kept,
+    splits_of,
+)
 from .operands import GROUP, ClassChunk, class_chunks, count_of, whole_rows
 from .tile import classes_in, contains_any, logits, own_columns
 from .tile_table import Plan, plan_of
@@ -36,8 +46,9 @@ LOW = -1e30  # a running maximum before its first value; finite, so that LOW - L
 
 @triton.jit(do_not_specialize=["B", "n", "first", "strips", "groups_row"])
 def nontarget_lse_fwd_kernel(
-    high,  # [B, strips] float32, changed: running maximum
+    high,  # [B, strips] float32, changed: running maximum; stays where e is kept
     total,  # [B, strips] float32, changed: sum of exp(z - high)
+    e,  # [B, n] of the operands' type, out, or a descriptor, or None: not kept
     groups,  # [B, ...] float32, out: the largest z of each group of the chunk, or None
     x,  # [B, d] operands, or a descriptor
     o,  # [n, d] operands, or a descriptor
@@ -48,7 +59,9 @@ def nontarget_lse_fwd_kernel(
     B,
     n,
     first,  # class index of the chunk
+    kept_offset,  # of z where e is kept
     strips,
+    e_row,
     groups_row,
     d: tl.constexpr,
     GROUP: tl.constexpr,
@@ -63,7 +76,8 @@ def nontarget_lse_fwd_kernel(
     in_b = at < B
     own, here = own_columns(y, at, B, first, n), classes_in(n, first, count)
     partial = at.to(tl.int64) * strips + tl.program_id(1)
-    m = tl.load(high + partial, mask=in_b, other=0.0)
+    if e is None:
+        m = tl.load(high + partial, mask=in_b, other=0.0)
     s = tl.load(total + partial, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
         col = (tl.program_id(1) * STRIP + block) * BLOCK_C
@@ -74,33 +88,46 @@ def nontarget_lse_fwd_kernel(
         if groups is None:
             top = tl.max(z, 1)
         else:
-            tops = tl.max(tl.reshape(z, (BLOCK_B, BLOCK_C // GROUP, GROUP)), 2)
-            group = col // GROUP + tl.arange(0, BLOCK_C // GROUP)
-            inside = in_b[:, None] & (group * GROUP < n)[None, :]
-            tl.store(groups + at.to(tl.int64)[:, None] * groups_row + group[None, :], tops, mask=inside)
-            top = tl.max(tops, 1)
-        higher = tl.maximum(m, top)
-        s = s * tl.exp(m - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
-        m = higher
-    tl.store(high + partial, m, mask=in_b)
+            top = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+            for g in tl.static_range(BLOCK_C // GROUP):
+                in_group = tl.arange(0, BLOCK_C) // GROUP == g
+                largest = tl.max(tl.where(in_group[None, :], z, float("-inf")), 1)
+                to = groups + at.to(tl.int64) * groups_row + (col // GROUP + g)
+                tl.store(to, largest, mask=in_b & (col + g * GROUP < n))
+                top = tl.maximum(top, largest)
+        if e is None:
+            higher = tl.maximum(m, top)
+            s = s * tl.exp(m - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+            m = higher
+        else:
+            value = tl.exp(z - kept_offset)
+            s += tl.sum(value, 1)
+            cols = col + tl.arange(0, BLOCK_C)
+            value = value * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
+            if TMA:
+                e.store([row, col], value.to(e.dtype))
+            else:
+                inside = in_b[:, None] & (cols < n)[None, :]
+                tl.store(e + at.to(tl.int64)[:, None] * e_row + cols[None, :], value, mask=inside)
+    if e is None:
+        tl.store(high + partial, m, mask=in_b)
     tl.store(total + partial, s, mask=in_b)
 
 
 @triton.jit(do_not_specialize=["B", "n", "first"])
 def nontarget_lse_bwd_kernel(
-    g,  # [B, n] of the operands' type, out, or a descriptor
+    e,  # [B, n] of the operands' type, out, or a descriptor
     x,  # [B, d] operands, or a descriptor
     o,  # [n, d] operands, or a descriptor
     y,  # [B] int64
     residual_scale,  # [n] or None
     bias,  # [n] or None
-    safe_rest,  # [B] float32: rest, but +inf where there is no other class: g is 0 there
-    d_rest,  # [B] float32
+    offset,  # [B] float32; +inf where there is no other class: E is 0 there
     count,  # [] or None: see classes_in
     B,
     n,
     first,  # class index of the chunk
-    g_row,
+    e_row,
     d: tl.constexpr,
     STRIP: tl.constexpr,
     TMA: tl.constexpr,
@@ -108,18 +135,17 @@ def nontarget_lse_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g_ij = d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets."""
+    """E_ij = exp(z_ij - offset_i) residual_scale_j, 0 at the targets and where there is no class."""
     row = tl.program_id(0) * BLOCK_B
     at = row + tl.arange(0, BLOCK_B)
     in_b = at < B
     own, here = own_columns(y, at, B, first, n), classes_in(n, first, count)
-    rest = tl.load(safe_rest + at, mask=in_b, other=0.0)
-    upstream = tl.load(d_rest + at, mask=in_b, other=0.0)
+    shift = tl.load(offset + at, mask=in_b, other=0.0)
     for block in tl.range(0, STRIP, flatten=True):
         col = (tl.program_id(1) * STRIP + block) * BLOCK_C
         cols = col + tl.arange(0, BLOCK_C)
         z = logits(x, o, residual_scale, bias, row, col, B, n, d, BLOCK_B, BLOCK_C, BLOCK_D, TMA)
-        value = tl.exp(z - rest[:, None]) * upstream[:, None]
+        value = tl.exp(z - shift[:, None])
         if residual_scale is not None:
             value = value * tl.load(residual_scale + cols, mask=cols < n, other=0.0)[None, :]
         if contains_any(own, col, BLOCK_C):
@@ -127,26 +153,34 @@ def nontarget_lse_bwd_kernel(
         if count is not None:
             value = tl.where((cols < here)[None, :], value, 0.0)
         if TMA:
-            g.store([row, col], value.to(x.dtype))
+            e.store([row, col], value.to(e.dtype))
         else:
             inside = in_b[:, None] & (cols < n)[None, :]
-            tl.store(g + at.to(tl.int64)[:, None] * g_row + cols[None, :], value, mask=inside)
+            tl.store(e + at.to(tl.int64)[:, None] * e_row + cols[None, :], value, mask=inside)
 
 
-def forward(p: Problem, topk: int) -> ForwardOutput:  # without expected_weight
+def forward(
+    p: Problem, topk: int, need_expected_weight: bool, keep_exponentials: bool
+) -> ForwardOutput:  # expected_weight is that of kept exponentials alone
     x, y, bias, class_ids = prepared(p)
     w, (B, d), n = p.w, x.shape, p.num_classes
-    plan = plan_of(x, n, max(d * x.element_size(), 4 * B // GROUP if topk else 0))
-    strips = plan.grid(B, plan.step)[1]
-    high, total = w.new_full((B, strips), LOW), w.new_zeros(B, strips)
+    kept = x.new_empty(B, pitch_of(n)) if keep_exponentials else x.new_empty(0)
+    sums_dx = keep_exponentials and need_expected_weight
+    size = max(max(d, B if keep_exponentials else 0) * x.element_size(), 4 * B // GROUP if topk else 0)
+    plan = plan_of(x, n, size, 1 + sums_dx, 2 + sums_dx + (topk > 0), keeps=keep_exponentials)
+    strips, start = plan.grid(B, plan.step)[1], offset_of(n) if keep_exponentials else LOW
+    high, total = w.new_full((B, strips), start), w.new_zeros(B, strips)
+    sums = w.new_zeros(splits_of(B, d) if sums_dx else 0, B, d)
     best = Best(B, topk, triton.cdiv(n, GROUP), x.device)
     groups, class_count = w.new_empty(B, plan.step // GROUP) if topk else None, count_of(class_ids)
     with torch.cuda.device_of(x):
         for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step) if B else ():
             size = len(chunk.o)
+            e = kept[:, chunk.at] if keep_exponentials else None
             nontarget_lse_fwd_kernel[plan.grid(B, size)](
                 high,
                 total,
+                None if e is None else plan.blocks(e, plan.tile.rows, plan.tile.classes),
                 groups,
                 *plan.operands(x, chunk.o),
                 y,
@@ -156,16 +190,31 @@ def forward(p: Problem, topk: int) -> ForwardOutput:  # without expected_weight
                 B,
                 size,
                 chunk.first,
+                start,
                 strips,
+                pitch_of(n),
                 plan.step // GROUP,
                 d=d,
                 GROUP=GROUP,
                 **plan.options(),
             )
+            if e is not None and sums_dx:
+                add_row_products(sums, e, chunk.o)
             if groups is not None:
                 best.add(groups[:, : triton.cdiv(size, GROUP)], chunk.first // GROUP)
         values, classes = classes_of_best(best, x, w, y, bias, class_ids, class_count, p.normalize_weight)
-    return ForwardOutput(merged(high, total), values, classes, w.new_empty(0), w.new_empty(0))
+    rest = merged(high, total)
+    expected_weight = expected_of(sums, rest, start) if sums_dx else w.new_empty(0)
+    return ForwardOutput(rest, values, classes, expected_weight, kept)
+
+
+def expected_of(
+    sums: Tensor,  # [splits, B, d] of E o, over the classes
+    rest: Tensor,  # [B]
+    offset: float,
+) -> Tensor:  # [B, d]
+    none = rest == -torch.inf
+    return sums.sum(0) * (offset - rest).masked_fill(none, -torch.inf).exp()[:, None]
 
 
 def prepared(
@@ -186,58 +235,81 @@ def merged(
 
 
 def backward(p: Problem, given: BackwardInput, need_dx: bool, need_dw: bool, need_db: bool) -> Gradients:
-    exact = p.x.contiguous()
+    w, (B, d), n = p.w, p.x.shape, p.num_classes
+    shapes = ((B, d) if need_dx else 0, (n, d) if need_dw else 0, n if need_db else 0)
+    out = Gradients(*(w.new_empty(shape) if B else w.new_zeros(shape) for shape in shapes))
+    if B == 0:
+        return out
+    p = p._replace(**{name: getattr(p, name).contiguous() for name in ("x", "y")})
+    p = p if p.class_ids is None else p._replace(class_ids=p.class_ids.contiguous())
+    with torch.cuda.device_of(p.x):
+        if given.exponentials.numel():
+            backward_of_kept(p, given, out)
+        else:
+            backward_made_again(p, given, out)
+    return out
+
+
+def backward_of_kept(p: Problem, given: BackwardInput, out: Gradients) -> None:
+    """dw is one product over all classes."""
+    n, d = p.num_classes, p.x.shape[1]
+    entries = entries_of(p.y, given.d_target, given.topk_classes, given.d_topk, n, whole_rows(d)["BLOCK_C"])
+    if out.dx.numel():
+        finish_rows(out.dx, given.expected_weight[None], given.d_rest.contiguous(), p, entries)
+    if out.dw.numel():
+        scales = scales_of_kept(given.rest, given.d_rest, offset_of(n))
+        multiply(out.dw, given.exponentials[:, :n].T, scaled_rows(p, scales))
+        finish_chunk(out.dw, None, 0, p, entries, scales.lift)
+
+
+def backward_made_again(p: Problem, given: BackwardInput, out: Gradients) -> None:
     x, y, bias, class_ids = prepared(p)
     w, (B, d), n = p.w, x.shape, p.num_classes
-    shapes = ((B, d) if need_dx else 0, (n, d) if need_dw else 0, n if need_db else 0)
-    dx, dw, db = (w.new_empty(shape) if B else w.new_zeros(shape) for shape in shapes)
-    if B == 0:
-        return Gradients(dx, dw, db)
-    d_rest_scale = d_rest_scale_of(given.d_rest, p.compute_dtype)
-    safe_rest = given.rest.masked_fill(given.rest == -math.inf, math.inf)  # no other class: exp(z - inf) is 0
-    d_rest, class_count = given.d_rest.contiguous() * d_rest_scale, count_of(class_ids)
+    need_dx, need_dw, need_db = (t.numel() > 0 for t in out)
+    scales, class_count = scales_of(given.rest, given.d_rest, p.compute_dtype), count_of(class_ids)
     entries = entries_of(y, given.d_target, given.topk_classes, given.d_topk, n, whole_rows(d)["BLOCK_C"])
-    plan = plan_of(x, n, max(B, d) * x.element_size())
+    plan = plan_of(x, n, max(B, d) * x.element_size(), 1 + need_dx + need_dw, 3 + need_dx + need_dw)
     workspace, sums = x.new_empty(B, plan.step), w.new_zeros(splits_of(B, d) if need_dx else 0, B, d)
-    with torch.cuda.device_of(x):
-        for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step):
-            g = gradient_of_logits(plan, workspace, x, chunk, y, bias, safe_rest, d_rest, class_count)
-            at = chunk.at
-            if need_dx:
-                add_row_products(sums, g, chunk.o)
-            if need_dw:
-                multiply(dw[at], g.T, x)
-            if need_db:
-                torch.sum(g, 0, dtype=torch.float32, out=db[at])
-            if need_dw or need_db:
-                parts = dw[at] if need_dw else None, db[at] if need_db else None
-                finish_chunk(chunk, *parts, exact, w, class_ids, entries, d_rest_scale)
+    cx = scaled_rows(p, scales) if need_dw else None
+    for chunk in class_chunks(w, class_ids, p.normalize_weight, p.compute_dtype, plan.step):
+        e = exponentials(plan, workspace, x, chunk, y, bias, scales.offset, class_count)
+        dw, db = out.dw[chunk.at] if need_dw else None, out.db[chunk.at] if need_db else None
         if need_dx:
-            finish_rows(dx, sums, w, class_ids, entries, d_rest_scale, n, p.normalize_weight)
-    return Gradients(dx, dw, db)
+            add_row_products(sums, e, chunk.o)
+        if dw is not None and cx is not None:
+            multiply(dw, e.T, cx)
+        if db is not None:
+            multiply(db[None], scales.c[None].to(e.dtype), e)
+        if dw is not None or db is not None:
+            finish_chunk(dw, db, chunk.first, p, entries, scales.lift)
+    if need_dx:
+        finish_rows(out.dx, sums, scales.c / scales.lift, p, entries)
 
 
-def gradient_of_logits(
+def scaled_rows(p: Problem, scales: Scales) -> Tensor:  # [B, d] operands
+    """c_i x_i from x as it was given, rounded once."""
+    return (scales.c[:, None] * p.x).to(p.compute_dtype or p.x.dtype)
+
+
+def exponentials(
     plan: Plan,
     workspace: Tensor,  # [B, step]
     x: Tensor,  # [B, d] operands
     chunk: ClassChunk,
     y: Tensor,  # [B]
     bias: Tensor | None,  # [C]
-    safe_rest: Tensor,  # [B]
-    d_rest: Tensor,  # [B] scaled
+    offset: Tensor,  # [B]
     count: Tensor | None,  # []
-) -> Tensor:  # g [B, n]
+) -> Tensor:  # E [B, n]
     (B, d), n = x.shape, len(chunk.o)
-    g = workspace[:, :n]
+    e = workspace[:, :n]
     nontarget_lse_bwd_kernel[plan.grid(B, n)](
-        plan.blocks(g, plan.tile.rows, plan.tile.classes),
+        plan.blocks(e, plan.tile.rows, plan.tile.classes),
         *plan.operands(x, chunk.o),
         y,
         chunk.residual_scale,
         None if bias is None else bias[chunk.at],
-        safe_rest,
-        d_rest,
+        offset,
         count,
         B,
         n,
@@ -246,4 +318,4 @@ def gradient_of_logits(
         d=d,
         **plan.options(),
     )
-    return g
+    return e

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .tile import inverse_norms, split_scale, weight_rows
 
-WORKSPACE = 2**25  # bytes of a chunk's operands, and of what a kernel writes for it: each about an L2 cache
+WORKSPACE = 2**25  # bytes of a chunk's operands, and of what a kernel writes for it: both fit an L2 cache
 GROUP = 64  # neighboring classes; every chunk but the last has a multiple of it
 ELEMENTS = 4096  # of a program that works on whole rows of weights
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,8 +27,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 class ClassChunk(NamedTuple):
     first: int  # class index
     o: Tensor  # [n, d]
-    exponent_scale: Tensor | None  # [n]; None where weights are not normalized
-    residual_scale: Tensor | None  # [n]
+    residual_scale: Tensor | None  # [n]; None where weights are not normalized
 
     @property
     def at(self) -> slice:
@@ -38,7 +37,6 @@ class ClassChunk(NamedTuple):
 @triton.jit(do_not_specialize=["first", "n"])
 def operands_kernel(
     o,  # [n, d] COMPUTE, out, or None
-    exponent_scale,  # [n] float32, out, or None
     residual_scale,  # [n] float32, out, or None
     w,  # [C, d]
     class_ids,  # [all] or None
@@ -56,7 +54,6 @@ def operands_kernel(
     wt = weight_rows(w, class_ids, first + j.to(tl.int64), inside, w_row, w_feature, d, BLOCK_D)
     if residual_scale is not None:
         exponent, residual = split_scale(inverse_norms(wt), COMPUTE)
-        tl.store(exponent_scale + j, exponent, mask=inside)
         tl.store(residual_scale + j, residual, mask=inside)
         wt = wt * exponent[:, None]
     if o is not None:
@@ -77,11 +74,11 @@ def whole_rows(d: int) -> dict[str, int]:
 
 def chunk_size(
     n: int,
-    bytes_of_a_class: int,
+    most: int,
     multiple: int,  # of classes
 ) -> int:
-    """Classes of a chunk. Chunks are of about the same size, so that the last one is not much smaller."""
-    count = triton.cdiv(max(n, 1), max(WORKSPACE // bytes_of_a_class, 1))
+    """Classes of a chunk: at most `most`, but for `multiple`. Chunks are of about the same size."""
+    count = triton.cdiv(max(n, 1), max(most, 1))
     return triton.cdiv(triton.cdiv(max(n, 1), count), multiple) * multiple
 
 
@@ -96,16 +93,15 @@ def class_chunks(
     n, d = len(w) if class_ids is None else len(class_ids), w.shape[1]
     dtype, copy = compute_dtype or w.dtype, compute_dtype is not None or class_ids is not None or not w.is_contiguous()
     workspace = w.new_empty(min(step, n), d, dtype=dtype) if copy else None
-    scales = w.new_empty(2, min(step, n)) if normalize_weight else None
+    scales = w.new_empty(min(step, n)) if normalize_weight else None
     blocks = whole_rows(d)
     for first in range(0, n, step):
         size = min(step, n - first)
         o = w[first : first + size] if workspace is None else workspace[:size]
-        exponent_scale, residual_scale = (None, None) if scales is None else scales[:, :size]
+        residual_scale = None if scales is None else scales[:size]
         if copy or normalize_weight:
             operands_kernel[(triton.cdiv(size, blocks["BLOCK_C"]),)](
                 o if copy else None,
-                exponent_scale,
                 residual_scale,
                 w,
                 class_ids,
@@ -116,4 +112,4 @@ def class_chunks(
                 COMPUTE=TYPES[dtype],
                 **blocks,
             )
-        yield ClassChunk(first, o, exponent_scale, residual_scale)
+        yield ClassChunk(first, o, residual_scale)

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import operands
 from .operands import chunk_size
 
 
@@ -32,12 +33,16 @@ class Tile(NamedTuple):
 AMPERE, HOPPER, BLACKWELL = 8, 9, 10  # generations, by compute capability
 FLOAT, HALF = 4, 2  # bytes of an operand
 H100 = 132  # multiprocessors
+# Of the rule for chunks, see `most_classes`: seconds of the host for a launch, from Python, and rates of an H200.
+LAUNCH, FLOPS, BANDWIDTH = 16e-6, 7e14, 4e12
+MOST_WORKSPACE = 2**29  # bytes
 
 CANDIDATES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (AMPERE, FLOAT): (Tile(128, 128, 16, 8, 2), Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
     (AMPERE, HALF): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 3)),
     (HOPPER, HALF): (
-        Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 4)
+        Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3),
+        Tile(128, 128, 64, 4, 2), Tile(64, 128, 64, 4, 4),
     ),
     (BLACKWELL, HALF): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }  # fmt: skip
@@ -48,6 +53,8 @@ TABLE: dict[tuple[int, int], tuple[tuple[int | None, Tile], ...]] = {
     (HOPPER, HALF): ((64, Tile(64, 128, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 4)), (None, Tile(256, 128, 64, 8, 3))),
     (BLACKWELL, HALF): ((None, Tile(128, 128, 64, 8, 3)),),
 }
+
+KEEPING = {(BLACKWELL, HALF): Tile(64, 128, 64, 4, 3)}  # for a forward pass that keeps exponentials: TABLE's spills
 
 
 class Plan(NamedTuple):
@@ -82,11 +89,30 @@ def plan_of(
     x: Tensor,  # [B, d] operands
     n: int,
     bytes_of_a_class: int,
+    products: int,  # of a chunk, [B, d] times [d, n] in size
+    launches: int,  # of a chunk
+    keeps: bool = False,  # exponentials, in the forward pass
 ) -> Plan:
     key = key_of(x)
     tile = next(tile for rows, tile in TABLE[key] if rows is None or len(x) <= rows)
-    step = chunk_size(n, bytes_of_a_class, tile.classes)
+    tile = KEEPING.get(key, tile) if keeps else tile
+    step = chunk_size(n, most_classes(*x.shape, bytes_of_a_class, products, launches), tile.classes)
     return Plan(tile, key[0] != AMPERE, step, strip_of(len(x), step, tile, multiprocessors(x.device)))
+
+
+def most_classes(B: int, d: int, bytes_of_a_class: int, products: int, launches: int) -> int:
+    """Classes of a chunk: its arrays fit an L2 cache, or more of them where the host could not keep up.
+
+    The workspace is doubled until the GPU works on a chunk as long as the host launches it, at least. Counted for
+    B = 4096, d = 512 and 5 launches of 16 us, bfloat16: 4,096 classes are 74 us of three products and 3 us for their
+    weights, less than 80; 8,192 are 153 us. So C = 1e7 is 1,221 chunks, 0.10 s of launches beside 0.19 s of work. Then
+    E is 64 MiB, and its second product reads a part of it from memory.
+    """
+    workspace = operands.WORKSPACE
+    seconds_of_a_class = products * 2 * B * d / FLOPS + 6 * d / BANDWIDTH
+    while workspace < MOST_WORKSPACE and workspace / bytes_of_a_class * seconds_of_a_class < launches * LAUNCH:
+        workspace *= 2
+    return workspace // bytes_of_a_class
 
 
 def strip_of(B: int, n: int, tile: Tile, count: int) -> int:

@@ -14,9 +14,9 @@ def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
     """Disables autocast in the op: z and all sums keep the dtype of the operands. Its first argument has a device."""
 
     @functools.wraps(op)
-    def run(first: Any, *args: Any) -> Any:
+    def run(first: Any, *args: Any, **options: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
-            return op(first, *args)
+            return op(first, *args, **options)
 
     return run
 

@@ -26,9 +26,21 @@ LARGEST_NORM = 80.0  # of x_i, plus o
 MULTIPLE = 64  # of a row of E, so that each begins on 128 bytes
 
 
+def offset_of(n: int) -> float:
+    """o for n classes."""
+    return math.log(n) / 2 if n else 0.0
+
+
 def pitch_of(n: int) -> int:
     """The number of columns of E for n classes."""
     return -(-n // MULTIPLE) * MULTIPLE
+
+
+def check_kept(p: Problem, keep: bool) -> None:
+    """Raises ValueError where exponentials would leave the range of their type."""
+    if keep and (not p.normalize_weight or p.compute_dtype == torch.float16):
+        given = f"normalize_weight = {p.normalize_weight}, compute_dtype = {p.compute_dtype}"
+        raise ValueError(f"keep_exponentials with {given}: want normalized weights, and bfloat16 or float32 operands")
 
 
 class KeptBytes:
@@ -68,5 +80,5 @@ class Keep(NamedTuple):
         dtype, n = p.compute_dtype or p.x.dtype, p.num_classes
         if not p.normalize_weight or dtype == torch.float16 or min(len(p.x), n) == 0:
             return False
-        in_range = self.max_norm + math.log(n) / 2 <= LARGEST_NORM
+        in_range = self.max_norm + offset_of(n) <= LARGEST_NORM
         return in_range and self.kept.admit(len(p.x) * pitch_of(n) * dtype.itemsize)

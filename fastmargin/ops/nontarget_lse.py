@@ -39,7 +39,7 @@ from fastmargin.ops.backends import (
 )
 from fastmargin.ops.checks import check_ids, check_operands
 from fastmargin.ops.common import once_differentiable, without_autocast
-from fastmargin.ops.exponentials import Keep, KeptBytes
+from fastmargin.ops.exponentials import Keep, KeptBytes, check_kept
 from fastmargin.ops.problem import BackwardInput, ForwardOutput, Gradients, LSEOutput, Problem
 
 
@@ -250,13 +250,14 @@ def log_sum_exp(
 
 
 @without_autocast
-def triton_fwd(p: Problem, topk: int, need_expected_weight: bool) -> ForwardOutput:
-    """need_expected_weight is ignored: the backward pass computes all of dx."""
+def triton_fwd(p: Problem, topk: int, need_expected_weight: bool, keep_exponentials: bool = False) -> ForwardOutput:
+    """expected_weight is that of kept exponentials: without them the backward pass computes all of dx."""
     from fastmargin.kernels import nontarget_lse as kernels  # needs triton
 
     p.check_reserved()
     check_ids(p.y, p.class_ids, len(p.w))
-    return kernels.forward(p, topk)
+    check_kept(p, keep_exponentials)
+    return kernels.forward(p, topk, need_expected_weight, keep_exponentials)
 
 
 @without_autocast
@@ -272,7 +273,9 @@ if BUILD.facts:
     functions = native.functions(torch.ops.fastmargin)
     IMPLS["native"] = Impl(functions, native_can_run, native_compute, lambda w: w.is_cuda)
     native.register_fakes()
-IMPLS["triton"] = Impl({"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute)
+IMPLS["triton"] = Impl(
+    {"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute, keeps_exponentials=lambda x: True
+)
 IMPLS["stream"] = Impl(
     {"fwd": portable.stream_fwd, "bwd": portable.stream_bwd, "bwd_update": portable.stream_bwd_update},
     lambda x: True,

@@ -5,68 +5,18 @@ interpreter, in a process of their own: TRITON_INTERPRET must be set before Trit
 it). Neither shows a GPU's memory model, rounding or speed: `pytest -m gpu` runs the same tests on a device.
 """
 
-import os
-
 import pytest
 import torch
 from check import error
 from dense import F32, F64, cast, dense, leaves, problem, run, seen, without_topk
-from emulation import wants_compiler
-from places import check, moved, run_on
+from places import INTERPRETED, check, moved, run_on
 
 from fastmargin.ops import class_update, target_logit
 from fastmargin.ops import nontarget_lse as op
-from fastmargin.ops.backends import native_can_run
 from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 from fastmargin.ops.problem import BackwardInput, Problem
 
 BF16, F16 = torch.bfloat16, torch.float16
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is run on a GPU"),
-]
-PLACES = [
-    pytest.param(("cpu", "emulated"), marks=wants_compiler, id="emulated"),
-    pytest.param(("cuda", "native"), marks=on_gpu, id="native"),
-    pytest.param(("cuda", "triton"), marks=on_gpu, id="triton"),
-]
-if INTERPRETED:
-    PLACES = [pytest.param(("cpu", "triton"), id="interpreted")]
-
-
-@pytest.fixture(params=PLACES)
-def place(request, monkeypatch):
-    """(device, backend); problems of a few hundred classes have several chunks, of several strips and blocks."""
-    _, backend = request.param
-    if backend == "emulated":
-        request.getfixturevalue("emulated")
-    if backend == "native" and not native_can_run(torch.empty(0, device="cuda")):
-        pytest.skip("built without CUDA: the CUDA kernels are NOT run")
-    if backend == "triton":
-        pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested")
-        from fastmargin.kernels import operands, tile_table
-
-        monkeypatch.setattr(operands, "WORKSPACE", 2**14)
-        monkeypatch.setattr(tile_table, "multiprocessors", lambda device: 1)
-    return request.param
-
-
-@pytest.fixture(params=[None, BF16, F16], ids=str)
-def compute_dtype(request, place):
-    return computed(request.param, place)
-
-
-@pytest.fixture(params=[BF16, F16], ids=str)
-def rounded(request, place):
-    return computed(request.param, place)
-
-
-def computed(dtype, place):
-    if INTERPRETED and dtype == BF16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
-    return dtype
-
 
 SHAPES = [  # B, d, C, k, bias
     (1, 2, 2, 1, False),
@@ -134,13 +84,6 @@ def directly(place, padding, x, w, y, bias, class_ids, upstream, k, dtype):
     return moved("cpu", rest, values, classes, target, dw[:n], db[:n], dx)
 
 
-@pytest.fixture
-def any_ids(monkeypatch):
-    """As on a GPU, where class_ids are not checked."""
-    for module in (op, target_logit):
-        monkeypatch.setattr(module, "check_ids", lambda *given: None)
-
-
 @pytest.mark.usefixtures("poison", "any_ids")
 @pytest.mark.parametrize(("C", "n", "padding", "plain"), [
     (900, 513, 100, False), (900, 513, 600, True), (900, 257, 300, False), (9, 3, 4, True), (9, 0, 5, False),
@@ -203,8 +146,8 @@ def test_a_step_in_the_backward_pass_leaves_no_class_as_it_is(place, compute_dty
         rows = torch.cat((ids, torch.full((padding,), -1)))
         one, v, *given = moved(device, w.clone(), torch.zeros_like(w), x, y, rows, ones)
         p = Problem(given[0], one, given[1], None, given[2], True, compute_dtype)
-        rest, _, classes, none = IMPLS[backend].functions["fwd"](p, 0, False)
-        saved = BackwardInput(rest, classes, none, given[3], -given[3], None)
+        rest, _, classes, *none = IMPLS[backend].functions["fwd"](p, 0, False)
+        saved = BackwardInput(rest, classes, *none, given[3], -given[3], None)
         step = class_update.Step([v], "sgd", [0.1, 0.9, 0.01, 0.0], None)
         IMPLS[backend].functions["bwd_update"](p, saved, True, False, step)
         ends.append(moved("cpu", one, v))
@@ -290,7 +233,13 @@ def test_labels_out_of_range_read_no_memory_that_is_not_theirs(place, monkeypatc
     assert torch.equal(*rest) and not target(x, w, bad, None, None, True).any()
     one, bwd = torch.ones_like(rest[0]), IMPLS[backend].functions["bwd"]
     got, want = (
-        bwd(Problem(x, w, y), BackwardInput(rest[0], y[:, None], one[:0], one, one, one[:, None]), True, True, False)
+        bwd(
+            Problem(x, w, y),
+            BackwardInput(rest[0], y[:, None], one[:0], one[:0], one, one, one[:, None]),
+            True,
+            True,
+            False,
+        )
         for y in (bad, none)
     )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-STRIDES = ("a_row", "b_row", "g_row", "w_row")  # arguments that are multiples of 16 numbers where rows are aligned
+STRIDES = ("a_row", "b_row", "e_row", "w_row")  # arguments that are multiples of 16 numbers where rows are aligned
 
 
 def compiled(kernel, capability, types, constants, options):
