@@ -81,7 +81,7 @@ def emulated_ops(tmp_path_factory):
 def emulated(emulated_ops):
     """Adds a backend "emulated" to the ops: the CUDA path on CPU tensors."""
     ops = emulated_ops
-    IMPLS["emulated"] = Impl(nontarget_lse_native.functions(ops), is_float32, lambda x: HALVES, is_float32)
+    IMPLS["emulated"] = Impl(nontarget_lse_native.functions(ops), is_float32, lambda x: HALVES, is_float32, is_float32)
     others = {
         target_logit: {"fwd": ops.target_logit.default},
         pairwise_potential: {"fwd": ops.pairwise_potential_fwd.default},

@@ -73,7 +73,20 @@ struct Upstream {
   const float* d_topk;          // [B, k], or null
   const int64_t* topk_classes;  // [B, k]
   int64_t k;                    //
-  const float* d_rest_scale;    // [1] a power of two that d_rest is multiplied by, so that g fits float16
+};
+
+// What exponentials are multiplied by.
+struct RowScales {
+  float* offset;    // [B] of z, +inf where there is no other class; not of kept exponentials
+  float* c;         // [B] of the rows of x, for dw
+  float* dx_scale;  // [B] of dx
+  float* lift;      // [1] that dw and db are divided by
+};
+
+// Exponentials kept from the forward pass, in the operands' type.
+struct Kept {
+  void* e;        // [B, pitch]
+  int64_t pitch;  //
 };
 
 // Class weights and their optimizer states, of which a rule may use fewer; all may change.
@@ -100,28 +113,37 @@ int launch_operands(OperandType type, const Classes& c, void* o /* [n, d] */, fl
 
 int launch_nontarget_lse_fwd(const Logits& z, const Classes& c, const RowState& s, void* stream);
 
+// The same with exp(z - offset), which it also stores, times residual_scale, 0 at the targets; s.shift is the offset.
+// The type is bfloat16 or float.
+int launch_nontarget_lse_keep(OperandType type, const Logits& z, const Classes& c, const RowState& s, float offset,
+                              const Kept& kept, void* stream);
+
 // rest = shift + log(sum) of all parts, and the k largest of their lists, in order; classes of no candidate stay as
 // given
 int launch_merge_parts(const RowState& s, int64_t B, float* rest /* [B] */, float* topk_values /* [B, k] */,
                        int64_t* topk_classes /* [B, k] */, void* stream);
 
-// g_ij = d_rest_scale d_rest_i exp(z_ij - rest_i) residual_scale_j, 0 at the targets; float g may overwrite z
-int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c, const Upstream& u,
-                             void* g /* [B, n] */, void* stream);
+// The scales of exponentials made again or, where kept_offset (on the host) is not null, of kept ones.
+int launch_row_scales(OperandType type, const Upstream& u, int64_t B, const float* kept_offset, const RowScales& out,
+                      void* stream);
 
-// Turns sum_i g_ij x_i in dw into the gradient: divides by d_rest_scale, adds the entries, projects. Likewise db, if
-// not null.
-int launch_weight_gradient(const Classes& c, const Upstream& u, const Entries& e, const float* exponent_scale /* [n] */,
-                           const float* residual_scale /* [n] */, float* dw /* [n, d] or null */,
-                           float* db /* [n] or null */, void* stream);
+// E_ij = exp(z_ij - offset_i) residual_scale_j, 0 at the targets; float E may overwrite z
+int launch_nontarget_lse_bwd(OperandType type, const Logits& z, const Classes& c, const float* offset /* [B] */,
+                             void* e /* [B, n] */, void* stream);
+
+// Turns sum_i E_ij c_i x_i in dw into the gradient: divides by lift, adds the entries, projects. Likewise db, if not
+// null.
+int launch_weight_gradient(OperandType type, const Classes& c, const Upstream& u, const Entries& e,
+                           const float* lift /* [1] */, float* dw /* [n, d] or null */, float* db /* [n] or null */,
+                           void* stream);
 
 // dx_i = the gradients of its target and of its top-k, times the unit weights of these classes
 int launch_row_gradient(const Classes& c, const Upstream& u, const int64_t* y /* [B] */, int64_t B,
                         float* dx /* [B, d] */, void* stream);
 
-// dx += sum over splits / d_rest_scale
-int launch_add_splits(const Upstream& u, const float* splits, int64_t count /* splits [count, n] */, int64_t n,
-                      float* dx /* [n] */, void* stream);
+// dx_i += scale_i * sum over splits
+int launch_add_splits(const float* splits, int64_t count /* splits [count, B, d] */, int64_t B, int64_t d,
+                      const float* scale /* [B] */, float* dx /* [B, d] */, void* stream);
 
 int launch_class_update(const Sgd& rule, const ClassStates& s, const OperandCache& cache, const float* g /* [n, d] */,
                         int64_t first, int64_t n, void* stream);

@@ -271,7 +271,13 @@ def triton_bwd(p: Problem, given: BackwardInput, need_dx: bool, need_dw: bool, n
 IMPLS: dict[str, Impl] = {}
 if BUILD.facts:
     functions = native.functions(torch.ops.fastmargin)
-    IMPLS["native"] = Impl(functions, native_can_run, native_compute, lambda w: w.is_cuda)
+    IMPLS["native"] = Impl(
+        functions,
+        native_can_run,
+        native_compute,
+        keeps_operands=lambda w: w.is_cuda,
+        keeps_exponentials=lambda x: x.is_cuda,
+    )
     native.register_fakes()
 IMPLS["triton"] = Impl(
     {"fwd": triton_fwd, "bwd": triton_bwd}, triton_can_run, triton_compute, keeps_exponentials=lambda x: True

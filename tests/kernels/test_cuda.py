@@ -44,7 +44,7 @@ def test_a_wrong_constant_in_the_shared_arithmetic_is_seen(constant, wrong, tmp_
 # ---------------------------------------------------------------------------------------------- compilation
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
-INSTANCES = {"O": 3, "Phi": 2, "Rule": 2}  # of a kernel, by its template's parameters
+INSTANCES = {"O": 3, "Stored": 2, "Phi": 2, "Rule": 2}  # of a kernel, by its template's parameters
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: the CUDA kernels are NOT compiled")

@@ -19,7 +19,7 @@ def moved(device, *tensors):
 
 def kept(x, w, y, *, bias=None, class_ids=None, topk=0, compute_dtype=None, backend=None):
     """nontarget_lse, keeping its exponentials."""
-    keep = Keep(KeptBytes(2**40), float(x.norm(dim=1).max()))
+    keep = Keep(KeptBytes(2**40), float(x.detach().norm(dim=1).max()))
     out = log_sum_exp(Problem(x, w, y, bias, class_ids, True, compute_dtype), topk, backend, keep=keep)
     assert len(keep.kept.held) == 1
     return out
