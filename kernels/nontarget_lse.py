@@ -36,9 +36,9 @@ from .gradients import (
     scales_of_kept,
     splits_of,
 )
-from .operands import GROUP, ClassChunk, class_chunks, count_of, whole_rows
+from .operands import GROUP, ClassChunk, chunk_size, class_chunks, count_of, whole_rows
 from .tile import classes_in, contains_any, logits, own_columns
-from .tile_table import Plan, plan_of
+from .tile_table import Plan, most_classes, plan_of
 from .topk import Best, classes_of_best
 
 LOW = -1e30  # a running maximum before its first value; finite, so that LOW - LOW is 0
@@ -251,15 +251,23 @@ def backward(p: Problem, given: BackwardInput, need_dx: bool, need_dw: bool, nee
 
 
 def backward_of_kept(p: Problem, given: BackwardInput, out: Gradients) -> None:
-    """dw is one product over all classes."""
+    """A chunk's dw is finished while it is in the cache."""
     n, d = p.num_classes, p.x.shape[1]
     entries = entries_of(p.y, given.d_target, given.topk_classes, given.d_topk, n, whole_rows(d)["BLOCK_C"])
     if out.dx.numel():
         finish_rows(out.dx, given.expected_weight[None], given.d_rest.contiguous(), p, entries)
     if out.dw.numel():
         scales = scales_of_kept(given.rest, given.d_rest, offset_of(n))
-        multiply(out.dw, given.exponentials[:, :n].T, scaled_rows(p, scales))
-        finish_chunk(out.dw, None, 0, p, entries, scales.lift)
+        rows, step = scaled_rows(p, scales), kept_step(len(p.x), d, n)
+        for first in range(0, n, step):
+            at = slice(first, min(first + step, n))
+            multiply(out.dw[at], given.exponentials[:, at].T, rows)
+            finish_chunk(out.dw[at], None, first, p, entries, scales.lift)
+
+
+def kept_step(B: int, d: int, n: int) -> int:
+    """Classes of a chunk of the backward pass of kept exponentials: one product and one kernel."""
+    return chunk_size(n, most_classes(B, d, 4 * d, products=1, launches=2), GROUP)
 
 
 def backward_made_again(p: Problem, given: BackwardInput, out: Gradients) -> None:

@@ -13,7 +13,8 @@ equals cross entropy (ArcFace eq. 9, CosFace, SphereFace, ...), and keeps full p
 
 The d_rest part of dx is attention over the other classes, d_rest_i times expected_weight_i = sum_{j != y_i}
 exp(z_ij - rest_i) w^_j. Native on the CPU, stream and reference sum it in the forward pass, and recompute z in the
-backward pass for dw alone; native on a GPU and triton do both in the backward pass.
+backward pass for dw alone; native on a GPU and triton do both in the backward pass, or keep the exponentials of the
+forward pass (exponentials.py) and make z once.
 Letters: B rows, C classes, d features, k nearest classes.
 """
 

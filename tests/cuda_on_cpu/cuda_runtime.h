@@ -38,6 +38,9 @@ inline dim3 threadIdx, blockIdx;
 
 namespace emulated {
 
+inline int64_t kernels = 0, products = 0;  // how many were launched
+
+
 enum class State { kRuns, kAtBlock, kAtWarp, kDone };
 
 constexpr unsigned kStack = 64 << 10;
@@ -167,6 +170,7 @@ inline float __shfl_xor_sync(unsigned, float v, int lane) {
 
 template <typename... Params, typename... Args>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  ++emulated::kernels;
   emulated::body = [&] { kernel(args...); };
   for (unsigned b = 0; b < config->gridDim.x; ++b) {
     blockIdx.x = b;

@@ -26,7 +26,7 @@ from fastmargin.kernels import nontarget_lse as kernels  # noqa: E402
 def values(tmp_path_factory):
     """test_kernels.py and test_kept.py in a process that interprets the kernels, beside which the tests here run."""
     log = tmp_path_factory.mktemp("interpreter") / "log"
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_kept.py")]
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_kept.py", "test_counts.py")]
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted"]
     with (
         log.open("w") as out,

@@ -5,7 +5,8 @@ rate, n classes of a rank in a step, k mined classes, e bytes of a product's ope
 optimizer keeps (SGD 1, AdamW 2), w classes of a chunk: a rank works on ceil(n / w) class chunks, one after another.
 
     n = c, or with sampled classes min(c, r c + b): those drawn, and this rank's share of the batch's own
-    w = 2^23 / max(B, d), at least 256, at most 2^14 (nontarget_lse_glue.cpp);  256 on the CPU, in tiles of 256 rows
+    w = 2^23 / max(B, d), at least 256, at most 2^14, then doubled up to four times until the GPU has work for the 44 us
+        that the host takes to launch a chunk (nontarget_lse_chunks.h);  256 on the CPU, in tiles of 256 rows
     s = partial sums of dx: the largest of 8, 4, 2 with s ceil(B / 128) ceil(d / 256) <= 132 (ibid.), else 1;  3 on the
         CPU: one for each of two threads, and the total
 
@@ -16,7 +17,7 @@ Memory of a rank, bytes (the weight and all sums are float32):
     gradient    4 d n                        0 with the step in backward, whose dw is that of a class chunk
     rows        32 d b + d B (8 + e + 4 s)   own rows, eight arrays from features to x and back; gathered x, its
                                              operand, dx, and the partial sums of dx
-    class chunk w (B (4 + e) + d (4 + e))    z and g, weights as operands, dw
+    class chunk w (B (4 + e) + d (4 + e))    z and E, weights as operands, dw
     exponentials e B n                       where they fit keep_bytes, kept from forward to backward; GPUs, not fp16
     lists       B (64 + 36 k)                labels, parts and gradients; top-k: local, packed, received
     draw        5 c + 36 n + 24 min(c, 2^20) sampled classes: marks and last steps; indices, lazy updates; hashes
@@ -41,9 +42,9 @@ Each product is 2 B n d FLOPs. This is a lower bound: exponentials, norms, launc
     exponentials    2 e B n bytes                        where kept: written, and read for dw
     dw and update   product, 4 d n + 8 d n m bytes       in backward; else 16 d n + 8 d n m: dw written and read
 
-A class chunk has w (B (4 + e) + d (8 + e)) bytes of z, g, weights, their operands and dw (on the CPU, of the 256 rows
+A class chunk has w (B (4 + e) + d (8 + e)) bytes of z, E, weights, their operands and dw (on the CPU, of the 256 rows
 of a tile). If the cache does not hold them, all that is no weight goes through the memory, too, once a product: x (e d
-B a chunk), the partial sums of dx (8 s d B a chunk), z (8 B n: written and read) and g (e B n).
+B a chunk), the partial sums of dx (8 s d B a chunk), z (8 B n: written and read) and E (e B n).
 
 PartialFC at the same settings, by a formula for its published memory (speed_benchmark.md of InsightFace's
 arcface_torch, its first version, 41.95 and 7.98 kB a class at B = 1,024, d = 512, rate 1 and 0.1): the weight and its
@@ -197,7 +198,11 @@ class Plan:
         """w: classes of a chunk."""
         if self.on.tile < math.inf:
             return min(self.held, 256)
-        return min(self.held, max(256, min(2**23 // max(self.rows, self.dim) // 64 * 64, 2**14)))
+        B, d = self.rows, self.dim
+        w = max(256, min(2**23 // max(B, d) // 64 * 64, 2**14))
+        for _ in range(4):
+            w = 2 * w if w * (6 * B * d / 7e14 + 14 * d / 4e12) < 44e-6 else w
+        return min(self.held, w)
 
     @property
     def sums(self) -> int:
