@@ -39,6 +39,8 @@ Saved checked_saved(const ClassChunks& chunks, const Tensor& rest, const Tensor&
                     const Tensor& d_target, const optional<Tensor>& d_topk, bool need_dx) {
   const Tensor& x = chunks.in.x;
   const bool kept = exponentials.numel() > 0;
+  TORCH_CHECK_VALUE(!kept || exponentials.is_contiguous(), "want exponentials contiguous; got strides ",
+                    exponentials.strides());
   const int64_t B = x.size(0), k = topk_classes.dim() == 2 ? topk_classes.size(1) : 0;
   const auto like = [&](const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
     return checked_like(name, t, sizes, type, x.device());

@@ -6,10 +6,11 @@ from importlib import import_module
 import pytest
 import torch
 from emulation import ROOT, compiler, torch_flags, wants_compiler
-from fake_cuda import CUDA, backward, install, moved
+from fake_cuda import CUDA, backward, in_order, install, moved
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import fastmargin as fm
+from fastmargin.ops.exponentials import pitch_of
 from fastmargin.ops.nontarget_lse import IMPLS
 
 pytestmark = wants_compiler
@@ -67,6 +68,26 @@ def test_every_margin(gpu, name, margin):
 def test_rounded_operands(gpu, name, dtype):
     x, out = step(moved(fm.MarginHead(d, C, fm.ArcFace(), topk=1, compute_dtype=dtype, backend=name)))
     assert out.loss.dtype == x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [None, fm.optim.ClassSGD])
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_kept_exponentials(gpu, name, dtype, kind):
+    head = moved(fm.MarginHead(d, C, fm.ArcFace(), compute_dtype=dtype, backend=name, keep_bytes=2**20))
+    if kind is not None:
+        kind(head, 0.1, in_backward=True)
+    x, y = batch()
+    out = head(x, y)
+    saved = [t for t in of_the_op(out.loss.grad_fn).saved_tensors if t is not None and t.dim() == 2]
+    kept = [t for t in saved if t.shape == (B, pitch_of(C))]
+    assert [t.dtype for t in kept] == ([dtype or torch.float32] if IMPLS[name].keeps_exponentials(x) else [])
+    backward(out.loss)
+    assert x.grad.shape == x.shape
+
+
+def of_the_op(node):
+    """The node of nontarget_lse in the graph."""
+    return next(node for node in in_order(node) if node.name() == "NontargetLSEBackward")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -1,6 +1,7 @@
 """Exponentials kept from the forward pass, wherever the GPU kernels run: the same values and gradients."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -181,6 +182,24 @@ def test_what_would_leave_the_range_is_refused(place, normalize, dtype):
     )
     with pytest.raises(ValueError, match="want normalized weights, and bfloat16 or float32 operands"):
         IMPLS[backend].functions["fwd"](p, 0, True, keep_exponentials=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="raw ops of csrc/cuda")
+def test_other_exponentials_are_refused(place):
+    device, backend = place
+    functions, given = IMPLS[backend].functions, moved(device, torch.randn(3, 4), torch.randn(70, 4), torch.arange(3))
+    p = Problem(*given)
+    rest, _, classes, expected, e = functions["fwd"](p, 0, True, keep_exponentials=True)
+    assert e.shape == (3, 128) and e.dtype == torch.float32
+    wrong = {
+        "exponentials [3, 128]": (e[:, :70].contiguous(), e[:2], e.flatten()),
+        "Float on": (e.double(), e.to(BF16)),
+        "contiguous": (e.T.contiguous().T,),
+    }
+    for message, tensors in wrong.items():
+        for t in tensors:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                functions["bwd"](p, BackwardInput(rest, classes, expected, t, rest, rest, None), True, True, False)
 
 
 def test_a_limit_of_zero_keeps_nothing():
