@@ -19,6 +19,7 @@ from fastmargin.ops.nontarget_lse import IMPLS, nontarget_lse
 
 LAYERS = (  # a part imports from itself and from the lines above its own
     ("_C", "files", "ops.problem", "require", "splitmix64", "torch_private"),
+    ("ops.exponentials",),  # the layout of what the kernels keep
     ("kernels",),
     ("margins.angles",),
     ("margins",),
