@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 def native_chunks(s: Shape, products: int, kernels: int, chunk_bytes: int, launch: float) -> int:
     """most_classes of nontarget_lse_chunks.h."""
     seconds = (kernels + 1.6 * products) * launch
-    of_a_class = products * 2.0 * s.B * s.d / tile_table.FLOPS + 14 * s.d / tile_table.BANDWIDTH
+    of_a_class = products * 2.0 * s.B * s.d / tile_table.FLOPS + 14 * s.d / tile_table.BANDWIDTH + 4 * s.B / CACHE
     n = min(max(chunk_bytes // 4 // max(s.B, s.d) // 64 * 64, 256), MOST_CLASSES)
     for _ in range(DOUBLINGS):
         n = 2 * n if n * of_a_class < seconds else n

@@ -22,7 +22,7 @@ namespace fastmargin::cuda {
 #define FASTMARGIN_LAUNCH_SECONDS 5e-6
 #endif
 constexpr double kLaunch = FASTMARGIN_LAUNCH_SECONDS, kProduct = 1.6 * kLaunch;  // of the host, about
-constexpr double kFlops = 7e14, kBandwidth = 4e12;                               // of an H200, about
+constexpr double kFlops = 7e14, kBandwidth = 4e12, kCache = 9e12;                // of an H200, about
 constexpr int64_t kMostClasses = 1 << 14, kMostDoublings = 4;                    // of a chunk
 constexpr int64_t kTileRows = 128, kTileColumns = 256;                           // of a product's tile, about
 constexpr int64_t kMostSplits = 8;
@@ -37,12 +37,12 @@ inline float kept_offset(int64_t n) { return n ? 0.5f * std::log(float(n)) : 0.0
 inline int64_t pitch_of(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Classes of a chunk: its logits fit an L2 cache, or more of them where the host could not keep up: they are doubled
-// until the GPU works on a chunk as long as the host launches it, `seconds`. Counted for B = 4096, d = 512 and the
-// backward pass, three products and 44 us: 2,048 classes are 37 us of products and 4 us for weights, 4,096 are 82 us.
-// So C = 1e7 is 2,442 chunks, 0.11 s of launches beside 0.20 s of work. Then the logits are 64 MiB, more than the
-// cache.
+// until the GPU works on a chunk as long as the host launches it, `seconds`. Counted for B = 4096, d = 512 and a
+// backward pass of three products and three kernels, 39 us: 2,048 classes are 37 us of products, 4 us for weights and 4
+// us for logits, so C = 1e7 is 4,883 chunks, 0.19 s of launches beside 0.22 s of work. At d = 128 they are 14 us, and
+// 8,192 classes, 55 us, are taken.
 inline int64_t most_classes(int64_t B, int64_t d, int64_t products, double seconds) {
-  const double of_a_class = products * 2.0 * B * d / kFlops + 14.0 * d / kBandwidth;
+  const double of_a_class = products * 2.0 * B * d / kFlops + 14.0 * d / kBandwidth + 4.0 * B / kCache;
   int64_t n = std::clamp<int64_t>(kChunkBytes / 4 / std::max({B, d, int64_t(1)}) / 64 * 64, 256, kMostClasses);
   for (int64_t doublings = 0; doublings < kMostDoublings && n * of_a_class < seconds; ++doublings) n *= 2;
   return n;

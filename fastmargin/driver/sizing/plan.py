@@ -201,7 +201,7 @@ class Plan:
         B, d = self.rows, self.dim
         w = max(256, min(2**23 // max(B, d) // 64 * 64, 2**14))
         for _ in range(4):
-            w = 2 * w if w * (6 * B * d / 7e14 + 14 * d / 4e12) < 44e-6 else w
+            w = 2 * w if w * (6 * B * d / 7e14 + 14 * d / 4e12 + 4 * B / 9e12) < 44e-6 else w
         return min(self.held, w)
 
     @property
