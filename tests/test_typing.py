@@ -42,7 +42,7 @@ def errors(tmp_path_factory):
     file.write_text(RIGHT + "\n".join(WRONG) + "\n")
     command = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", folder / "cache", "--show-error-codes"]
     done = subprocess.run(
-        [*command, file.name], cwd=folder, env={"MYPYPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        [*command, file.name], cwd=folder, env={"MYPYPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
     )
     said: dict[int, str] = {}
     for line in done.stdout.splitlines():
@@ -84,5 +84,5 @@ def test_the_marker_of_typed_packages_is_installed(tmp_path):
         "--build-lib",
         tmp_path,
     ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
     assert (tmp_path / "fastmargin" / "py.typed").is_file()
