@@ -40,7 +40,6 @@ namespace emulated {
 
 inline int64_t kernels = 0, products = 0;  // how many were launched
 
-
 enum class State { kRuns, kAtBlock, kAtWarp, kDone };
 
 constexpr unsigned kStack = 64 << 10;
