@@ -226,6 +226,7 @@ def test_the_table_holds_candidates():
 # ---------------------------------------------------------------------------------------------- values
 
 
+@pytest.mark.timeout(900)  # two minutes on a quiet core
 def test_values_under_the_interpreter(values):
     process, log = values
     assert process.wait() == 0, log.read_text()
